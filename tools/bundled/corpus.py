@@ -52,7 +52,7 @@ def read_corpus() -> Corpus:
 
 
 def _docstrings(root: Path) -> Iterator[tuple[str, str]]:
-    """Yield (top-level module, docstring) of every module, class and function under ``root``, in path order."""
+    """Yield (top-level module, docstring) for all code under ``root``, in path order."""
     for path in sorted(root.rglob("*.py")):
         relative = path.relative_to(root)
         if SKIPPED_FOLDERS.intersection(relative.parts):

@@ -12,8 +12,8 @@ SPLIT_PATTERN = r" ?[A-Za-z]+| ?\d| ?[^\sA-Za-z\d]+|\s+(?!\S)|\s+"
 
 
 def train_tokenizer(text: str) -> PreTrainedTokenizerFast:
-    """Return a tokenizer of ``VOCAB_SIZE`` entries whose names and spaced digits are single tokens."""
-    whole = [f" {word}" for word in (*NAMES, *map(str, range(10)))]
+    """Return a tokenizer of ``VOCAB_SIZE`` entries; names, spaced digits and "Question" are one token."""
+    whole = ["Question", *(f" {word}" for word in (*NAMES, *map(str, range(10))))]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [

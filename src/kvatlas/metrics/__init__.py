@@ -1,0 +1,1 @@
+"""One definition per metric: pure functions over timestamps, counts and bytes."""

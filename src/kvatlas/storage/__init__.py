@@ -1,0 +1,1 @@
+"""Paged storage of keys and values: an arena of slabs, blocks of one lane, tables, prefix cache, books."""

@@ -8,24 +8,24 @@ once: a model must look at the fact from that token, and strategies that select 
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.resources import files
 
 Encode = Callable[[str], list[int]]
 
 VALUE_DIGITS = 4
 QUESTION = "\nQuestion:"
-NAMES: tuple[str, ...] = tuple(
-    (
-        "Aaron Adele Agnes Alice Amber Amelia Andrea Anita Antonio Arthur Audrey Barbara Beatrice Benjamin Bernard "
-        "Bianca Boris Bridget Bruno Camila Carla Carmen Cecilia Charlotte Clara Claudia Colin Conrad Cynthia Daniel "
-        "Daphne Deborah Dennis Diana Dmitri Dolores Dorothy Edgar Edith Eleanor Elena Emily Enrique Esther Eugene "
-        "Fatima Felix Fiona Florence Frieda George Gerald Gloria Hannah Harold Helena Henry Hugo Igor Ingrid Irene "
-        "Isabel Ivan Jasmine Jerome Joanna Joseph Julian Karen Katrina Kenneth Lauren Leonard Linda Louisa Lucas "
-        "Magnus Marcus Margaret Maria Martha Matilda Maurice Miriam Monica Nadia Natalie Nicolas Nora Octavia Olga "
-        "Oliver Oscar Pamela Patricia Pauline Pedro Philip Priya Rachel Ramona Rebecca Renata Robert Rosa Rupert "
-        "Samuel Sandra Sergei Sheila Silvia Simon Sofia Stefan Susan Tamara Theresa Thomas Ursula Veronica Viola "
-        "Vivian Walter Wanda Xavier Yusuf Yvonne "
-    ).split()
-)
+_NAMES = """
+Aaron Adele Agnes Alice Amber Amelia Andrea Anita Antonio Arthur Audrey Barbara Beatrice Benjamin Bernard
+Bianca Boris Bridget Bruno Camila Carla Carmen Cecilia Charlotte Clara Claudia Colin Conrad Cynthia Daniel
+Daphne Deborah Dennis Diana Dmitri Dolores Dorothy Edgar Edith Eleanor Elena Emily Enrique Esther Eugene
+Fatima Felix Fiona Florence Frieda George Gerald Gloria Hannah Harold Helena Henry Hugo Igor Ingrid Irene
+Isabel Ivan Jasmine Jerome Joanna Joseph Julian Karen Katrina Kenneth Lauren Leonard Linda Louisa Lucas
+Magnus Marcus Margaret Maria Martha Matilda Maurice Miriam Monica Nadia Natalie Nicolas Nora Octavia Olga
+Oliver Oscar Pamela Patricia Pauline Pedro Philip Priya Rachel Ramona Rebecca Renata Robert Rosa Rupert
+Samuel Sandra Sergei Sheila Silvia Simon Sofia Stefan Susan Tamara Theresa Thomas Ursula Valentina Veronica
+Viola Vivian Walter Wanda Xavier Yusuf Yvonne
+"""
+NAMES: tuple[str, ...] = tuple(_NAMES.split())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +72,11 @@ class RecallPrompt:
     text_question: str
 
 
+def read_filler() -> str:
+    """Return the shipped filler text, which the bundled model has not been trained on (about 220 kB)."""
+    return files(__package__).joinpath("data", "filler.txt").read_text(encoding="utf-8")
+
+
 def value_text(value: int) -> str:
     """Return a value as spaced digits, for instance 42 as `` 0 0 4 2``."""
     return "".join(f" {digit}" for digit in f"{value:0{VALUE_DIGITS}d}")
@@ -87,7 +92,9 @@ def question_text(name: str) -> str:
     return f"{QUESTION} {name}"
 
 
-def make_recall_prompts(task: RecallTask, encode: Encode, filler_text: str, n: int, seed: int) -> list[RecallPrompt]:
+def make_recall_prompts(
+    task: RecallTask, encode: Encode, filler_text: str, n: int, seed: int
+) -> list[RecallPrompt]:
     """Return ``n`` prompts, the same ones for the same arguments.
 
     Args:
@@ -151,6 +158,7 @@ def _plant(window: list[int], facts: list[list[int]], places: list[int]) -> tupl
     body: list[int] = []
     asked_position = 0
     used = 0
+    # a stable sort: at a tie the asked fact comes first
     for index in sorted(range(len(facts)), key=lambda fact: places[fact]):
         body += window[used : places[index]]
         used = places[index]

@@ -1,0 +1,29 @@
+"""What one request needs, said before it runs: bytes held per tier and bytes read per decode step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Footprint:
+    """Bounds for one request on the device tier, bytes; allocations never exceed them.
+
+    Args:
+        prefill_peak_bytes: most that is held while the prompt is processed, sidecars included.
+        steady_bytes: what is held right after the prompt.
+        final_bytes: most that is held while the output is generated.
+        read_bytes_per_step: keys and values that the last decode step reads, sidecars left out.
+        sidecar_fraction: share of the held bytes that are sidecars.
+    """
+
+    prefill_peak_bytes: int
+    steady_bytes: int
+    final_bytes: int
+    read_bytes_per_step: int
+    sidecar_fraction: float
+
+    @property
+    def peak_bytes(self) -> int:
+        """Most that the request ever holds."""
+        return max(self.prefill_peak_bytes, self.final_bytes)

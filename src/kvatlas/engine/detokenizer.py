@@ -1,0 +1,53 @@
+"""Text from tokens as they come, and the end of a text at a stop string."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kvatlas.engine.request import Request
+
+
+class Detokenizer:
+    """Extends each request's text by the token appended last.
+
+    Args:
+        tokenizer: a tokenizer of transformers, or None where prompts and outputs are token ids only.
+    """
+
+    def __init__(self, tokenizer: Any | None) -> None:
+        self._tokenizer = tokenizer
+        self._marks: dict[str, tuple[int, int]] = {}
+
+    def advance(self, request: Request) -> tuple[str, bool]:
+        """Return the text that the newest token adds, and whether a stop string has ended the output.
+
+        A token may complete a character that the ones before it began; text is given out only when whole.
+        """
+        if self._tokenizer is None:
+            return "", False
+        ids = request.output_ids
+        begin, shown = self._marks.get(request.id, (0, 0)) if len(ids) > 1 else (0, 0)
+        before = self._tokenizer.decode(ids[begin:shown], skip_special_tokens=True)
+        after = self._tokenizer.decode(ids[begin:], skip_special_tokens=True)
+        if after.endswith("\N{REPLACEMENT CHARACTER}") and len(ids) < request.params.max_tokens:
+            self._marks[request.id] = (begin, shown)
+            return "", False
+        self._marks[request.id] = (shown, len(ids))
+        known = len(request.text)
+        request.text += after[len(before) :]
+        stopped = len(ids) >= request.params.min_tokens and self._stop(request, known)
+        return request.text[known:], stopped
+
+    def forget(self, request: Request) -> None:
+        """Drop what is remembered of a request that has ended."""
+        self._marks.pop(request.id, None)
+
+    @staticmethod
+    def _stop(request: Request, known: int) -> bool:
+        """Cut the text at the first stop string; it may have begun in text given out before."""
+        for stop in request.params.stop:
+            found = request.text.find(stop, max(0, known - len(stop) + 1))
+            if found >= 0:
+                request.text = request.text[:found]
+                return True
+        return False

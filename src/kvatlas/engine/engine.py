@@ -1,0 +1,247 @@
+"""The engine: add requests, step, take tokens. It owns no thread and no clock of its own."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
+
+import torch
+
+from kvatlas.core.errors import CapacityError, ConfigError
+from kvatlas.core.footprint import Footprint
+from kvatlas.core.layout import DEFAULT_BLOCK_SIZE
+from kvatlas.core.units import format_bytes, parse_bytes
+from kvatlas.core.vocabulary import Format
+from kvatlas.engine.detokenizer import Detokenizer
+from kvatlas.engine.memory import check_kv_memory
+from kvatlas.engine.params import SamplingParams
+from kvatlas.engine.request import FinishReason, NewToken, Request
+from kvatlas.engine.runner import Batch, Runner
+from kvatlas.engine.sampler import sample
+from kvatlas.engine.scheduler import Scheduler
+from kvatlas.models.loading import LoadedModel
+from kvatlas.storage.prefix_cache import PrefixCache
+from kvatlas.storage.store import KVStore
+from kvatlas.strategies.footprint import footprint
+from kvatlas.strategies.strategy import Strategy
+
+_FORMATS = {torch.float32: Format.FP32, torch.bfloat16: Format.BF16, torch.float16: Format.FP16}
+
+
+class Engine:
+    """Runs requests with different strategies on one model, in one pool of KV memory.
+
+    Args:
+        model: a loaded model.
+        kv_memory: byte budget of keys, values and sidecars, such as ``"512MiB"``.
+        max_num_seqs: most requests that run at once.
+        max_batched_tokens: step token limit; also the most prompt tokens of one chunk.
+        block_size: slots per block.
+        enable_prefix_caching: share the blocks of equal prefixes among lossless requests.
+        kv_format: storage format where a strategy names none; None: the model's own.
+        clock: returns seconds; times of requests are on it.
+
+    Raises:
+        CapacityError: the budget is larger than the memory there is, or too small for one block per lane.
+    """
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        *,
+        kv_memory: str | int = "512MiB",
+        max_num_seqs: int = 256,
+        max_batched_tokens: int = 512,
+        block_size: int = DEFAULT_BLOCK_SIZE,
+        enable_prefix_caching: bool = True,
+        kv_format: Format | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        if max_num_seqs < 1 or max_batched_tokens < 1 or block_size < 1:
+            raise ConfigError(
+                "max_num_seqs, max_batched_tokens and block_size must be at least 1, got "
+                f"{max_num_seqs}, {max_batched_tokens} and {block_size}"
+            )
+        self.model = model
+        self.clock = clock
+        self.max_batched_tokens = max_batched_tokens
+        self.format = kv_format or _FORMATS[model.adapter.dtype]
+        budget = parse_bytes(kv_memory)
+        check_kv_memory(budget, model.adapter.device)
+        self.store = KVStore(model.adapter.shape, self.format, budget, model.adapter.device, block_size)
+        prefix_cache = PrefixCache(self.store) if enable_prefix_caching else None
+        self.scheduler = Scheduler(self.store, prefix_cache, model.adapter, max_num_seqs, max_batched_tokens)
+        self._runner = Runner(model.adapter, self.store)
+        self._detokenizer = Detokenizer(model.tokenizer)
+        self._end_ids = _end_ids(model)
+        self._ids = (f"request-{number}" for number in itertools.count())
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a request waits or runs."""
+        return bool(self.scheduler.waiting or self.scheduler.running)
+
+    def footprint(self, strategy: Strategy, prompt_tokens: int, output_tokens: int) -> Footprint:
+        """Return the bounds on one request's bytes in this engine."""
+        return footprint(
+            strategy,
+            self.store.lanes.shape,
+            prompt_tokens=prompt_tokens,
+            output_tokens=output_tokens,
+            chunk_tokens=self.max_batched_tokens,
+            format=self.format,
+            block_size=self.store.block_size,
+        )
+
+    def add_request(
+        self,
+        prompt_ids: Seq[int],
+        params: SamplingParams | None = None,
+        strategy: str | Strategy = "full",
+        *,
+        request_id: str | None = None,
+        arrival_s: float | None = None,
+    ) -> Request:
+        """Queue a prompt and return its request.
+
+        Raises:
+            ConfigError: the prompt is empty or holds a token id outside the vocabulary, or the strategy is not
+                understood.
+            CapacityError: the request could never fit, even alone.
+        """
+        params = params or SamplingParams()
+        parsed = Strategy.parse(strategy)
+        self._check_prompt(prompt_ids)
+        request = Request(
+            id=request_id or next(self._ids),
+            tokens=list(prompt_ids),
+            params=params,
+            strategy=parsed,
+            footprint=self._checked_footprint(parsed, len(prompt_ids), params.max_tokens),
+            arrival_s=self.clock() if arrival_s is None else arrival_s,
+            prefill_spans=[(0, len(prompt_ids))],
+            output_start=len(prompt_ids),
+            generator=_generator(params),
+        )
+        self.scheduler.waiting.append(request)
+        return request
+
+    def continue_request(self, request: Request, prompt_ids: Seq[int], params: SamplingParams) -> None:
+        """Queue a further turn of a finished request that a session holds, on the cache it has."""
+        self._check_prompt(prompt_ids)
+        tokens = len(request.tokens) + len(prompt_ids)
+        request.footprint = self._checked_footprint(request.strategy, tokens, params.max_tokens)
+        start = len(request.tokens) - 1  # the last token of the turn before was never fed
+        request.tokens += prompt_ids
+        request.prefill_spans.append((start, tokens))
+        if request.seq is None and request.strategy.lossless:
+            request.prefill_spans = [(0, tokens)]
+        request.output_start = tokens
+        request.params, request.generator = params, _generator(params)
+        request.finish_reason, request.text = None, ""
+        request.token_times_s, request.arrival_s = [], self.clock()
+        self.scheduler.waiting.append(request)
+
+    def step(self) -> list[NewToken]:
+        """Run one batch and return the tokens it produced."""
+        batch = self.scheduler.next_batch()
+        if not batch.num_tokens:
+            return []
+        before = {request: request.computed for request, _ in batch.chunks}
+        due, logits_BV = self._runner.run(batch)
+        self._settle(batch, before)
+        token_ids = sample(logits_BV, due, self._end_ids)
+        return self._commit(due, token_ids)
+
+    def cancel(self, request: Request) -> None:
+        """End a request now and give its memory back; cancelling an ended one changes nothing."""
+        if request.finish_reason is None:
+            request.finish_reason = FinishReason.CANCELLED
+            self._detokenizer.forget(request)
+            self.scheduler.release(request)
+
+    def release(self, request: Request) -> None:
+        """Give back what a session's request still holds."""
+        self.scheduler.release(request)
+
+    def _settle(self, batch: Batch, before: dict[Request, int]) -> None:
+        for request in [request for request, _ in batch.chunks] + batch.decodes:
+            assert request.seq is not None
+            request.peak_bytes = max(request.peak_bytes, self.store.allocated_bytes(request.seq))
+        for request, known in before.items():
+            self.scheduler.publish_prefix(request, known)
+
+    def _commit(self, due: Seq[Request], token_ids: Seq[int]) -> list[NewToken]:
+        now = self.clock()
+        news = []
+        for request, token_id in zip(due, token_ids, strict=True):
+            request.tokens.append(token_id)
+            request.token_times_s.append(now)
+            text, stopped = self._detokenizer.advance(request)
+            request.finish_reason = self._finish_reason(request, token_id, stopped)
+            finished = request.finish_reason is not None
+            if finished:
+                self._finish(request)
+            news.append(NewToken(request=request, token_id=token_id, text=text, finished=finished))
+        return news
+
+    def _finish(self, request: Request) -> None:
+        self._detokenizer.forget(request)
+        if request.held_by_session:
+            self.scheduler.park(request)
+        else:
+            self.scheduler.release(request)
+
+    def _finish_reason(self, request: Request, token_id: int, stopped: bool) -> FinishReason | None:
+        params, count = request.params, len(request.output_ids)
+        ends = set(params.stop_token_ids) | (set() if params.ignore_eos else self._end_ids)
+        if stopped or (token_id in ends and count > params.min_tokens):
+            return FinishReason.STOP
+        return FinishReason.LENGTH if count >= params.max_tokens else None
+
+    def _check_prompt(self, prompt_ids: Seq[int]) -> None:
+        if not prompt_ids:
+            raise ConfigError("the prompt is empty; give at least one token")
+        vocabulary = self.store.lanes.shape.vocab_size
+        wrong = next((token for token in prompt_ids if not 0 <= token < vocabulary), None)
+        if wrong is not None:
+            raise ConfigError(f"token id {wrong} is outside the vocabulary of {vocabulary} tokens")
+
+    def _checked_footprint(self, strategy: Strategy, prompt_tokens: int, output_tokens: int) -> Footprint:
+        bound = self.footprint(strategy, prompt_tokens, output_tokens)
+        longest = self.store.lanes.shape.max_positions
+        if prompt_tokens + output_tokens > longest:
+            raise CapacityError(
+                f"prompt of {prompt_tokens} tokens + max_tokens {output_tokens} exceeds the {longest} positions of "
+                f"{self.model.name}; shorten the prompt or lower max_tokens"
+            )
+        capacity = self.store.capacity_bytes(self.store.layout(strategy.format, strategy.sidecars))
+        if bound.peak_bytes > capacity:
+            raise CapacityError(
+                f"prompt of {prompt_tokens} tokens + max_tokens {output_tokens} needs "
+                f"{format_bytes(bound.peak_bytes)} under {strategy}, the pool has {format_bytes(capacity)}; "
+                "raise --kv-memory or choose another strategy"
+            )
+        return bound
+
+
+def _end_ids(model: LoadedModel) -> frozenset[int]:
+    """Return the tokens that end a text, as the checkpoint's generation config names them."""
+    config = getattr(model.adapter.model, "generation_config", None) or model.adapter.model.config
+    ends = getattr(config, "eos_token_id", None)
+    if ends is None:
+        return frozenset()
+    return frozenset(ends) if isinstance(ends, list | tuple) else frozenset({int(ends)})
+
+
+def _generator(params: SamplingParams) -> torch.Generator | None:
+    if params.temperature == 0:
+        return None
+    generator = torch.Generator()
+    if params.seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed(params.seed)
+    return generator

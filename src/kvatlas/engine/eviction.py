@@ -1,0 +1,66 @@
+"""Ask a strategy at its moments, and let storage carry out the answer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+
+import torch
+
+from kvatlas.core.vocabulary import Moment
+from kvatlas.engine.request import Request
+from kvatlas.storage.eviction import keep_slots, lane_view, open_holes
+from kvatlas.storage.lanes import LaneGroup
+from kvatlas.storage.store import KVStore
+
+
+def after_prompt_chunk(store: KVStore, request: Request, span_done: bool) -> None:
+    """Let the strategy cut the cache after a chunk, or at the end of a prompt."""
+    moment = Moment.AFTER_PREFILL if span_done else Moment.AFTER_CHUNK
+    if moment in request.strategy.moments:
+        _cut(store, request)
+
+
+def after_decode_step(store: KVStore, requests: Seq[Request]) -> None:
+    """Let the strategy evict one token from each lane that is full; all requests are of one strategy."""
+    strategy = requests[0].strategy
+    if Moment.AFTER_STEP not in strategy.moments:
+        return
+    capacities = {request: strategy.keep.capacity(request.prompt_tokens) for request in requests}
+    full = [request for request in requests if (limit := capacities[request]) and request.computed >= limit]
+    if not full:
+        return
+    seqs = [request.seq for request in full if request.seq is not None]
+    recent = [strategy.keep.recent_tokens(request.prompt_tokens) for request in full]
+    limits = torch.tensor([capacities[request] for request in full])
+    for group in seqs[0].layout.groups:
+        view, live = lane_view(store, seqs, group, recent)
+        scores = strategy.keep.scores(view).masked_fill(~view.valid_BHS, -torch.inf)
+        victims = scores.masked_fill(~live, torch.inf).argmin(dim=-1).cpu()
+        windows = store.lanes.window_of_lane[group.lanes]
+        crowded = live.sum(dim=-1).cpu() >= torch.minimum(limits[:, None], windows)
+        open_holes(store, seqs, group, victims.masked_fill(~crowded, -1))
+
+
+def _cut(store: KVStore, request: Request) -> None:
+    """Cut every lane to one slot less than its capacity, so that the next token has its place.
+
+    Layer by layer, so that the temporary copies stay small.
+    """
+    keep, seq = request.strategy.keep, request.seq
+    capacity = keep.capacity(request.prompt_tokens)
+    assert seq is not None
+    if capacity is None or seq.seen < capacity:
+        return
+    recent = [keep.recent_tokens(request.prompt_tokens)]
+    for index in store.lanes.shape.owners:
+        lanes = store.lanes.slices[index]
+        group = LaneGroup(blocks=seq.layout.class_of_layer[index], lanes=torch.arange(lanes.start, lanes.stop))
+        view, _ = lane_view(store, [seq], group, recent)
+        limit = min(capacity, store.lanes.shape.layers[index].window or capacity) - 1
+        scores = keep.scores(view).masked_fill(~view.valid_BHS, -torch.inf)[0]
+        count = view.valid_BHS[0].sum(dim=-1).clamp(max=limit)
+        most = int(count.max())
+        kept = scores.topk(most, dim=-1).indices
+        unused = torch.arange(most, device=kept.device) >= count[:, None]
+        kept = kept.masked_fill(unused, scores.shape[-1]).sort(dim=-1).values
+        keep_slots(store, seq, group, kept.cpu(), count.cpu())

@@ -1,0 +1,166 @@
+"""A request: its tokens, how far the cache has got with them, and what happened when."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+import torch
+
+from kvatlas.core.footprint import Footprint
+from kvatlas.engine.params import SamplingParams
+from kvatlas.storage.store import Sequence
+from kvatlas.strategies.strategy import Strategy
+
+
+class FinishReason(StrEnum):
+    """Why a request ended."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    CANCELLED = "cancelled"
+
+
+@dataclass(eq=False)
+class Request:
+    """One generation.
+
+    The cache of a request is made by *prefill spans*, ranges of ``tokens`` processed in chunks, and by decode steps
+    for everything between. A request that lost its cache is brought back by walking through the same spans and
+    steps again, with tokens that are known already; where the strategy is lossless, one span serves instead.
+
+    Args:
+        id: unique name.
+        tokens: prompt and output, as far as known.
+        params: sampling and ending.
+        strategy: what manages its cache.
+        footprint: bounds on its bytes.
+        arrival_s: when it arrived, on the engine's clock.
+        prefill_spans: ranges [start, end) of ``tokens`` that are prompts.
+        output_start: index of the first token that this request generates.
+    """
+
+    id: str
+    tokens: list[int]
+    params: SamplingParams
+    strategy: Strategy
+    footprint: Footprint
+    arrival_s: float
+    prefill_spans: list[tuple[int, int]]
+    output_start: int
+    seq: Sequence | None = None
+    adopted_tokens: int = 0
+    finish_reason: FinishReason | None = None
+    num_preemptions: int = 0
+    first_scheduled_s: float | None = None
+    token_times_s: list[float] = field(default_factory=list)
+    generator: torch.Generator | None = None
+    text: str = ""
+    held_by_session: bool = False
+    peak_bytes: int = 0
+
+    @property
+    def computed(self) -> int:
+        """Tokens whose keys and values are in the cache, or were before a strategy evicted them."""
+        return 0 if self.seq is None else self.seq.seen
+
+    @property
+    def output_ids(self) -> list[int]:
+        """Tokens generated so far."""
+        return self.tokens[self.output_start :]
+
+    @property
+    def prefill_end(self) -> int | None:
+        """End of the prefill span that the next token belongs to; None if the next token is a decode step."""
+        for start, end in self.prefill_spans:
+            if start <= self.computed < end:
+                return end
+        return None
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens up to the end of the last prefill span that has begun: what fractions of a strategy refer to."""
+        return max(end for start, end in self.prefill_spans if start < max(self.computed, 1))
+
+    @property
+    def sampling_due(self) -> bool:
+        """Whether every known token is in the cache, so that the next one must be chosen."""
+        return self.computed == len(self.tokens)
+
+    def forget_cache(self) -> None:
+        """Prepare for being computed anew; the caller has freed the sequence."""
+        self.seq = None
+        self.adopted_tokens = 0
+        if self.strategy.lossless:
+            self.prefill_spans = [(0, len(self.tokens))]
+
+
+@dataclass(frozen=True, kw_only=True)
+class NewToken:
+    """One token just generated.
+
+    Args:
+        request: who it belongs to.
+        token_id: the token.
+        text: what it adds to the output text; may be empty while a character is incomplete.
+        finished: whether the request has ended with it.
+    """
+
+    request: Request
+    token_id: int
+    text: str
+    finished: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompletionOutput:
+    """A finished output, named as vLLM names it."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class RequestOutput:
+    """A finished request.
+
+    Args:
+        request_id: unique name.
+        prompt_token_ids: everything before the output; for a session, the whole conversation so far.
+        outputs: the completion, as a tuple of one.
+        strategy: what managed the cache.
+        arrival_s: when the request arrived, on the engine's clock.
+        token_times_s: when each token was generated.
+        num_cached_tokens: prompt tokens taken from the prefix cache.
+        num_preemptions: how often its cache was taken away.
+        peak_bytes: most bytes of blocks that it held, sidecars included.
+    """
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    outputs: tuple[CompletionOutput, ...]
+    strategy: str
+    arrival_s: float
+    token_times_s: tuple[float, ...]
+    num_cached_tokens: int
+    num_preemptions: int
+    peak_bytes: int
+
+
+def output_of(request: Request) -> RequestOutput:
+    """Return the finished request as users see it."""
+    reason = request.finish_reason
+    assert reason is not None
+    completion = CompletionOutput(text=request.text, token_ids=tuple(request.output_ids), finish_reason=reason.value)
+    return RequestOutput(
+        request_id=request.id,
+        prompt_token_ids=tuple(request.tokens[: request.output_start]),
+        outputs=(completion,),
+        strategy=str(request.strategy),
+        arrival_s=request.arrival_s,
+        token_times_s=tuple(request.token_times_s),
+        num_cached_tokens=request.adopted_tokens,
+        num_preemptions=request.num_preemptions,
+        peak_bytes=request.peak_bytes,
+    )

@@ -1,0 +1,145 @@
+"""Run one scheduled batch: pack it, forward it, let strategies act, and return the logits that are due."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvatlas.engine.eviction import after_decode_step, after_prompt_chunk
+from kvatlas.engine.forward import Chunk, DecodeGroup, ForwardPass, make_chunk, make_group
+from kvatlas.engine.request import Request
+from kvatlas.models.adapter import Adapter
+from kvatlas.storage.eviction import close_holes, drop_passed_windows
+from kvatlas.storage.store import KVStore
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """What one step runs.
+
+    Args:
+        chunks: requests in a prompt, each with the number of tokens to process.
+        decodes: requests that take one decode step.
+    """
+
+    chunks: list[tuple[Request, int]]
+    decodes: list[Request]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the packed row."""
+        return sum(count for _, count in self.chunks) + len(self.decodes)
+
+
+class Runner:
+    """Forwards batches through one model.
+
+    Args:
+        adapter: the model.
+        store: where keys and values lie.
+    """
+
+    def __init__(self, adapter: Adapter, store: KVStore) -> None:
+        self._adapter = adapter
+        self._store = store
+
+    def run(self, batch: Batch) -> tuple[list[Request], Tensor]:
+        """Return the requests whose next token is due, and their logits [B, V].
+
+        Room for every token must have been allocated. Sequences whose RoPE depends on their length run in a
+        forward of their own kind (``Adapter.rope_regime``).
+        """
+        due: list[Request] = []
+        logits: list[Tensor] = []
+        for regime, pack in _by_regime(self._adapter, batch).items():
+            requests, rows = self._run_pack(pack, rope_tokens=None if regime is None else _rope_tokens(pack))
+            due += requests
+            logits.append(rows)
+        return due, torch.cat(logits)
+
+    def _run_pack(self, pack: Batch, rope_tokens: int | None) -> tuple[list[Request], Tensor]:
+        chunks, groups = self._place(pack)
+        order = [(chunk.request, chunk.count) for chunk in chunks]
+        order += [(request, 1) for group in groups for request in group.requests]
+        tokens: list[int] = []
+        due: list[Request] = []
+        last_rows: list[int] = []
+        for request, count in order:
+            tokens += request.tokens[request.computed - count : request.computed]
+            if request.sampling_due:
+                due.append(request)
+                last_rows.append(len(tokens) - 1)
+        device = self._adapter.device
+        positions = torch.cat([chunk.positions for chunk in chunks] + [group.positions for group in groups])
+        logits = self._adapter.forward(
+            torch.tensor(tokens, device=device),
+            positions,
+            ForwardPass(self._store, chunks, groups),
+            torch.tensor(last_rows, dtype=torch.int64, device=device),
+            rope_tokens=rope_tokens,
+        )
+        self._evict(chunks, groups)
+        return due, logits
+
+    def _place(self, pack: Batch) -> tuple[list[Chunk], list[DecodeGroup]]:
+        """Take slots for all tokens of the pack, row after row."""
+        chunks: list[Chunk] = []
+        groups: list[DecodeGroup] = []
+        row = 0
+        for request, count in pack.chunks:
+            assert request.seq is not None
+            close_holes(self._store, request.seq)
+            chunks.append(make_chunk(self._store, request, count, row))
+            row += count
+        for requests in _grouped(self._store, pack.decodes):
+            groups.append(make_group(self._store, requests, row))
+            row += len(requests)
+        return chunks, groups
+
+    def _evict(self, chunks: Seq[Chunk], groups: Seq[DecodeGroup]) -> None:
+        for chunk in chunks:
+            after_prompt_chunk(self._store, chunk.request, span_done=chunk.request.prefill_end is None)
+        for group in groups:
+            after_decode_step(self._store, group.requests)
+        if self._store.lanes.windows:
+            for request in [chunk.request for chunk in chunks] + [r for group in groups for r in group.requests]:
+                assert request.seq is not None
+                drop_passed_windows(self._store, request.seq)
+
+
+def _grouped(store: KVStore, requests: Seq[Request]) -> list[list[Request]]:
+    """Return decode steps by strategy, those of similar cache length together so that little is padded."""
+    groups: dict[Hashable, list[Request]] = {}
+    rows = [request.seq.row for request in requests if request.seq is not None]
+    longest = store.length[rows].amax(dim=1).tolist() if rows else []
+    for request, slots in zip(requests, longest, strict=True):
+        groups.setdefault((request.strategy, (slots // store.block_size).bit_length()), []).append(request)
+    return list(groups.values())
+
+
+def _by_regime(adapter: Adapter, batch: Batch) -> dict[Hashable, Batch]:
+    """Return the batch split into parts that may be packed together."""
+    packs: dict[Hashable, Batch] = {}
+    for request, count in batch.chunks:
+        packs.setdefault(_regime(adapter, request), Batch(chunks=[], decodes=[])).chunks.append((request, count))
+    for request in batch.decodes:
+        packs.setdefault(_regime(adapter, request), Batch(chunks=[], decodes=[])).decodes.append(request)
+    return packs
+
+
+def _regime(adapter: Adapter, request: Request) -> Hashable:
+    return adapter.rope_regime(rope_length(request))
+
+
+def rope_length(request: Request) -> int:
+    """Return the length that decides a request's RoPE: all of its prompt at once, then the tokens so far."""
+    return max(request.prompt_tokens, request.computed + 1)
+
+
+def _rope_tokens(pack: Batch) -> int:
+    requests = [request for request, _ in pack.chunks] + pack.decodes
+    return max(rope_length(request) for request in requests)

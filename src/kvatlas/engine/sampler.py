@@ -1,0 +1,44 @@
+"""Choose the next token of each request from its logits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+
+import torch
+from torch import Tensor
+
+from kvatlas.engine.request import Request
+
+
+def sample(logits_BV: Tensor, requests: Seq[Request], end_ids: frozenset[int]) -> list[int]:
+    """Return one token id per row.
+
+    Args:
+        logits_BV: [B, V], one row per request; changed in place.
+        requests: whose parameters and generators apply.
+        end_ids: the model's end tokens, forbidden before ``min_tokens``.
+    """
+    logits_BV = logits_BV.float()
+    for row, request in enumerate(requests):
+        params = request.params
+        if len(request.output_ids) < params.min_tokens:
+            logits_BV[row, sorted(end_ids | set(params.stop_token_ids))] = -torch.inf
+    tokens: list[int] = logits_BV.argmax(dim=-1).tolist()
+    for row, request in enumerate(requests):
+        if request.params.temperature > 0:
+            tokens[row] = _draw(logits_BV[row], request)
+    return tokens
+
+
+def _draw(logits_V: Tensor, request: Request) -> int:
+    """Return a token drawn at the request's temperature among its top-k and top-p tokens."""
+    params = request.params
+    values, order = (logits_V / params.temperature).sort(descending=True)
+    if params.top_k:
+        values[params.top_k :] = -torch.inf
+    probabilities = values.softmax(dim=-1)
+    if params.top_p < 1:
+        before = probabilities.cumsum(dim=-1) - probabilities
+        probabilities = probabilities.masked_fill(before >= params.top_p, 0.0)
+    choice = torch.multinomial(probabilities.cpu(), 1, generator=request.generator)
+    return int(order[int(choice)])

@@ -1,0 +1,175 @@
+"""Decide at every step who runs: decode steps first, then prompt chunks, then newcomers whose footprint fits.
+
+Admission compares footprints with free bytes: what a prompt may still need at its peak is set aside until the
+prompt is done, so requests with a large prefill peak go one after another, while a strategy that bounds its cache
+admits more of them. When blocks run out nevertheless, memory is taken back in this order: cached prefixes, idle
+sessions, the request that arrived last.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+from kvatlas.engine.request import Request
+from kvatlas.engine.runner import Batch
+from kvatlas.models.adapter import Adapter
+from kvatlas.storage.prefix_cache import PrefixCache
+from kvatlas.storage.store import KVStore
+
+
+class Scheduler:
+    """Holds the queues and the memory policy.
+
+    Args:
+        store: where keys and values lie.
+        prefix_cache: shared prefixes, or None to share none.
+        adapter: tells which sequences may share computed prefixes.
+        max_num_seqs: most requests that run at once.
+        max_batched_tokens: step token limit.
+    """
+
+    def __init__(
+        self,
+        store: KVStore,
+        prefix_cache: PrefixCache | None,
+        adapter: Adapter,
+        max_num_seqs: int,
+        max_batched_tokens: int,
+    ) -> None:
+        self.waiting: deque[Request] = deque()
+        self.running: list[Request] = []
+        self.idle: list[Request] = []
+        self._store = store
+        self._prefix_cache = prefix_cache
+        self._adapter = adapter
+        self._max_num_seqs = max_num_seqs
+        self._max_batched_tokens = max_batched_tokens
+
+    def next_batch(self) -> Batch:
+        """Return what the next step runs, with room allocated for every token of it."""
+        decodes = self._decode_steps()
+        self._admit()
+        limit = self._max_batched_tokens - len(decodes)
+        chunks: list[tuple[Request, int]] = []
+        for request in list(self.running):
+            end = request.prefill_end
+            if end is None or limit <= 0 or request not in self.running:
+                continue
+            count = min(end - request.computed, limit)
+            if self._make_room(request, count, protect=decodes + [other for other, _ in chunks]):
+                chunks.append((request, count))
+                limit -= count
+        decodes = [request for request in decodes if request in self.running]
+        return Batch(chunks=chunks, decodes=decodes)
+
+    def release(self, request: Request) -> None:
+        """Take a request out of all queues and give its blocks back."""
+        for queue in (self.waiting, self.running, self.idle):
+            if request in queue:
+                queue.remove(request)
+        if request.seq is not None:
+            self._store.close(request.seq)
+            request.seq = None
+
+    def park(self, request: Request) -> None:
+        """Let a finished turn of a session keep its cache until memory is short."""
+        self.running.remove(request)
+        self.idle.append(request)
+
+    def publish_prefix(self, request: Request, before: int) -> None:
+        """Share the blocks that the last chunk filled; ``before`` tokens were known already."""
+        if self._prefix_cache is not None and request.strategy.lossless and request.seq is not None:
+            self._prefix_cache.publish(request.seq, request.tokens, self._salt(request), before)
+
+    def _decode_steps(self) -> list[Request]:
+        """Return the running requests that decode; those that cannot get a slot have been preempted."""
+        ready = [request for request in self.running if request.prefill_end is None]
+        seqs = [request.seq for request in ready if request.seq is not None]
+        if not ready:
+            return []
+        granted: list[Request] = []
+        for request, needs_blocks in zip(ready, self._store.needs_blocks(seqs), strict=True):
+            if request not in self.running:
+                continue
+            if not needs_blocks or self._make_room(request, 1, protect=granted):
+                granted.append(request)
+        return [request for request in granted if request in self.running]
+
+    def _admit(self) -> None:
+        while self.waiting and len(self.running) < self._max_num_seqs:
+            request = self.waiting[0]
+            if self.running and not self._fits(request):
+                return
+            self.waiting.popleft()
+            self._start(request)
+
+    def _fits(self, request: Request) -> bool:
+        """Whether the peak of ``request`` fits beside what is held and what running prompts may still take."""
+        books = self._store.books()
+        promised = sum(
+            max(0, other.footprint.prefill_peak_bytes - self._held(other))
+            for other in self.running
+            if other.prefill_end is not None
+        )
+        idle = sum(self._held(other) for other in self.idle if other is not request)
+        own = max(request.footprint.prefill_peak_bytes, request.footprint.steady_bytes) - self._held(request)
+        return own + promised + books.used - idle <= books.total
+
+    def _held(self, request: Request) -> int:
+        return 0 if request.seq is None else self._store.allocated_bytes(request.seq)
+
+    def _start(self, request: Request) -> None:
+        if request in self.idle:
+            self.idle.remove(request)
+        if request.seq is None:
+            layout = self._store.layout(request.strategy.format, request.strategy.sidecars)
+            request.seq = self._store.open(layout)
+            if self._prefix_cache is not None and request.strategy.lossless:
+                tokens = request.tokens[: request.prefill_spans[0][1]]
+                request.adopted_tokens = self._prefix_cache.adopt(request.seq, tokens, self._salt(request))
+        self.running.append(request)
+
+    def _make_room(self, request: Request, count: int, protect: list[Request]) -> bool:
+        """Allocate ``count`` slots, taking memory back from others if need be; False: not in this step.
+
+        Requests in ``protect`` are part of this step already and keep their blocks. A request that can take
+        nothing from anybody later than itself is preempted.
+        """
+        assert request.seq is not None
+        while not self._store.try_extend(request.seq, count):
+            wanted = sum(
+                number * group.blocks.block_bytes for group, number in self._store.blocks_needed(request.seq, count)
+            )
+            if self._prefix_cache is not None and self._prefix_cache.reclaim(wanted):
+                continue
+            if self.idle:
+                self._take_cache(self.idle[0])
+                continue
+            victim = self._latest_but(protect)
+            self._preempt(victim)
+            if victim is request:
+                return False
+        return True
+
+    def _latest_but(self, protect: list[Request]) -> Request:
+        return max(
+            (request for request in self.running if request not in protect), key=lambda request: request.arrival_s
+        )
+
+    def _preempt(self, request: Request) -> None:
+        """Take the cache of a running request and queue it first; it will be computed or replayed anew."""
+        self.running.remove(request)
+        self._take_cache(request)
+        request.num_preemptions += 1
+        self.waiting.appendleft(request)
+
+    def _take_cache(self, request: Request) -> None:
+        if request in self.idle:
+            self.idle.remove(request)
+        if request.seq is not None:
+            self._store.close(request.seq)
+        request.forget_cache()
+
+    def _salt(self, request: Request) -> str:
+        """What must be equal, beside tokens and layout, for two prefixes to be computed alike."""
+        return str(self._adapter.rope_regime(request.prefill_spans[0][1]))

@@ -1,0 +1,232 @@
+"""Run any Hugging Face causal LM over a packed batch, with its attention answered by a context of ours.
+
+The model stays transformers': weights, projections, norms, RoPE, experts and the head are its own code. The
+adapter packs the batch without padding, switches the attention implementation, observes the model's shape,
+and checks after every forward that each attention layer was called exactly once.
+Shapes: T packed tokens, N rows of logits, V token ids; H, Hq, Dk, Dv as in `kvatlas.models.attention`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Hashable
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from kvatlas.core.errors import UnsupportedError
+from kvatlas.core.shapes import LayerShape, ModelShape
+from kvatlas.models.attention import (
+    IMPLEMENTATION,
+    AttentionCall,
+    AttentionContext,
+    Forward,
+    register,
+    running,
+)
+from kvatlas.models.rope import LengthRope
+
+__all__ = ["Adapter", "AttentionCall", "AttentionContext"]
+
+# For families that name no longest context, such as those without position embeddings.
+_NO_LIMIT = 2**31 - 1
+
+
+class Adapter:
+    """A causal LM of transformers that attends through a context.
+
+    Creating one puts the model into eval mode, switches its attention implementation and runs one forward of
+    two tokens to observe its shape. `restore` undoes both switches; as a context manager the adapter restores
+    on exit.
+
+    Args:
+        model: a loaded causal LM; it is used, not copied.
+        name: what reports call it; the model's own name if None.
+
+    Raises:
+        UnsupportedError: the family cannot be run this way; the text names the reason.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, name: str | None = None) -> None:
+        self.model = model
+        self._arguments = _forward_arguments(model)
+        self._was_training = bool(model.training)
+        self._implementations = _current_implementations(model)
+        self._rope = LengthRope(model)
+        self._order: dict[int, int] | None = None
+        self._restored = False
+        self._switch()
+        try:
+            self.shape, self.dtype = self._observe(name)
+        except BaseException:
+            self.restore()
+            raise
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes."""
+        device: torch.device = self.model.device
+        return device
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        context: AttentionContext,
+        logits_for: Tensor,
+        *,
+        rope_tokens: int | None = None,
+    ) -> Tensor:
+        """Return the logits [N, V] of some rows of a packed batch; ``context`` stores keys and values.
+
+        Args:
+            input_ids: int64 [T], the new tokens of all sequences, one sequence after the other.
+            position_ids: int64 [T], the position of each in its sequence.
+            context: answers the attention of every layer.
+            logits_for: int64 [N], the rows of the batch whose logits are wanted; may be empty.
+            rope_tokens: length in tokens that decides the RoPE regime; all sequences of the batch must have
+                the same `rope_regime`. Needed only where that is not None.
+
+        Raises:
+            UnsupportedError: a layer was not called exactly once, or asks for something unknown.
+            ConfigError: ``rope_tokens`` is missing or does not fit the positions.
+        """
+        if self._restored:
+            raise UnsupportedError("this adapter was restored; create a new one to run the model")
+        forward = Forward(context=context, order=self._order)
+        with torch.inference_mode(), self._rope.length(rope_tokens, position_ids), running(forward):
+            output = self.model(
+                input_ids=input_ids[None], position_ids=position_ids[None], **self._optional(logits_for)
+            )
+        self._check_calls(forward.called)
+        logits: Tensor = output.logits[0]
+        return logits if "logits_to_keep" in self._arguments else logits[logits_for]
+
+    def rope_regime(self, total_tokens: int) -> Hashable:
+        """Return what the RoPE of a sequence of this length depends on.
+
+        Sequences may be packed together if their values are equal. None for nearly all models; for longrope
+        whether the sequence exceeds the original context; for dynamic NTK, beyond it, the exact length.
+
+        Args:
+            total_tokens: length of the sequence, prompt included, as later given as ``rope_tokens``.
+        """
+        return self._rope.regime(total_tokens)
+
+    def restore(self) -> None:
+        """Give the model its own attention, RoPE and training mode back; the adapter is then used up."""
+        if self._restored:
+            return
+        self._restored = True
+        self._rope.remove()
+        self.model.set_attn_implementation(self._implementations)
+        self.model.train(self._was_training)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.restore()
+
+    def _switch(self) -> None:
+        register()
+        self.model.eval()
+        self.model.set_attn_implementation(IMPLEMENTATION)
+        self._rope.install()
+
+    def _optional(self, logits_for: Tensor) -> dict[str, Any]:
+        arguments: dict[str, Any] = {}
+        if "logits_to_keep" in self._arguments:
+            arguments["logits_to_keep"] = logits_for
+        if "use_cache" in self._arguments:
+            arguments["use_cache"] = False
+        return arguments
+
+    def _observe(self, name: str | None) -> tuple[ModelShape, torch.dtype]:
+        recorder = _Recorder()
+        tokens = torch.arange(2, device=self.device)
+        self.forward(tokens, tokens, recorder, tokens[-1:], rope_tokens=len(tokens))
+        config = self.model.config.get_text_config(decoder=True)
+        shape = ModelShape(
+            name=name or self.model.name_or_path or config.model_type,
+            layers=tuple(recorder.layers),
+            hidden_size=config.hidden_size,
+            vocab_size=config.vocab_size,
+            max_positions=getattr(config, "max_position_embeddings", None) or _NO_LIMIT,
+            num_parameters=sum(weight.numel() for weight in self.model.parameters()),
+        )
+        return shape, recorder.keys[0].dtype
+
+    def _check_calls(self, called: list[int]) -> None:
+        """Refuse a forward that left layers out: their tokens would be missing from the cache."""
+        family = self.model.config.model_type
+        if self._order is None:
+            if not called:
+                raise UnsupportedError(f"{family} does not attend through transformers' AttentionInterface")
+            expected = self.model.config.get_text_config(decoder=True).num_hidden_layers
+            if len(called) != expected:
+                raise UnsupportedError(f"{family} has {expected} layers, but {len(called)} of them attend")
+            self._order = {index: place for place, index in enumerate(called)}
+        elif len(called) != len(self._order):
+            missing = sorted(set(self._order) - set(called))
+            raise UnsupportedError(f"{family} skipped the attention of layers {missing} in this forward")
+
+
+class _Recorder:
+    """Notes the shape of every layer; keeps the keys, so that equal addresses mean equal tensors."""
+
+    def __init__(self) -> None:
+        self.layers: list[LayerShape] = []
+        self.keys: list[Tensor] = []
+        self._values: list[Tensor] = []
+
+    def attend(self, call: AttentionCall, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Record the call and return zeros [1, T, Hq, Dv]."""
+        self.layers.append(
+            LayerShape(
+                num_query_heads=query.shape[1],
+                num_kv_heads=key.shape[1],
+                key_dim=key.shape[3],
+                value_dim=value.shape[3],
+                window=call.window,
+                shares_kv_with=self._owner(key, value),
+            )
+        )
+        self.keys.append(key)
+        self._values.append(value)
+        return value.new_zeros(1, query.shape[2], query.shape[1], value.shape[3])
+
+    def _owner(self, key: Tensor, value: Tensor) -> int | None:
+        for layer, (earlier_key, earlier_value) in enumerate(zip(self.keys, self._values, strict=True)):
+            if (earlier_key.data_ptr(), earlier_value.data_ptr()) == (key.data_ptr(), value.data_ptr()):
+                return layer
+        return None
+
+
+def _forward_arguments(model: PreTrainedModel) -> frozenset[str]:
+    """Return the names of the arguments that the model's forward takes.
+
+    Raises:
+        UnsupportedError: positions cannot be given, so that sequences cannot be packed.
+    """
+    names = frozenset(inspect.signature(model.forward).parameters)
+    if "position_ids" not in names:
+        raise UnsupportedError(f"{model.config.model_type} takes no position_ids; sequences cannot be packed")
+    return names
+
+
+def _current_implementations(model: PreTrainedModel) -> dict[str, str]:
+    """Return the attention implementation of the model ("") and of each of its sub-models, by name."""
+    current = {"": model.config._attn_implementation}
+    if current[""] == IMPLEMENTATION:
+        raise UnsupportedError("this model is already adapted by kvatlas; restore() its first adapter")
+    for key in model.config.sub_configs:
+        part = getattr(model.config, key, None)
+        if part is not None:
+            current[key] = part._attn_implementation
+    return current

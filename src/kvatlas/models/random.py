@@ -1,0 +1,96 @@
+"""Random-weight Llamas with real head shapes, for experiments on speed and memory that need no download.
+
+Speed and memory do not depend on what the weights say. Quality does: never measure it on these.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from kvatlas.core.errors import UnknownNameError
+from kvatlas.models.loading import RANDOM_PREFIX, DType, LoadedModel, adapt, resolve_dtype
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandomSize:
+    """The settings of a random Llama.
+
+    Args:
+        layers: decoder layers.
+        hidden: width of the residual stream, elements.
+        intermediate: width of the MLP, elements.
+        query_heads: per layer.
+        kv_heads: per layer.
+        head_dim: elements of a key or value.
+        vocab: token ids; input and output embeddings are tied.
+    """
+
+    layers: int
+    hidden: int
+    intermediate: int
+    query_heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int = 32_000
+
+
+SIZES = {
+    "llama-mini": RandomSize(
+        layers=2, hidden=256, intermediate=512, query_heads=8, kv_heads=2, head_dim=128, vocab=1000
+    ),
+    "llama-55m": RandomSize(layers=8, hidden=512, intermediate=2560, query_heads=8, kv_heads=2, head_dim=64),
+    "llama-100m": RandomSize(
+        layers=12, hidden=768, intermediate=2048, query_heads=12, kv_heads=3, head_dim=64
+    ),
+    "llama-125m": RandomSize(
+        layers=12, hidden=768, intermediate=3072, query_heads=8, kv_heads=2, head_dim=128
+    ),
+    "llama-1b": RandomSize(
+        layers=16, hidden=2048, intermediate=8192, query_heads=16, kv_heads=4, head_dim=128
+    ),
+}
+
+
+def random_model(spec: str, *, dtype: DType = "auto", device: str = "cpu", seed: int = 0) -> LoadedModel:
+    """Return a random-weight Llama without tokenizer; equal for equal arguments.
+
+    Args:
+        spec: ``"llama-100m"`` or ``"random:llama-100m"``; see ``SIZES``.
+        dtype: of weights and activations; ``"auto"`` is float32 on the CPU and bfloat16 elsewhere.
+        device: ``"cpu"``, ``"cuda"`` or ``"cuda:<index>"``.
+        seed: of the weights; the user's random state does not move.
+
+    Raises:
+        UnknownNameError: no such size.
+    """
+    key = spec.removeprefix(RANDOM_PREFIX)
+    if key not in SIZES:
+        raise UnknownNameError(f"unknown random model {spec!r}; choose one of {', '.join(SIZES)}")
+    torch_dtype = resolve_dtype(dtype, device) or torch.bfloat16
+    name = RANDOM_PREFIX + key
+    model = _build(_config(SIZES[key]), seed).to(device=device, dtype=torch_dtype)
+    return LoadedModel(adapter=adapt(model, name=name), tokenizer=None, name=name)
+
+
+def _config(size: RandomSize) -> LlamaConfig:
+    return LlamaConfig(
+        num_hidden_layers=size.layers,
+        hidden_size=size.hidden,
+        intermediate_size=size.intermediate,
+        num_attention_heads=size.query_heads,
+        num_key_value_heads=size.kv_heads,
+        head_dim=size.head_dim,
+        vocab_size=size.vocab,
+        max_position_embeddings=131_072,
+        tie_word_embeddings=True,
+    )
+
+
+def _build(config: LlamaConfig, seed: int) -> LlamaForCausalLM:
+    with torch.random.fork_rng(devices=[]):
+        # Not torch.manual_seed: that would reseed the accelerator's generators as well.
+        torch.default_generator.manual_seed(seed)
+        return LlamaForCausalLM(config)

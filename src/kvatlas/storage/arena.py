@@ -1,0 +1,227 @@
+"""One tier's memory: a byte arena cut into equal slabs, each lent to one block layout and returned when empty.
+
+So blocks of different formats share one byte budget without fragmenting it. A block id is the block's place in the
+arena in units of ``GRANULE`` bytes; one strided view per layout, whose rows overlap, turns any id into its block, so
+a gather is one ``index_select`` whatever the layouts around it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvatlas.core.errors import CapacityError
+from kvatlas.core.layout import GRANULE, BlockLayout
+from kvatlas.core.units import format_bytes
+from kvatlas.core.vocabulary import Format, Sidecar
+
+TORCH_DTYPES = {Format.FP32: torch.float32, Format.BF16: torch.bfloat16, Format.FP16: torch.float16}
+_SIDECAR_DTYPES = {Sidecar.POSITIONS: torch.int32, Sidecar.COLUMN_SUMS: torch.float32}
+_SLAB_AIM_BYTES = 1024 * 1024
+_BLOCKS_PER_SLAB = 16  # at least, so that little is left over where another layout does not fit exactly
+
+
+@dataclass(frozen=True, kw_only=True)
+class Books:
+    """Where the arena's bytes are; ``used + cached + free == total`` always.
+
+    Args:
+        total: bytes of the arena.
+        used: bytes of blocks that a sequence holds.
+        cached: bytes of blocks that only the prefix cache holds; reclaimable at any time.
+        free: everything else.
+        used_kv: keys and values within ``used``.
+        used_sidecars: sidecars and padding within ``used``.
+    """
+
+    total: int
+    used: int
+    cached: int
+    free: int
+    used_kv: int
+    used_sidecars: int
+
+
+class BlockClass:
+    """All blocks of one layout: views into the arena, a free stack, and reference counts.
+
+    ``keys`` [N, bs, Dk], ``values`` [N, bs, Dv], ``positions`` [N, bs] int32 and ``column_sums`` [N, bs] float32 (or
+    None) are strided views whose rows overlap: only the rows of lent block ids mean something. Counts are kept by
+    *ordinal*, slab * blocks per slab + index in the slab.
+    """
+
+    def __init__(self, layout: BlockLayout, memory: Tensor, slab_bytes: int) -> None:
+        self.layout = layout
+        self.block_bytes = layout.block_bytes
+        self.per_slab = slab_bytes // self.block_bytes
+        self._slab_bytes = slab_bytes
+        dtype = TORCH_DTYPES[layout.format]
+        self.keys = self._view(memory, dtype, 0, layout.key_dim)
+        self.values = self._view(memory, dtype, layout.key_bytes, layout.value_dim)
+        sidecars = {
+            name: self._view(memory, _SIDECAR_DTYPES[name], layout.sidecar_offset(name), 1).squeeze(-1)
+            for name in layout.sidecars
+        }
+        self.positions = sidecars[Sidecar.POSITIONS]
+        self.column_sums = sidecars.get(Sidecar.COLUMN_SUMS)
+        capacity = memory.numel() // slab_bytes * self.per_slab
+        self.refs = torch.zeros(capacity, dtype=torch.int32)
+        self.in_cache = torch.zeros(capacity, dtype=torch.bool)
+        self.free_stack = torch.empty(capacity, dtype=torch.int32)  # ordinals
+        self.num_free = 0
+        self.slabs: set[int] = set()
+
+    def ordinals(self, ids: Tensor) -> Tensor:
+        """Return the ordinals [n] int64 of block ids [n]."""
+        offset = ids.long() * GRANULE
+        return offset // self._slab_bytes * self.per_slab + offset % self._slab_bytes // self.block_bytes
+
+    def ids(self, ordinals: Tensor) -> Tensor:
+        """Return the block ids [n] int32 of ordinals [n]."""
+        slab, index = ordinals.long() // self.per_slab, ordinals.long() % self.per_slab
+        return ((slab * self._slab_bytes + index * self.block_bytes) // GRANULE).int()
+
+    def _view(self, memory: Tensor, dtype: torch.dtype, offset_bytes: int, width: int) -> Tensor:
+        size = dtype.itemsize
+        rows = (memory.numel() - self.block_bytes) // GRANULE + 1
+        return memory.view(dtype).as_strided(
+            (rows, self.layout.block_size, width), (GRANULE // size, width, 1), offset_bytes // size
+        )
+
+
+class Arena:
+    """Lends blocks, counts references, and keeps books.
+
+    Args:
+        budget_bytes: most bytes the arena takes; rounded down to whole slabs.
+        layouts: every layout that may be asked for; slabs are sized by the first and hold several of each.
+        device: where the bytes live. Tables and counts stay on the CPU.
+
+    Raises:
+        CapacityError: the budget does not hold one block.
+    """
+
+    def __init__(self, budget_bytes: int, layouts: Seq[BlockLayout], device: torch.device | str = "cpu") -> None:
+        sizes = [layout.block_bytes for layout in layouts]
+        if sizes[0] > budget_bytes:
+            raise CapacityError(
+                f"KV memory of {format_bytes(budget_bytes)} does not hold one block of {format_bytes(sizes[0])}; "
+                "give more memory (--kv-memory) or a smaller block size"
+            )
+        aim = max(_BLOCKS_PER_SLAB * max(sizes), min(_SLAB_AIM_BYTES, budget_bytes // 64))
+        self.slab_bytes = sizes[0] * min(aim // sizes[0], budget_bytes // sizes[0])
+        self.num_slabs = budget_bytes // self.slab_bytes
+        self.total_bytes = self.num_slabs * self.slab_bytes
+        self._memory = torch.empty(self.total_bytes, dtype=torch.uint8, device=device)
+        self._empty_slabs = list(range(self.num_slabs - 1, -1, -1))
+        self._classes: dict[BlockLayout, BlockClass] = {}
+
+    def block_class(self, layout: BlockLayout) -> BlockClass:
+        """Return the blocks of ``layout``, made known on first use."""
+        if layout not in self._classes:
+            self._classes[layout] = BlockClass(layout, self._memory, self.slab_bytes)
+        return self._classes[layout]
+
+    def capacity_bytes(self, layout: BlockLayout) -> int:
+        """Return the bytes that blocks of ``layout`` alone could take; a rest of each slab may stay unused."""
+        return self.num_slabs * self.block_class(layout).per_slab * layout.block_bytes
+
+    def num_available(self, blocks: BlockClass) -> int:
+        """Return how many blocks could be allocated now without reclaiming cached ones."""
+        idle = sum(len(self._idle_slabs(other)) for other in self._classes.values() if other is not blocks)
+        return blocks.num_free + (len(self._empty_slabs) + idle) * blocks.per_slab
+
+    def try_allocate(self, blocks: BlockClass, count: int) -> Tensor | None:
+        """Return ``count`` block ids [count] int32 with one reference each, or None if there are too few."""
+        while blocks.num_free < count:
+            slab = self._take_slab(blocks)
+            if slab is None:
+                return None
+            start = slab * blocks.per_slab
+            fresh = torch.arange(start + blocks.per_slab - 1, start - 1, -1, dtype=torch.int32)
+            blocks.free_stack[blocks.num_free : blocks.num_free + blocks.per_slab] = fresh
+            blocks.num_free += blocks.per_slab
+            blocks.slabs.add(slab)
+        blocks.num_free -= count
+        ordinals = blocks.free_stack[blocks.num_free : blocks.num_free + count].flip(0)
+        blocks.refs[ordinals.long()] = 1
+        return blocks.ids(ordinals)
+
+    def add_reference(self, blocks: BlockClass, ids: Tensor) -> None:
+        """Count one more owner for each of the distinct ids [n]."""
+        blocks.refs[blocks.ordinals(ids)] += 1
+
+    def release(self, blocks: BlockClass, ids: Tensor) -> None:
+        """Count one owner less for each of the distinct ids [n]; blocks without owner become free."""
+        ordinals = blocks.ordinals(ids)
+        blocks.refs[ordinals] -= 1
+        dead = ordinals[blocks.refs[ordinals] == 0]
+        blocks.free_stack[blocks.num_free : blocks.num_free + len(dead)] = dead.int()
+        blocks.num_free += len(dead)
+
+    def num_owners(self, blocks: BlockClass, ids: Tensor) -> Tensor:
+        """Return how many owners each of ``ids`` [n] has, int32 [n]."""
+        return blocks.refs[blocks.ordinals(ids)]
+
+    def mark_cached(self, blocks: BlockClass, ids: Tensor, cached: bool) -> None:
+        """Note that one owner of each of ``ids`` [n] is the prefix cache, or no longer is."""
+        blocks.in_cache[blocks.ordinals(ids)] = cached
+
+    def books(self) -> Books:
+        """Return where the bytes are, counted from the reference counts."""
+        used = cached = used_kv = 0
+        for blocks in self._classes.values():
+            owned = int((blocks.refs > 0).sum())
+            only_cached = int((blocks.in_cache & (blocks.refs == 1)).sum())
+            used += (owned - only_cached) * blocks.block_bytes
+            cached += only_cached * blocks.block_bytes
+            used_kv += (owned - only_cached) * blocks.layout.kv_bytes
+        return Books(
+            total=self.total_bytes,
+            used=used,
+            cached=cached,
+            free=self.total_bytes - used - cached,
+            used_kv=used_kv,
+            used_sidecars=used - used_kv,
+        )
+
+    def check(self) -> None:
+        """Assert that the books balance: every block of a lent slab is free or owned, and no block is both."""
+        lent = [slab for blocks in self._classes.values() for slab in blocks.slabs]
+        assert len(lent) == len(set(lent)), "a slab is lent twice"
+        assert sorted(lent + self._empty_slabs) == list(range(self.num_slabs)), "a slab is lost"
+        for blocks in self._classes.values():
+            free = blocks.free_stack[: blocks.num_free].long()
+            assert len(set(free.tolist())) == blocks.num_free, "a block is free twice"
+            assert not blocks.refs[free].any(), "a free block has an owner"
+            owned = int((blocks.refs > 0).sum())
+            assert owned + blocks.num_free == len(blocks.slabs) * blocks.per_slab, "blocks do not add up"
+            assert int(blocks.refs.min()) >= 0, "a block was released too often"
+
+    def _take_slab(self, taker: BlockClass) -> int | None:
+        if not self._empty_slabs:
+            self._return_empty_slabs(taker)
+        return self._empty_slabs.pop() if self._empty_slabs else None
+
+    def _return_empty_slabs(self, taker: BlockClass) -> None:
+        for blocks in self._classes.values():
+            idle = set() if blocks is taker else self._idle_slabs(blocks)
+            if not idle:
+                continue
+            free = blocks.free_stack[: blocks.num_free]
+            gone = torch.isin(free // blocks.per_slab, torch.tensor(sorted(idle), dtype=torch.int32))
+            rest = free[~gone].clone()
+            blocks.free_stack[: len(rest)] = rest
+            blocks.num_free = len(rest)
+            blocks.slabs -= idle
+            self._empty_slabs += sorted(idle)
+
+    @staticmethod
+    def _idle_slabs(blocks: BlockClass) -> set[int]:
+        if blocks.num_free < blocks.per_slab:
+            return set()
+        owned = (blocks.refs > 0).view(-1, blocks.per_slab).any(dim=1)
+        return {slab for slab in blocks.slabs if not owned[slab]}

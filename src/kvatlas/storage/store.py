@@ -1,0 +1,295 @@
+"""The KV store: sequences, their lanes' block tables, and the operations that write, drop and copy tokens.
+
+Invariants:
+- a lane with ``length`` slots in use holds exactly ceil(length / block_size) blocks;
+- the slots [0, length) of a lane are live, except for at most one *hole*, which the next token overwrites;
+- slots are in position order as long as ``Sequence.dense``; the position sidecar is the truth after that;
+- only the last block of a lane of a shared sequence may be written to, and is copied first if others own it too.
+
+Tables, lengths and counts are tensors over sequences x lanes on the CPU; no object exists per block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from kvatlas.core.layout import DEFAULT_BLOCK_SIZE, BlockLayout, layout_of
+from kvatlas.core.shapes import ModelShape
+from kvatlas.core.vocabulary import Format, Sidecar
+from kvatlas.storage.arena import Arena, Books
+from kvatlas.storage.lanes import LaneGroup, LaneMap, SequenceLayout
+
+
+@dataclass(eq=False)
+class Sequence:
+    """One sequence's share of the store.
+
+    Args:
+        row: its row in the tables.
+        layout: the block class of each lane.
+        seen: tokens appended so far; the next one has this position.
+        dense: slot i of a lane holds position start + i.
+        shared: some of its blocks may have other owners, so it may not be cut.
+        forked: its partly filled last blocks may have other owners, and are copied before the next write.
+        starts: position of slot 0 per sliding window, while dense.
+    """
+
+    row: int
+    layout: SequenceLayout
+    seen: int = 0
+    dense: bool = True
+    shared: bool = False
+    forked: bool = False
+    starts: dict[int, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slots:
+    """Where T new tokens go: block ids and offsets, each [T, lanes] int64."""
+
+    block: Tensor
+    offset: Tensor
+
+
+class KVStore:
+    """Paged keys and values of many sequences of one model.
+
+    Args:
+        shape: the model.
+        format: the model's own element format.
+        budget_bytes: most bytes of keys, values and sidecars.
+        device: where they live.
+        block_size: slots per block.
+
+    Raises:
+        CapacityError: the budget does not hold one block of every lane.
+    """
+
+    def __init__(
+        self,
+        shape: ModelShape,
+        format: Format,
+        budget_bytes: int,
+        device: torch.device | str = "cpu",
+        block_size: int = DEFAULT_BLOCK_SIZE,
+    ) -> None:
+        self.lanes = LaneMap(shape)
+        self.format = format
+        self.block_size = block_size
+        self.arena = Arena(budget_bytes, _possible_layouts(shape, format, block_size), device)
+        self._layouts: dict[object, SequenceLayout] = {}
+        self.table = torch.zeros((4, self.lanes.count, 4), dtype=torch.int32)
+        self.length = torch.zeros((4, self.lanes.count), dtype=torch.int64)
+        self.hole = torch.full((4, self.lanes.count), -1, dtype=torch.int64)
+        self._free_rows = [3, 2, 1, 0]
+
+    # Sequences
+
+    def layout(self, format: Format | None, sidecars: tuple[Sidecar, ...]) -> SequenceLayout:
+        """Return the lane layout for a storage format (None: the model's own) and a set of sidecars."""
+        key = (format or self.format, sidecars)
+        if key not in self._layouts:
+            self._layouts[key] = SequenceLayout(self.lanes, self.arena, *key, block_size=self.block_size)
+        return self._layouts[key]
+
+    def open(self, layout: SequenceLayout) -> Sequence:
+        """Return a new, empty sequence."""
+        if not self._free_rows:
+            self._grow_rows()
+        row = self._free_rows.pop()
+        self.length[row] = 0
+        self.hole[row] = -1
+        return Sequence(row=row, layout=layout, starts=dict.fromkeys(self.lanes.windows, 0))
+
+    def close(self, seq: Sequence) -> None:
+        """Give all blocks of ``seq`` back; the sequence must not be used again."""
+        self.release_columns(seq, torch.zeros(self.lanes.count, dtype=torch.int64), self.columns_held(seq))
+        self.length[seq.row] = 0
+        self._free_rows.append(seq.row)
+        seq.row = -1
+
+    def fork(self, seq: Sequence) -> Sequence:
+        """Return a second sequence with the same tokens; blocks are shared until one of the two writes.
+
+        Only sequences that no strategy has evicted from can be forked.
+        """
+        assert seq.dense, "an evicted sequence would need its own sums and holes"
+        child = self.open(seq.layout)
+        columns = int(self.columns_held(seq).max())
+        self.table[child.row, :, :columns] = self.table[seq.row, :, :columns]
+        self.length[child.row] = self.length[seq.row]
+        child.seen, child.starts = seq.seen, dict(seq.starts)
+        for group, ids in self.ids_between(seq, torch.zeros(self.lanes.count), self.columns_held(seq)):
+            self.arena.add_reference(group.blocks, ids)
+        seq.shared = child.shared = seq.forked = child.forked = True
+        return child
+
+    def allocated_bytes(self, seq: Sequence) -> int:
+        """Return the bytes of all blocks that ``seq`` holds, sidecars included, shared blocks counted in full."""
+        held = self.columns_held(seq)
+        return sum(int(held[group.lanes].sum()) * group.blocks.block_bytes for group in seq.layout.groups)
+
+    def kv_bytes(self, seq: Sequence) -> int:
+        """Return the bytes of keys and values of all blocks that ``seq`` holds, sidecars left out."""
+        held = self.columns_held(seq)
+        return sum(int(held[group.lanes].sum()) * group.blocks.layout.kv_bytes for group in seq.layout.groups)
+
+    def capacity_bytes(self, layout: SequenceLayout) -> int:
+        """Return the bytes that sequences of this layout could hold if they had the arena to themselves."""
+        return min(self.arena.capacity_bytes(group.blocks.layout) for group in layout.groups)
+
+    def books(self) -> Books:
+        """Return where the bytes of the arena are."""
+        return self.arena.books()
+
+    # Appending
+
+    def blocks_needed(self, seq: Sequence, count: int) -> list[tuple[LaneGroup, int]]:
+        """Return how many new blocks of each class ``count`` more tokens take, copies of shared blocks included."""
+        need = self._new_columns(seq, count)
+        copies = self._shared_tails(seq) if seq.forked else torch.zeros_like(need)
+        return [(group, int((need + copies)[group.lanes].sum())) for group in seq.layout.groups]
+
+    def try_extend(self, seq: Sequence, count: int) -> bool:
+        """Allocate room for ``count`` more tokens in every lane; False, and nothing changed, if it does not fit."""
+        needs = self.blocks_needed(seq, count)
+        if any(self.arena.num_available(group.blocks) < number for group, number in needs if number):
+            return False
+        granted = [(group, self.arena.try_allocate(group.blocks, number)) for group, number in needs]
+        if any(ids is None for _, ids in granted):  # two classes competed for the last slabs
+            for group, ids in granted:
+                if ids is not None:
+                    self.arena.release(group.blocks, ids)
+            return False
+        new = self._new_columns(seq, count)
+        held = self.columns_held(seq)
+        self.grow_columns(int((held + new).max()))
+        for group, ids in granted:
+            assert ids is not None
+            if seq.forked:
+                ids = self._copy_shared_tails(seq, group, ids)
+            lanes = group.lanes.repeat_interleave(new[group.lanes])
+            columns = _ragged_arange(new[group.lanes]) + held[lanes]
+            self.table[seq.row, lanes, columns] = ids
+        seq.forked = False
+        return True
+
+    def append(self, seq: Sequence, count: int) -> Slots:
+        """Take the next ``count`` slots of every lane for new tokens and note their positions.
+
+        ``try_extend`` must have made the room. A sequence with holes takes one token here at a time through
+        ``append_step``; close them first for more.
+        """
+        slot = self.length[seq.row][None, :] + torch.arange(count)[:, None]
+        self.length[seq.row] += count
+        block = self.table[seq.row].long().gather(1, (slot // self.block_size).T).T
+        slots = Slots(block=block, offset=slot % self.block_size)
+        positions = torch.arange(seq.seen, seq.seen + count, dtype=torch.int32)
+        seq.seen += count
+        self._note(seq.layout, slots, positions)
+        return slots
+
+    def append_step(self, seqs: Seq[Sequence]) -> Slots:
+        """Take one slot of every lane for one new token of each sequence: its hole, else the next slot.
+
+        All sequences have one layout. Returns block ids and offsets [R, lanes].
+        """
+        rows = torch.tensor([seq.row for seq in seqs])
+        hole, length = self.hole[rows], self.length[rows]
+        slot = torch.where(hole >= 0, hole, length)
+        self.length[rows] = length + (hole < 0)
+        self.hole[rows] = -1
+        block = self.table[rows].long().gather(2, (slot // self.block_size)[..., None]).squeeze(-1)
+        slots = Slots(block=block, offset=slot % self.block_size)
+        self._note(seqs[0].layout, slots, torch.tensor([seq.seen for seq in seqs], dtype=torch.int32))
+        for seq in seqs:
+            seq.seen += 1
+        return slots
+
+    def needs_blocks(self, seqs: Seq[Sequence]) -> list[bool]:
+        """Return for each sequence whether one more token takes a new block in some lane."""
+        rows = torch.tensor([seq.row for seq in seqs])
+        full = (self.hole[rows] < 0) & (self.length[rows] % self.block_size == 0)
+        return [bool(needs) or seq.forked for needs, seq in zip(full.any(dim=1).tolist(), seqs, strict=True)]
+
+    def _note(self, layout: SequenceLayout, slots: Slots, positions: Tensor) -> None:
+        device = layout.groups[0].blocks.positions.device
+        for group in layout.groups:
+            block, offset = slots.block[:, group.lanes].to(device), slots.offset[:, group.lanes].to(device)
+            group.blocks.positions[block, offset] = positions.to(device)[:, None]
+            if group.blocks.column_sums is not None:
+                group.blocks.column_sums[block, offset] = 0.0
+
+    # Blocks
+
+    def columns_held(self, seq: Sequence) -> Tensor:
+        """Return the number of blocks of each lane [lanes] int64."""
+        return -(-self.length[seq.row] // self.block_size)
+
+    def _new_columns(self, seq: Sequence, count: int) -> Tensor:
+        length = self.length[seq.row] - (self.hole[seq.row] >= 0).long()
+        return (-(-(length + count) // self.block_size) - self.columns_held(seq)).clamp(min=0)
+
+    def _shared_tails(self, seq: Sequence) -> Tensor:
+        """Return 1 for each lane [lanes] int64 whose partly filled last block has another owner."""
+        shared = torch.zeros(self.lanes.count, dtype=torch.int64)
+        partial = self.length[seq.row] % self.block_size != 0
+        for group in seq.layout.groups:
+            lanes = group.lanes[partial[group.lanes]]
+            ids = self.table[seq.row, lanes, self.length[seq.row, lanes] // self.block_size]
+            shared[lanes] = (self.arena.num_owners(group.blocks, ids) > 1).long()
+        return shared
+
+    def _copy_shared_tails(self, seq: Sequence, group: LaneGroup, ids: Tensor) -> Tensor:
+        """Copy on write: replace shared last blocks by the first of ``ids``; return the rest."""
+        lanes = group.lanes[self._shared_tails(seq)[group.lanes] > 0]
+        columns = self.length[seq.row, lanes] // self.block_size
+        old, new = self.table[seq.row, lanes, columns].clone(), ids[: len(lanes)]
+        for pool in (group.blocks.keys, group.blocks.values, group.blocks.positions, group.blocks.column_sums):
+            if pool is not None:
+                pool[new.long().to(pool.device)] = pool[old.long().to(pool.device)]
+        self.table[seq.row, lanes, columns] = new
+        self.arena.release(group.blocks, old)
+        return ids[len(lanes) :]
+
+    def ids_between(self, seq: Sequence, low: Tensor, high: Tensor) -> list[tuple[LaneGroup, Tensor]]:
+        """Return the block ids in columns [low, high) [lanes] of ``seq``, class by class."""
+        columns = torch.arange(self.table.shape[2])
+        mask = (columns >= low[:, None]) & (columns < high[:, None])
+        return [(group, self.table[seq.row][group.lanes][mask[group.lanes]]) for group in seq.layout.groups]
+
+    def release_columns(self, seq: Sequence, low: Tensor, high: Tensor) -> None:
+        """Give the blocks in columns [low, high) [lanes] back; the caller mends the table."""
+        for group, ids in self.ids_between(seq, low, high):
+            self.arena.release(group.blocks, ids)
+
+    def _grow_rows(self) -> None:
+        rows = len(self.table)
+        self.table = torch.cat([self.table, torch.zeros_like(self.table)])
+        self.length = torch.cat([self.length, torch.zeros_like(self.length)])
+        self.hole = torch.cat([self.hole, torch.full_like(self.hole, -1)])
+        self._free_rows += range(2 * rows - 1, rows - 1, -1)
+
+    def grow_columns(self, columns: int) -> None:
+        """Make the tables at least ``columns`` blocks wide."""
+        if columns > self.table.shape[2]:
+            wider = max(columns, 2 * self.table.shape[2]) - self.table.shape[2]
+            self.table = torch.nn.functional.pad(self.table, (0, wider))
+
+
+def _possible_layouts(shape: ModelShape, format: Format, block_size: int) -> list[BlockLayout]:
+    """Return every block layout that a strategy may ask for, the model's own format first."""
+    formats = [format, *(other for other in Format if other is not format)]
+    sidecars = [(Sidecar.POSITIONS,), (Sidecar.POSITIONS, Sidecar.COLUMN_SUMS)]
+    layers = [shape.layers[index] for index in shape.owners]
+    return [layout_of(layer, each, block_size, names) for each in formats for names in sidecars for layer in layers]
+
+
+def _ragged_arange(counts: Tensor) -> Tensor:
+    """Return 0..c-1 for each count c, concatenated, int64."""
+    ends = counts.cumsum(0)
+    return torch.arange(int(ends[-1]) if len(ends) else 0) - (ends - counts).repeat_interleave(counts)

@@ -1,0 +1,1 @@
+"""Axis *encode*: in what format keys and values are stored."""

@@ -1,0 +1,36 @@
+"""Floating-point storage formats; without one of them, the cache uses the model's own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from kvatlas.core.vocabulary import Format, Saves
+from kvatlas.strategies.registry import register
+from kvatlas.strategies.stage import Encode, StageInfo
+
+_HALF = (Saves.CAPACITY, Saves.BANDWIDTH)
+
+
+@register("fp32", StageInfo(summary="store as float32", paper="IEEE 754", lossless=True))
+@dataclass(frozen=True, kw_only=True)
+class Fp32(Encode):
+    """Store 4 bytes per element."""
+
+    format: ClassVar[Format] = Format.FP32
+
+
+@register("bf16", StageInfo(summary="store as bfloat16", paper="bfloat16", saves=_HALF))
+@dataclass(frozen=True, kw_only=True)
+class Bf16(Encode):
+    """Store 2 bytes per element, 8 bits of precision; exact where the model computes in bfloat16."""
+
+    format: ClassVar[Format] = Format.BF16
+
+
+@register("fp16", StageInfo(summary="store as float16", paper="IEEE 754", saves=_HALF))
+@dataclass(frozen=True, kw_only=True)
+class Fp16(Encode):
+    """Store 2 bytes per element, 11 bits of precision; exact where the model computes in float16."""
+
+    format: ClassVar[Format] = Format.FP16

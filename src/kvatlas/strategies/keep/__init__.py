@@ -1,0 +1,1 @@
+"""Axis *keep*: which tokens stay in the cache."""

@@ -1,0 +1,33 @@
+"""Papers' systems as sentences: a name, its composition with the paper's defaults, and the citation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A named composition.
+
+    Args:
+        sentence: the composition, in the grammar of strategies.
+        paper: who proposed it.
+        label: what it is called in tables.
+    """
+
+    sentence: str
+    paper: str
+    label: str
+
+
+RECIPES = {
+    "full": Recipe(sentence="full", paper="Kwon et al., SOSP 2023, arXiv:2309.06180", label="paged baseline"),
+    "streaming_llm": Recipe(
+        sentence="streaming_llm(sinks=4, recent=512)",
+        paper="Xiao et al., ICLR 2024, arXiv:2309.17453",
+        label="StreamingLLM",
+    ),
+    "h2o": Recipe(
+        sentence="h2o(heavy=0.1, recent=0.1)", paper="Zhang et al., NeurIPS 2023, arXiv:2306.14048", label="H2O"
+    ),
+}

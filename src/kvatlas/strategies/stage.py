@@ -1,0 +1,131 @@
+"""What a stage is: a frozen value that looks and answers. Storage acts.
+
+A stage file holds no device code and no hooks, and mutates nothing. It declares, when composed, at which moments
+it acts, what it needs computed for it, and how many slots a lane holds under it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Union, get_args, get_origin, get_type_hints
+
+from kvatlas.core.errors import ConfigError
+from kvatlas.core.grammar import StageCall, Value, format_value
+from kvatlas.core.names import unknown_name
+from kvatlas.core.vocabulary import Axis, Format, Moment, Need, Saves
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from kvatlas.core.views import LayerView
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageInfo:
+    """Facts about a stage that tables and checks read.
+
+    Args:
+        summary: one line for users.
+        paper: where the method comes from.
+        saves: what it lowers.
+        lossless: whether outputs equal those of the full cache.
+        needs: what must be computed for it in the forward.
+        moments: when it acts.
+    """
+
+    summary: str
+    paper: str
+    saves: tuple[Saves, ...] = ()
+    lossless: bool = False
+    needs: frozenset[Need] = frozenset()
+    moments: frozenset[Moment] = frozenset()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """Base of all stages; subclasses are frozen dataclasses whose fields are the parameters users write."""
+
+    name: ClassVar[str]
+    axis: ClassVar[Axis]
+    info: ClassVar[StageInfo]
+
+    @classmethod
+    def from_call(cls, call: StageCall) -> Stage:
+        """Return the stage that a parsed call describes.
+
+        Raises:
+            ConfigError: a parameter is unknown, given twice, of the wrong type or out of range.
+        """
+        names = [field.name for field in dataclasses.fields(cls)]
+        if len(call.positional) > len(names):
+            raise ConfigError(f"{cls.name} takes {len(names)} parameter(s), got {len(call.positional)}: {call}")
+        given = dict(zip(names, call.positional, strict=False))
+        for key, value in call.named:
+            if key not in names:
+                raise unknown_name(f"parameter of {cls.name}", key, names)
+            if key in given:
+                raise ConfigError(f"parameter {key!r} of {cls.name} is given twice: {call}")
+            given[key] = value
+        hints = get_type_hints(cls)
+        return cls(**{key: _coerce(cls.name, key, value, hints[key]) for key, value in given.items()})
+
+    def conflict(self, other: Stage) -> str | None:
+        """Return why this stage cannot work together with ``other``, or None."""
+        return None
+
+    def __str__(self) -> str:
+        pairs = [f"{f.name}={format_value(getattr(self, f.name))}" for f in dataclasses.fields(self)]
+        return f"{self.name}({', '.join(pairs)})" if pairs else self.name
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reach:
+    """What a prompt query may see: the first ``sinks`` tokens and the last ``recent``, itself included."""
+
+    sinks: int
+    recent: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Keep(Stage):
+    """Axis *keep*: which tokens stay."""
+
+    axis: ClassVar[Axis] = Axis.KEEP
+
+    def capacity(self, prompt_tokens: int) -> int | None:
+        """Return the most slots of a lane that a decode step attends to, the new token included; None: all."""
+        return None
+
+    def recent_tokens(self, prompt_tokens: int) -> int:
+        """Return how many of the newest tokens may not be evicted."""
+        return 0
+
+    @property
+    def reach(self) -> Reach | None:
+        """What a prompt query may see, where the strategy limits that; None: everything before it."""
+        return None
+
+    def scores(self, view: LayerView) -> Tensor:
+        """Return float32 scores [B, H, S]: where slots are short, the lowest goes first and infinity never goes."""
+        raise AssertionError(f"{self.name} never evicts and is not asked")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encode(Stage):
+    """Axis *encode*: in what format keys and values are stored."""
+
+    axis: ClassVar[Axis] = Axis.ENCODE
+    format: ClassVar[Format]
+
+
+def _coerce(stage: str, key: str, value: Value, hint: Any) -> Value:
+    """Return ``value`` as one of the types that a field allows; an int may stand for a float."""
+    allowed = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    if type(value) in allowed:
+        return value
+    if isinstance(value, int) and not isinstance(value, bool) and float in allowed:
+        return float(value)
+    wanted = " or ".join(kind.__name__ for kind in allowed)
+    raise ConfigError(f"{stage}: {key} wants {wanted}, got {format_value(value)!r}")

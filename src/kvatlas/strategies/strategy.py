@@ -1,0 +1,99 @@
+"""A strategy: stages over five axes, checked when composed, printed and parsed by one grammar."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+
+from kvatlas.core.errors import CompositionError
+from kvatlas.core.grammar import parse_sentence
+from kvatlas.core.vocabulary import Axis, Format, Moment, Need, Sidecar
+from kvatlas.strategies.keep.full import Full
+from kvatlas.strategies.recipes import RECIPES
+from kvatlas.strategies.registry import stage_class
+from kvatlas.strategies.stage import Encode, Keep, Stage
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """A composition of stages, at most one per axis.
+
+    Args:
+        stages: in any order; without a stage on the *keep* axis, every token is kept.
+
+    Raises:
+        CompositionError: two stages answer the same question, or a stage refuses another.
+    """
+
+    stages: tuple[Stage, ...]
+
+    def __post_init__(self) -> None:
+        order = list(Axis)
+        ordered = sorted(self.stages, key=lambda stage: order.index(stage.axis))
+        for left, right in pairwise(ordered):
+            if left.axis == right.axis:
+                raise CompositionError(
+                    f"{left.name!r} and {right.name!r} cannot be composed: both answer the axis {left.axis.value!r}; "
+                    "leave one out"
+                )
+        for stage in ordered:
+            for other in ordered:
+                if stage is not other and (reason := stage.conflict(other)):
+                    raise CompositionError(f"{stage.name!r} and {other.name!r} cannot be composed: {reason}")
+        if not any(isinstance(stage, Keep) for stage in ordered):
+            ordered.insert(0, Full())
+        object.__setattr__(self, "stages", tuple(ordered))
+
+    @classmethod
+    def parse(cls, text: str | Strategy) -> Strategy:
+        """Return the strategy that a sentence such as ``"h2o(heavy=0.1, recent=0.1) | fp16"`` describes.
+
+        Raises:
+            ConfigError: the sentence cannot be read, or a name or parameter is unknown or out of range.
+            CompositionError: the stages cannot work together.
+        """
+        if isinstance(text, Strategy):
+            return text
+        stages: list[Stage] = []
+        for call in parse_sentence(text):
+            recipe = RECIPES.get(call.name)
+            if recipe is not None and not call.positional and not call.named:
+                stages += [stage_class(part.name).from_call(part) for part in parse_sentence(recipe.sentence)]
+            else:
+                stages.append(stage_class(call.name).from_call(call))
+        return cls(tuple(stages))
+
+    @cached_property
+    def keep(self) -> Keep:
+        """The stage that says which tokens stay."""
+        return next(stage for stage in self.stages if isinstance(stage, Keep))
+
+    @cached_property
+    def format(self) -> Format | None:
+        """The storage format asked for; None for the model's own."""
+        return next((stage.format for stage in self.stages if isinstance(stage, Encode)), None)
+
+    @cached_property
+    def needs(self) -> frozenset[Need]:
+        """Everything that must be computed for the stages."""
+        return frozenset[Need]().union(*(stage.info.needs for stage in self.stages))
+
+    @cached_property
+    def moments(self) -> frozenset[Moment]:
+        """All moments at which a stage acts."""
+        return frozenset[Moment]().union(*(stage.info.moments for stage in self.stages))
+
+    @cached_property
+    def lossless(self) -> bool:
+        """Whether every stage keeps outputs equal to those of the full cache."""
+        return all(stage.info.lossless for stage in self.stages)
+
+    @cached_property
+    def sidecars(self) -> tuple[Sidecar, ...]:
+        """What storage carries per slot for this strategy."""
+        sums = (Sidecar.COLUMN_SUMS,) if Need.COLUMN_SUMS in self.needs else ()
+        return (Sidecar.POSITIONS, *sums)
+
+    def __str__(self) -> str:
+        return " | ".join(str(stage) for stage in self.stages)
