@@ -38,9 +38,10 @@ class SlotBuffer:
     """
 
     def __init__(self, pool: Tensor, blocks: int, dtype: torch.dtype) -> None:
+        self.block_size, self.width = pool.shape[1:]
         self._pool = pool
-        self._blocks = pool.new_empty(blocks, *pool.shape[1:])
-        self._cast = self._blocks if dtype == pool.dtype else torch.empty_like(self._blocks, dtype=dtype)
+        self._stored = pool.new_empty(blocks, self.block_size, self.width)
+        self._cast = None if dtype == pool.dtype else torch.empty_like(self._stored, dtype=dtype)
 
     def read(self, table: Tensor) -> Tensor:
         """Return the slots of the table's columns [L, C * s, D], valid and writable until the next read.
@@ -48,12 +49,11 @@ class SlotBuffer:
         Args:
             table: [L, C] block ids.
         """
-        ids = table.reshape(-1)
-        count = ids.shape[0]
-        torch.index_select(self._pool, 0, ids, out=self._blocks[:count])
-        if self._cast is not self._blocks:
-            self._cast[:count].copy_(self._blocks[:count])
-        return self._cast[:count].view(table.shape[0], -1, self._pool.shape[-1])
+        blocks = self._stored[: table.numel()]
+        torch.index_select(self._pool, 0, table.reshape(-1), out=blocks)
+        if self._cast is not None:
+            blocks = self._cast[: table.numel()].copy_(blocks)
+        return blocks.view(table.shape[0], -1, self.width)
 
 
 def read_lane(pool: Tensor, table: Tensor, length: int) -> Tensor:

@@ -191,9 +191,7 @@ class _Keys:
     range: tuple[int, int]
 
 
-def log2_scores(
-    q_HGTD: Tensor, k_HSD: Tensor, mask: Tensor | None, *, scale: float, softcap: float | None
-) -> Tensor:
+def log2_scores(q_HGTD: Tensor, k_HSD: Tensor, mask: Tensor | None, *, scale: float, softcap: float | None) -> Tensor:
     """Return the scores in units of log 2, new memory [H, G, T, S]; hidden pairs are -inf.
 
     Args:

@@ -101,9 +101,7 @@ class Slo:
     def __str__(self) -> str:
         """Return ``"TTFT <= 1000 ms, TPOT <= 100 ms"``, to be printed beside every goodput."""
         limits = {"TTFT": self.ttft_s, "TPOT": self.tpot_s, "E2E": self.e2e_s}
-        return ", ".join(
-            f"{name} <= {limit * 1e3:g} ms" for name, limit in limits.items() if limit is not None
-        )
+        return ", ".join(f"{name} <= {limit * 1e3:g} ms" for name, limit in limits.items() if limit is not None)
 
     def is_met_by(self, request: RequestTimes) -> bool:
         """Whether the request meets every limit."""
@@ -160,9 +158,7 @@ def percentile(samples: Sequence[float], rank: float) -> float:
         rank: 0 to 100; 50 is the median.
     """
     if not samples or not 0 <= rank <= 100:
-        raise ConfigError(
-            f"percentile {rank} of {len(samples)} samples is undefined; want 0-100 and a sample"
-        )
+        raise ConfigError(f"percentile {rank} of {len(samples)} samples is undefined; want 0-100 and a sample")
     return float(np.percentile(samples, rank, method="linear"))
 
 

@@ -152,9 +152,7 @@ def winners(candidates: Mapping[str, Interval], higher_is_better: bool) -> Winne
     ranked = sorted(candidates, key=lambda name: sign * candidates[name].estimate)
     best = candidates[ranked[0]]
     names = tuple(name for name in ranked if candidates[name].overlaps(best))
-    return Winner(
-        names=names, tie=len(names) > 1, level=min(interval.level for interval in candidates.values())
-    )
+    return Winner(names=names, tie=len(names) > 1, level=min(interval.level for interval in candidates.values()))
 
 
 def _outside(n: int) -> NDArray[np.float64]:

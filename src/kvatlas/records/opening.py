@@ -54,9 +54,7 @@ def open_database(path: Path, mode: Mode) -> Any:
         OutputError: the file or its folder cannot be written, or the disk is full.
     """
     if path in _OPEN_HERE:
-        raise RecordsError(
-            f"records file {path} is already open in this process; close it first, or use another file"
-        )
+        raise RecordsError(f"records file {path} is already open in this process; close it first, or use another file")
     _check_path(path, mode)
     with translated(path):
         connection = duckdb.connect(str(path), read_only=mode == "read", config=_CONFIG)
@@ -79,11 +77,15 @@ def close_database(connection: Any, path: Path) -> None:
 
 @contextmanager
 def translated(path: Path) -> Iterator[None]:
-    """Turn DuckDB's errors into ours."""
+    """Turn DuckDB's errors into ours, and Ctrl-C, which it reports as a RuntimeError, back into itself."""
     try:
         yield
-    except duckdb.Error as error:
-        raise _translate(path, str(error)) from error
+    except (duckdb.Error, RuntimeError) as error:
+        if "interrupted" in str(error).lower():
+            raise KeyboardInterrupt from error
+        if isinstance(error, duckdb.Error):
+            raise _translate(path, str(error)) from error
+        raise
 
 
 def _translate(path: Path, text: str) -> KvatlasError:
@@ -97,8 +99,7 @@ def _translate(path: Path, text: str) -> KvatlasError:
         )
     if any(sign in text for sign in ("No space left", "File too large", "Could not write", "quota exceeded")):
         return OutputError(
-            f"records file {path} cannot be written ({line}); free some space and run again: "
-            "finished points are kept"
+            f"records file {path} cannot be written ({line}); free some space and run again: finished points are kept"
         )
     if "Permission denied" in text or "Read-only file system" in text:
         return OutputError(f"records file {path} cannot be written ({line}); choose another folder")
@@ -109,14 +110,10 @@ def _check_path(path: Path, mode: Mode) -> None:
     """Refuse what DuckDB would explain badly, or would try to open with a foreign reader."""
     refusal = OutputError if mode == "write" else RecordsError
     if path.is_dir():
-        raise refusal(
-            f"records file {path} is a folder; name a file in it, such as {path / 'records.duckdb'}"
-        )
+        raise refusal(f"records file {path} is a folder; name a file in it, such as {path / 'records.duckdb'}")
     if not path.exists():
         if mode == "read":
-            raise RecordsError(
-                f"records file {path} does not exist; run an experiment first, or check the path"
-            )
+            raise RecordsError(f"records file {path} does not exist; run an experiment first, or check the path")
         _check_folder(path.parent)
     elif not path.is_file():
         raise refusal(f"records file {path} is not a regular file; name another one")
@@ -128,9 +125,7 @@ def _check_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OutputError(
-            f"folder {folder} cannot be created ({error.strerror}); choose another one"
-        ) from error
+        raise OutputError(f"folder {folder} cannot be created ({error.strerror}); choose another one") from error
     if not os.access(folder, os.W_OK | os.X_OK):
         raise OutputError(f"folder {folder} cannot be written; choose another one, or change its permissions")
 
@@ -140,9 +135,7 @@ def _check_header(path: Path, mode: Mode) -> None:
         with path.open("rb") as file:
             header = file.read(16)
     except OSError as error:
-        raise RecordsError(
-            f"records file {path} cannot be read ({error.strerror}); check its permissions"
-        ) from error
+        raise RecordsError(f"records file {path} cannot be read ({error.strerror}); check its permissions") from error
     if mode == "write" and not os.access(path, os.W_OK):
         raise OutputError(f"records file {path} is read-only; choose another file, or change its permissions")
     if header[8:12] != b"DUCK":
@@ -151,16 +144,12 @@ def _check_header(path: Path, mode: Mode) -> None:
 
 
 def _check_schema(connection: Any, path: Path, mode: Mode) -> None:
-    tables = {
-        name for (name,) in connection.execute("SELECT table_name FROM information_schema.tables").fetchall()
-    }
+    tables = {name for (name,) in connection.execute("SELECT table_name FROM information_schema.tables").fetchall()}
     if not tables and mode == "write":
         _create_schema(connection)
         return
     try:
-        application, version = connection.execute(
-            "SELECT application, schema_version FROM meta"
-        ).fetchone() or ("", 0)
+        application, version = connection.execute("SELECT application, schema_version FROM meta").fetchone() or ("", 0)
     except (duckdb.CatalogException, duckdb.BinderException):
         application, version = "", 0
     if application != APPLICATION:
@@ -173,9 +162,7 @@ def _check_schema(connection: Any, path: Path, mode: Mode) -> None:
     else:
         step = "read it with the kvatlas that wrote it, or start a new file"
     if version != SCHEMA_VERSION:
-        raise RecordsError(
-            f"{path} has schema version {version}, this kvatlas knows {SCHEMA_VERSION}; {step}"
-        )
+        raise RecordsError(f"{path} has schema version {version}, this kvatlas knows {SCHEMA_VERSION}; {step}")
 
 
 def _create_schema(connection: Any) -> None:

@@ -82,9 +82,7 @@ class RecordStore:
         self._want_write()
         with self._transaction() as connection:
             if connection.execute("SELECT 1 FROM runs WHERE run_id = ?", [manifest.run_id]).fetchone():
-                raise RecordsError(
-                    f"run {manifest.run_id!r} is already in {self.path}; give each run its own id"
-                )
+                raise RecordsError(f"run {manifest.run_id!r} is already in {self.path}; give each run its own id")
             connection.execute("INSERT INTO runs VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", _run_values(manifest))
         self._manifest = manifest
 
@@ -119,9 +117,7 @@ class RecordStore:
                     "ask is_done first, or use another file"
                 )
             for table in ("samples", "points"):
-                connection.execute(
-                    f"DELETE FROM {table} WHERE point_key = ? AND seed = ?", [point.key, run.seed]
-                )
+                connection.execute(f"DELETE FROM {table} WHERE point_key = ? AND seed = ?", [point.key, run.seed])
             values = _point_values(point, run, status, reason)
             connection.execute("INSERT INTO points VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", values)
             connection.execute(_INSERT_SAMPLES, [point.key, run.seed, *_columns(samples)])
@@ -142,9 +138,7 @@ class RecordStore:
         parsed: dict[str, Params] = {}
         return [_row(record, parsed) for record in self._fetch(sql, values)]
 
-    def points(
-        self, experiment: str | None = None, *, status: PointStatus | None = None
-    ) -> list[PointRecord]:
+    def points(self, experiment: str | None = None, *, status: PointStatus | None = None) -> list[PointRecord]:
         """Return all points, whatever their status, in order of writing."""
         where, values = _where({"experiment": experiment, "status": status})
         sql = f"SELECT {_POINT_COLUMNS} FROM points {where} ORDER BY written_at, point_key"
@@ -152,9 +146,7 @@ class RecordStore:
 
     def runs(self) -> list[RunManifest]:
         """Return the manifests of all runs, oldest first."""
-        return [
-            _manifest(record) for record in self._fetch("SELECT * FROM runs ORDER BY started_at, run_id", [])
-        ]
+        return [_manifest(record) for record in self._fetch("SELECT * FROM runs ORDER BY started_at, run_id", [])]
 
     def _status(self, point: Point, seed: int) -> str | None:
         sql = "SELECT status FROM points WHERE point_key = ? AND seed = ?"
@@ -202,9 +194,7 @@ def _label(point: Point) -> str:
 
 def _check_outcome(point: Point, samples: Sequence[Sample], status: PointStatus, reason: str) -> None:
     if status == "done" and not samples:
-        raise RecordsError(
-            f"point {_label(point)} is done but has no samples; write it as failed, with a reason"
-        )
+        raise RecordsError(f"point {_label(point)} is done but has no samples; write it as failed, with a reason")
     if status != "done" and not reason.strip():
         raise RecordsError(f"point {_label(point)} is {status} without a reason; say what is missing")
     seen: set[tuple[str, int]] = set()
@@ -250,9 +240,7 @@ def _point_record(record: tuple[Any, ...]) -> PointRecord:
     run_id, experiment, model, role, strategy, params, seed, status, reason, written_at = record
     settings = json.loads(params)
     point = Point(experiment=experiment, model=model, model_role=role, strategy=strategy, params=settings)
-    return PointRecord(
-        point=point, seed=seed, run_id=run_id, status=status, reason=reason, written_at=written_at
-    )
+    return PointRecord(point=point, seed=seed, run_id=run_id, status=status, reason=reason, written_at=written_at)
 
 
 def _manifest(record: tuple[Any, ...]) -> RunManifest:

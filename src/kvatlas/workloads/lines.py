@@ -23,9 +23,7 @@ class Place:
         shown = repr(value)
         if len(shown) > 80:
             shown = shown[:77] + "..."
-        return TraceError(
-            f"{self.path}, line {self.line}: got {shown}, expected {expected}; mend or remove the line"
-        )
+        return TraceError(f"{self.path}, line {self.line}: got {shown}, expected {expected}; mend or remove the line")
 
 
 @dataclass(frozen=True, kw_only=True)

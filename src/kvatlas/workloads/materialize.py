@@ -17,10 +17,8 @@ _BLOCK, _REST = 0, 1
 _MASK = 2**64 - 1
 
 
-def prompt_ids(
-    request: TraceRequest, vocab_size: int, seed: int, special_ids: Iterable[int] = ()
-) -> list[int]:
-    """Return the request's prompt: ``prompt_tokens`` ids, the same on every call and machine.
+def prompt_ids(request: TraceRequest, vocab_size: int, seed: int, special_ids: Iterable[int] = ()) -> list[int]:
+    """Return the request's prompt: ``prompt_tokens`` ids, the same on every call (with one version of numpy).
 
     Every hash id seeds the tokens of its block, so prompts with equal leading hashes have equal leading
     tokens. What no hash covers is seeded by the request's number, so prompts without hashes are unrelated.

@@ -90,9 +90,7 @@ def _hashes(place: Place, record: dict[str, Any], prompt_tokens: int, block: int
         raise place.error(hashes, "hash_ids as a list of whole numbers")
     allowed = (math.ceil(prompt_tokens / block), prompt_tokens // block)
     if hashes and len(hashes) not in allowed:
-        expected = (
-            f"{allowed[0]} for {prompt_tokens} tokens in blocks of {block}; is hash_block_tokens right?"
-        )
+        expected = f"{allowed[0]} for {prompt_tokens} tokens in blocks of {block}; is hash_block_tokens right?"
         raise place.error(f"{len(hashes)} hash_ids", expected)
     return tuple(hashes)
 

@@ -43,9 +43,7 @@ class TraceRequest:
         if not self.prefix_hashes:
             return
         if self.hash_block_tokens is None or self.hash_block_tokens < 1:
-            raise TraceError(
-                f"request {self.number} has hashes of {self.hash_block_tokens} tokens; want at least 1"
-            )
+            raise TraceError(f"request {self.number} has hashes of {self.hash_block_tokens} tokens; want at least 1")
         blocks = math.ceil(self.prompt_tokens / self.hash_block_tokens)
         if len(self.prefix_hashes) > blocks:
             raise TraceError(

@@ -49,7 +49,7 @@ def scale_trace(
 ) -> Trace:
     """Return a smaller, shorter, faster or slower trace; each change leaves a note.
 
-    Requests are selected first; then lengths are scaled, then cut. Arrivals are moved to start at 0 and scaled.
+    Requests are selected first; then lengths are scaled, then cut. Arrivals move to start at 0 and are scaled.
 
     A length is rounded to the nearest integer (ties to even), and is at least 1. A prompt with hashes is
     scaled block by block, so that shared prefixes stay shared: the hash block is rounded, full blocks become
@@ -69,20 +69,14 @@ def scale_trace(
         ConfigError: a factor or number is out of range, or no request is left.
     """
     _check_scales(time_scale, length_scale)
-    _check_counts(
-        start=start, limit=limit, max_prompt_tokens=max_prompt_tokens, max_output_tokens=max_output_tokens
-    )
+    _check_counts(start=start, limit=limit, max_prompt_tokens=max_prompt_tokens, max_output_tokens=max_output_tokens)
     chosen = trace.requests[start : None if limit is None else start + limit]
     if not chosen:
-        raise ConfigError(
-            f"start={start} leaves none of the {len(trace.requests)} requests of {trace.name!r}"
-        )
+        raise ConfigError(f"start={start} leaves none of the {len(trace.requests)} requests of {trace.name!r}")
     requests = [_scale_lengths(request, length_scale) for request in chosen]
     requests = [_cut(request, max_prompt_tokens, max_output_tokens) for request in requests]
     first_s = requests[0].arrival_s
-    moved = tuple(
-        replace(request, arrival_s=(request.arrival_s - first_s) * time_scale) for request in requests
-    )
+    moved = tuple(replace(request, arrival_s=(request.arrival_s - first_s) * time_scale) for request in requests)
     changes = {
         f"requests {start} to {start + len(chosen) - 1}": len(chosen) < len(trace.requests),
         f"lengths times {length_scale:g}": length_scale != 1,
@@ -90,9 +84,7 @@ def scale_trace(
         f"outputs of at most {max_output_tokens} tokens": max_output_tokens is not None,
         f"arrival times times {time_scale:g}": time_scale != 1,
     }
-    return replace(
-        trace, requests=moved, notes=trace.notes + tuple(note for note, made in changes.items() if made)
-    )
+    return replace(trace, requests=moved, notes=trace.notes + tuple(note for note, made in changes.items() if made))
 
 
 def _check_scales(time_scale: float, length_scale: float) -> None:
@@ -118,9 +110,7 @@ def _scale_lengths(request: TraceRequest, factor: float) -> TraceRequest:
     output_tokens = _scaled(request.output_tokens, factor)
     old = request.hash_block_tokens
     if not request.prefix_hashes or old is None:
-        return replace(
-            request, prompt_tokens=_scaled(request.prompt_tokens, factor), output_tokens=output_tokens
-        )
+        return replace(request, prompt_tokens=_scaled(request.prompt_tokens, factor), output_tokens=output_tokens)
     new = _scaled(old, factor)
     full, rest = divmod(request.prompt_tokens, old)
     prompt_tokens = full * new + (_scaled(rest, new / old) if rest else 0)

@@ -39,9 +39,7 @@ def test_a_chunk_with_two_tokens_is_not_two_gaps():
     assert chunked.tpot_s == 0.25
 
 
-@pytest.mark.parametrize(
-    "times", [(1.0,), (1.0, 0.5), (1.0, 2.0, 1.5), (1.0, float("nan")), (float("inf"), 2.0)]
-)
+@pytest.mark.parametrize("times", [(1.0,), (1.0, 0.5), (1.0, 2.0, 1.5), (1.0, float("nan")), (float("inf"), 2.0)])
 def test_impossible_times_are_refused(times):
     with pytest.raises(ConfigError):
         request(*times)
@@ -65,9 +63,7 @@ def test_an_slo_prints_itself():
     assert str(Slo(ttft_s=1, tpot_s=0.1)) == "TTFT <= 1000 ms, TPOT <= 100 ms"
 
 
-@pytest.mark.parametrize(
-    "limits", [{}, {"ttft_s": 0.0}, {"e2e_s": -1.0, "ttft_s": 1.0}, {"ttft_s": float("nan")}]
-)
+@pytest.mark.parametrize("limits", [{}, {"ttft_s": 0.0}, {"e2e_s": -1.0, "ttft_s": 1.0}, {"ttft_s": float("nan")}])
 def test_an_slo_without_a_limit_is_refused(limits):
     with pytest.raises(ConfigError, match="at least one limit"):
         Slo(**limits)

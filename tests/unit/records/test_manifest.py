@@ -6,9 +6,7 @@ from kvatlas.records.manifest import collect_manifest
 
 
 def test_a_manifest_names_versions_and_hardware():
-    run = collect_manifest(
-        "kvatlas run ttft", seed=7, models={"tiny": {"num_parameters": 10, "source": "random"}}
-    )
+    run = collect_manifest("kvatlas run ttft", seed=7, models={"tiny": {"num_parameters": 10, "source": "random"}})
     assert (run.command, run.seed, run.models["tiny"]["num_parameters"]) == ("kvatlas run ttft", 7, 10)
     assert {"kvatlas", "python", "torch", "transformers", "platform"} <= set(run.versions)
     assert {"cpu_model", "cores", "threads", "memory_bytes", "device"} <= set(run.hardware)

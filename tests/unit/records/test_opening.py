@@ -5,7 +5,7 @@ import pytest
 from tests.unit.records.building import manifest, point, samples
 
 from kvatlas.core.errors import OutputError, RecordsError
-from kvatlas.records.opening import _translate
+from kvatlas.records.opening import _translate, translated
 from kvatlas.records.store import RecordStore
 
 
@@ -138,3 +138,14 @@ def test_errors_of_the_database_become_one_line(tmp_path, text, kind):
     error = _translate(tmp_path, text)
     assert isinstance(error, kind)
     assert "\n" not in str(error)
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("Query interrupted"), duckdb.InterruptException("INTERRUPT Error: Interrupted!")]
+)
+def test_ctrl_c_stays_ctrl_c(tmp_path, error):
+    """A sweep that notes failed points must not take it for a failure."""
+    with pytest.raises(KeyboardInterrupt), translated(tmp_path):
+        raise error
+    with pytest.raises(RuntimeError, match="other"), translated(tmp_path):
+        raise RuntimeError("other")

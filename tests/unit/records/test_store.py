@@ -63,9 +63,7 @@ def test_a_sweep_resumes(store, path):
         assert [again.is_done(point(number)) for number in (1, 2, 3)] == [True, False, False]
 
 
-@pytest.mark.parametrize(
-    "change", [{"model": "other"}, {"params": {"prompt_tokens": 2}}, {"strategy": "h2o"}]
-)
+@pytest.mark.parametrize("change", [{"model": "other"}, {"params": {"prompt_tokens": 2}}, {"strategy": "h2o"}])
 def test_another_setting_is_not_done(store, change):
     store.write_point(point(1), samples())
     assert not store.is_done(point(1, **change))

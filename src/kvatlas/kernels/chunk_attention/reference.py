@@ -60,9 +60,7 @@ def lane_positions(pos_pool: Tensor, table: Tensor, length: int, dense_start: in
     return torch.arange(dense_start, dense_start + length, device=table.device)
 
 
-def visible_keys(
-    key_positions: Tensor, position: int, window: int | None, reach: tuple[int, int] | None
-) -> Tensor:
+def visible_keys(key_positions: Tensor, position: int, window: int | None, reach: tuple[int, int] | None) -> Tensor:
     """Return which keys a query at ``position`` sees, bool in the shape of ``key_positions``."""
     seen = (key_positions >= 0) & (key_positions <= position)
     if window is not None:

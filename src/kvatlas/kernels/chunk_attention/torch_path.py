@@ -62,9 +62,7 @@ def chunk_attention(
     )
     steps = stream.past(k_pool, v_pool, pos_pool, table, length, dense_start)
     if flash and queries.are_causal(sight):
-        own = flash_attend(
-            q_HGTD, k.transpose(0, 1).to(q.dtype), v.transpose(0, 1).to(q.dtype), None, scale, True
-        )
+        own = flash_attend(q_HGTD, k.transpose(0, 1).to(q.dtype), v.transpose(0, 1).to(q.dtype), None, scale, True)
         _merge(out_HGTE, lse_HGT, *own)
     else:
         steps = chain(steps, stream.own(k, v))

@@ -1,0 +1,148 @@
+"""``kvatlas.attach``: for those who keep calling ``model.generate`` of transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvatlas.core.errors import CapacityError
+from kvatlas.core.units import format_bytes
+from kvatlas.engine.engine import Engine
+from kvatlas.engine.params import SamplingParams
+from kvatlas.engine.request import Request
+from kvatlas.engine.runner import Batch, Runner
+from kvatlas.models.bridge import GenerateBridge
+from kvatlas.models.loading import LoadedModel, adapt
+from kvatlas.strategies.strategy import Strategy
+
+
+def attach(
+    model: Any, strategy: str | Strategy = "full", *, kv_memory: str | int = "512MiB", **engine_options: Any
+) -> Attachment:
+    """Make ``model.generate`` run under a strategy until `Attachment.detach`; return the attachment.
+
+    Greedy search and sampling work, batches too; beams, assisted decoding and other uses that rewind the cache are
+    refused, and so is a second generation while one is live.
+
+    Args:
+        model: a causal LM of transformers; used in place.
+        strategy: what manages the cache.
+        kv_memory: byte budget of the cache.
+        engine_options: further options of `kvatlas.engine.engine.Engine`.
+
+    Raises:
+        ConfigError: the strategy cannot be read or composed.
+        UnsupportedError: the model's family is refused, with the reason.
+
+    Example:
+        >>> from kvatlas.models.loading import load_model
+        >>> model = load_model("random:llama-mini").adapter
+        >>> hf_model = model.model
+        >>> model.restore()
+        >>> with attach(hf_model, "streaming_llm(recent=16)"):
+        ...     hf_model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=2, do_sample=False).shape
+        torch.Size([1, 5])
+    """
+    parsed = Strategy.parse(strategy)
+    adapter = adapt(model)
+    try:
+        loaded = LoadedModel(adapter=adapter, tokenizer=None, name=adapter.shape.name)
+        engine = Engine(loaded, kv_memory=kv_memory, **engine_options)
+    except BaseException:
+        adapter.restore()
+        raise
+    return Attachment(engine, parsed)
+
+
+class Attachment:
+    """A model under a strategy; a context manager that detaches on exit.
+
+    Args:
+        engine: owns the adapter and the store.
+        strategy: what manages the cache.
+    """
+
+    def __init__(self, engine: Engine, strategy: Strategy) -> None:
+        self.engine = engine
+        self._adapter = engine.model.adapter
+        self._bridge: GenerateBridge | None = GenerateBridge(self._adapter.model, _Rows(engine, strategy))
+
+    def detach(self) -> None:
+        """Give the model its own attention, ``forward`` and ``generate`` back."""
+        if self._bridge is not None:
+            self._bridge.restore()
+            self._adapter.restore()
+            self._bridge = None
+
+    def __enter__(self) -> Attachment:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.detach()
+
+
+class _Rows:
+    """The rows of one generation as requests that only transformers schedules."""
+
+    def __init__(self, engine: Engine, strategy: Strategy) -> None:
+        self._engine = engine
+        self._strategy = strategy
+        self._runner = Runner(engine.model.adapter, engine.store)
+        self._requests: list[Request] = []
+
+    def begin(self, prompts: Seq[list[int]]) -> Tensor:
+        """Process the prompts in chunks, one after another, and return the logits after each [B, V]."""
+        rows = []
+        for prompt in prompts:
+            request = self._open(prompt)
+            self._requests.append(request)
+            logits = torch.empty(0)
+            while (end := request.prefill_end) is not None:
+                count = min(end - request.computed, self._engine.max_batched_tokens)
+                self._extend(request, count)
+                _, logits = self._runner.run(Batch(chunks=[(request, count)], decodes=[]))
+            rows.append(logits)
+        return torch.cat(rows)
+
+    def advance(self, tokens: Seq[int]) -> Tensor:
+        """Append one token to each row and return the logits after it [B, V]."""
+        for request, token in zip(self._requests, tokens, strict=True):
+            request.tokens.append(token)
+            self._extend(request, 1)
+        due, logits = self._runner.run(Batch(chunks=[], decodes=self._requests))
+        place = {request: row for row, request in enumerate(due)}
+        return logits[[place[request] for request in self._requests]]
+
+    def end(self) -> None:
+        """Give all blocks back."""
+        for request in self._requests:
+            if request.seq is not None:
+                self._engine.store.close(request.seq)
+        self._requests = []
+
+    def _open(self, prompt: list[int]) -> Request:
+        store = self._engine.store
+        request = Request(
+            id=f"row-{len(self._requests)}",
+            tokens=prompt,
+            params=SamplingParams(),
+            strategy=self._strategy,
+            footprint=self._engine.footprint(self._strategy, len(prompt), 1),
+            arrival_s=self._engine.clock(),
+            prefill_spans=[(0, len(prompt))],
+            output_start=len(prompt),
+        )
+        request.seq = store.open(store.layout(self._strategy.format, self._strategy.sidecars))
+        return request
+
+    def _extend(self, request: Request, count: int) -> None:
+        assert request.seq is not None
+        if not self._engine.store.try_extend(request.seq, count):
+            total = format_bytes(self._engine.store.arena.total_bytes)
+            raise CapacityError(
+                f"KV memory of {total} is full after {request.computed} tokens of one of {len(self._requests)} rows; "
+                "attach with more kv_memory, a smaller batch or a strategy that holds less"
+            )
