@@ -8,6 +8,8 @@ import sys
 
 import pytest
 import torch
+from tests.families import FAMILIES, LONGROPE_LIMIT_TOKENS, TINY_FAMILIES, tiny_config, tiny_model, token_ids
+from tests.parity.packed import packed_logits
 from torch import Tensor
 from transformers import CONFIG_MAPPING, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -21,8 +23,6 @@ from kvatlas.models.dense_context import DenseContext, Segment
 from kvatlas.models.loading import adapt
 from kvatlas.models.probe import _causal_class, probe_config, probe_model
 from kvatlas.models.quiet import quiet
-from tests.families import FAMILIES, LONGROPE_LIMIT_TOKENS, TINY_FAMILIES, tiny_config, tiny_model, token_ids
-from tests.parity.packed import packed_logits
 
 TOLERANCE = 1e-4
 
@@ -165,7 +165,9 @@ def test_refusals_name_family_and_reason(family):
 
 def test_hybrid_by_its_real_layers():
     """A family can pass with attention alone and fail with the layers its checkpoints have."""
-    assert probe_config(CONFIG_MAPPING["lfm2"](full_attn_idxs=[2, 5])).supported is False
+    assert not probe_config(CONFIG_MAPPING["lfm2"](full_attn_idxs=[2, 5])).supported
+    assert not probe_config(CONFIG_MAPPING["granitemoehybrid"]()).supported
+    assert probe_config(CONFIG_MAPPING["granitemoehybrid"](layer_types=["attention"] * 32)).supported
 
 
 def test_unseen_parts_are_refused(monkeypatch):
@@ -211,8 +213,9 @@ def test_small_model_stands_in_for_its_clone(monkeypatch):
     assert not refused.supported and "no tiny clone can be built: ValueError: no" in refused.reason
 
 
-def test_probe_leaves_no_trace():
-    model = tiny_model("llama").train()
+@pytest.mark.parametrize("family", ["llama", "phi3", "gemma4_text"])
+def test_probe_leaves_no_trace(family):
+    model = tiny_model(family).train()
     before = torch.get_rng_state(), logging.get_verbosity(), model.config.to_dict()
     assert probe_model(model).supported
     assert torch.equal(torch.get_rng_state(), before[0])

@@ -1,4 +1,4 @@
-"""How the bytes of one block lie: keys, values, then sidecars. The arithmetic that storage, footprints and tests share."""
+"""How the bytes of one block lie: keys, values, then sidecars; shared by storage, footprints and tests."""
 
 from __future__ import annotations
 

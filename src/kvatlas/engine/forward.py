@@ -107,7 +107,7 @@ class ForwardPass:
         k, v = self._write(call, blocks, chunk.slots, k, v)
         past = chunk.past_length[lanes]
         columns = -(-int(past.max()) // self._store.block_size)
-        reach = strategy.keep.reach
+        reach = strategy.keep.reach(chunk.request.prompt_tokens)
         starts = chunk.dense_starts
         limits = _Limits(
             scale=call.scale,

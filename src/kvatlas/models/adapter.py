@@ -82,6 +82,8 @@ class Adapter:
     ) -> Tensor:
         """Return the logits [N, V] of some rows of a packed batch; ``context`` stores keys and values.
 
+        Runs in inference mode: copy the logits before changing them outside of it.
+
         Args:
             input_ids: int64 [T], the new tokens of all sequences, one sequence after the other.
             position_ids: int64 [T], the position of each in its sequence.

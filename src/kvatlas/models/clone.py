@@ -170,7 +170,7 @@ def _smaller(name: str, value: Any, names: _Names) -> Any:
     if _TOKEN_NAME.search(name):
         return min(value, VOCAB_SIZE - 1)
     if _KV_HEADS_NAME.search(name):
-        return _QUERY_HEADS if value == names.heads else min(value, 2)
+        return min(value, _QUERY_HEADS if value == names.heads else 2)
     if _QUERY_HEADS_NAME.search(name):
         return min(value, _QUERY_HEADS)
     for pattern, limit in _CAPS:
@@ -191,6 +191,10 @@ def _shrink_widths(names: _Names, settings: dict[str, Any]) -> None:
         if value == names.hidden and re.search(r"hidden|embd|embed|d_model|model_dim|word_", name):
             settings[name] = hidden
     settings[names.key("hidden_size")] = hidden
+    if "mamba_n_heads" in settings:
+        # Attention-only checkpoints of granitemoehybrid still validate the widths of layers they do not have.
+        settings["mamba_n_heads"] = 1
+        settings["mamba_d_head"] = settings.get("mamba_expand", 1) * hidden
 
 
 def _shrink_rope(names: _Names, settings: dict[str, Any]) -> None:

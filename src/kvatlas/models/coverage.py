@@ -13,17 +13,14 @@ from torch import nn
 from kvatlas.core.shapes import ModelShape
 
 # Parts that treat every token alone: leaving one out of a clone cannot hide a mistake in attention.
-_TOKENWISE = re.compile(r"mlp|moe|expert|router|gate|norm|sparse|feedforward|ffn|top_?k", re.IGNORECASE)
+_TOKENWISE = re.compile(r"mlp|moe|expert|router|gate|norm|feedforward|ffn|top_?k", re.IGNORECASE)
+_MIXES_TOKENS = re.compile(r"attention|delta|conv|mamba|mixer|recurrent|state|index", re.IGNORECASE)
 
 
 def module_kinds(model: nn.Module) -> frozenset[str]:
     """Return the names of the family's own classes that a model is made of, except tokenwise ones."""
-    classes = {type(module) for module in model.modules()}
-    return frozenset(
-        f"a {kind.__name__}"
-        for kind in classes
-        if "modeling_" in kind.__module__ and not _TOKENWISE.search(kind.__name__)
-    )
+    names = {type(part).__name__ for part in model.modules() if "modeling_" in type(part).__module__}
+    return frozenset(f"a {name}" for name in names if _MIXES_TOKENS.search(name) or not _TOKENWISE.search(name))
 
 
 def layer_kinds(shape: ModelShape) -> frozenset[str]:

@@ -31,6 +31,7 @@ RANDOM_PREFIX = "random:"
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 
+_TOKENIZER_FILES = ("*token*", "vocab*", "*.model")
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[\w.-]+)?$")
 
 
@@ -113,9 +114,7 @@ def resolve_dtype(dtype: str, device: str) -> torch.dtype | None:
     if dtype == "auto":
         return torch.float32 if kind == "cpu" else None
     if dtype == "float16" and kind == "cpu":
-        raise UnsupportedError(
-            "float16 on the CPU overflows above 65504 and gains no speed; use float32 or bfloat16"
-        )
+        raise UnsupportedError("float16 on the CPU overflows above 65504 and gains no speed; use float32 or bfloat16")
     if dtype == "bfloat16" and kind == "cuda" and not torch.cuda.is_bf16_supported():
         raise UnsupportedError(f"device {device!r} has no bfloat16; use float16 or float32")
     resolved: torch.dtype = getattr(torch, dtype)
@@ -212,7 +211,7 @@ def _place(model: PreTrainedModel, device: str, name: str) -> PreTrainedModel:
 def _load_tokenizer(location: str) -> PreTrainedTokenizerBase | None:
     """Return the checkpoint's tokenizer; None if it has none, since token ids can be used without."""
     folder = Path(location)
-    if folder.exists() and not any(folder.glob("*token*")) and not any(folder.glob("vocab*")):
+    if folder.exists() and not any(any(folder.glob(name)) for name in _TOKENIZER_FILES):
         return None
     try:
         with quiet():

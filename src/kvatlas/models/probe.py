@@ -66,7 +66,7 @@ def probe_config(config: PreTrainedConfig, model_class: type[PreTrainedModel] | 
     reason = refusal_of_config(config)
     if reason is not None:
         return ProbeResult(supported=False, reason=reason)
-    with quiet():
+    with quiet(), torch.device("cpu"):
         try:
             tiny = clone.build(model_class or _causal_class(config), clone.tiny_config(config))
         except Exception as error:  # Family code may raise anything; the reason is kept and shown.
@@ -89,7 +89,7 @@ def probe_model(model: PreTrainedModel) -> ProbeResult:
     window = _longest_window(model.config.get_text_config(decoder=True))
     if size > _SMALL_PARAMETERS or window > _LONGEST_WINDOW_TOKENS:
         return result
-    with quiet():
+    with quiet(), torch.device("cpu"):
         # Steps are stretched until the first sequence exceeds the window.
         return _probe(copy.deepcopy(model).float().cpu().eval(), scale=1 + window // _total_tokens(0, 1))
 
@@ -130,9 +130,7 @@ def _run_packed(adapter: Adapter, sequences: Sequence[Tensor], scale: int) -> li
     logits: list[list[Tensor]] = [[] for _ in sequences]
     reached = [0] * len(sequences)
     for step in _SCHEDULE:
-        segments = [
-            Segment(sequence=s, start=reached[s], num_tokens=num * scale) for s, num in enumerate(step) if num
-        ]
+        segments = [Segment(sequence=s, start=reached[s], num_tokens=num * scale) for s, num in enumerate(step) if num]
         for batch in _by_regime(adapter, segments, sequences):
             for segment, rows in zip(batch, _forward(adapter, context, batch, sequences), strict=True):
                 logits[segment.sequence].append(rows)
@@ -140,9 +138,7 @@ def _run_packed(adapter: Adapter, sequences: Sequence[Tensor], scale: int) -> li
     return [torch.cat(rows) for rows in logits]
 
 
-def _by_regime(
-    adapter: Adapter, segments: Sequence[Segment], sequences: Sequence[Tensor]
-) -> list[list[Segment]]:
+def _by_regime(adapter: Adapter, segments: Sequence[Segment], sequences: Sequence[Tensor]) -> list[list[Segment]]:
     batches: dict[object, list[Segment]] = {}
     for segment in segments:
         batches.setdefault(adapter.rope_regime(len(sequences[segment.sequence])), []).append(segment)

@@ -42,15 +42,9 @@ SIZES = {
         layers=2, hidden=256, intermediate=512, query_heads=8, kv_heads=2, head_dim=128, vocab=1000
     ),
     "llama-55m": RandomSize(layers=8, hidden=512, intermediate=2560, query_heads=8, kv_heads=2, head_dim=64),
-    "llama-100m": RandomSize(
-        layers=12, hidden=768, intermediate=2048, query_heads=12, kv_heads=3, head_dim=64
-    ),
-    "llama-125m": RandomSize(
-        layers=12, hidden=768, intermediate=3072, query_heads=8, kv_heads=2, head_dim=128
-    ),
-    "llama-1b": RandomSize(
-        layers=16, hidden=2048, intermediate=8192, query_heads=16, kv_heads=4, head_dim=128
-    ),
+    "llama-100m": RandomSize(layers=12, hidden=768, intermediate=2048, query_heads=12, kv_heads=3, head_dim=64),
+    "llama-125m": RandomSize(layers=12, hidden=768, intermediate=3072, query_heads=8, kv_heads=2, head_dim=128),
+    "llama-1b": RandomSize(layers=16, hidden=2048, intermediate=8192, query_heads=16, kv_heads=4, head_dim=128),
 }
 
 

@@ -29,7 +29,6 @@ _STATEFUL = (
     "DeltaNet",
     "LightningAttention",
     "Mamba",
-    "Mixer2",
     "Recurrent",
     "Rwkv",
     "ShortConv",

@@ -31,9 +31,6 @@ class LengthRope:
         self._handles: list[RemovableHandle] = []
         self._tokens: int | None = None
 
-    def __bool__(self) -> bool:
-        return bool(self._modules)
-
     def regime(self, total_tokens: int) -> Hashable:
         """Return what the frequencies of a sequence of this length depend on; None if nothing does."""
         if not self._modules:
@@ -114,11 +111,7 @@ def _length_types(module: nn.Module) -> list[tuple[str | None, str]]:
     """Return the (layer type or None, RoPE type) pairs of a rotary module that depend on length."""
     rope_type = getattr(module, "rope_type", None)
     pairs = rope_type.items() if isinstance(rope_type, dict) else [(None, rope_type)]
-    return [
-        (key, name)
-        for key, name in pairs
-        if isinstance(name, str) and ("dynamic" in name or name == "longrope")
-    ]
+    return [(key, name) for key, name in pairs if isinstance(name, str) and ("dynamic" in name or name == "longrope")]
 
 
 def _regime(module: nn.Module, layer_type: str | None, rope_type: str, total_tokens: int) -> Hashable:

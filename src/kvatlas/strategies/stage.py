@@ -102,9 +102,8 @@ class Keep(Stage):
         """Return how many of the newest tokens may not be evicted."""
         return 0
 
-    @property
-    def reach(self) -> Reach | None:
-        """What a prompt query may see, where the strategy limits that; None: everything before it."""
+    def reach(self, prompt_tokens: int) -> Reach | None:
+        """Return what a prompt query may see, where the strategy limits that; None: everything before it."""
         return None
 
     def scores(self, view: LayerView) -> Tensor:
@@ -118,6 +117,20 @@ class Encode(Stage):
 
     axis: ClassVar[Axis] = Axis.ENCODE
     format: ClassVar[Format]
+
+
+def tokens_of(share: int | float, prompt_tokens: int) -> int:
+    """Return ``share`` in tokens: itself, or its fraction of the prompt, rounded, at least one."""
+    return share if isinstance(share, int) else max(1, round(share * prompt_tokens))
+
+
+def check_share(stage: str, name: str, value: int | float) -> None:
+    """Raise ConfigError unless ``value`` is a number of tokens of at least 1 or a fraction in (0, 1]."""
+    if value <= 0 or (isinstance(value, float) and value > 1):
+        raise ConfigError(
+            f"{stage}: {name}={value} is out of range; write a fraction of the prompt in (0, 1], such as 0.1, "
+            "or a whole number of tokens of at least 1"
+        )
 
 
 def _coerce(stage: str, key: str, value: Value, hint: Any) -> Value:

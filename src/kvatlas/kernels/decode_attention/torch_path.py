@@ -63,7 +63,7 @@ def decode_attention(
         for lanes in zip(
             _split(q.to(dtype).reshape(L, G, D), num_lanes, 0),
             _split(table.reshape(L, C), num_lanes, 0),
-            repeat(None) if mask is None else _split(mask.view(L, S), num_lanes, 0),
+            repeat(None) if mask is None else _split(mask.to(dtype).view(L, S), num_lanes, 0),
             repeat(None) if sinks is None else _split(sinks.to(dtype).view(H, G, 1).repeat(R, 1, 1), num_lanes, 0),
             strict=False,
         )
@@ -133,7 +133,7 @@ def _split(tensor: Tensor, size: int, dim: int) -> Sequence[Tensor]:
     """Return ``tensor`` in runs of ``size`` along ``dim``; free where one run is enough, as it mostly is."""
     if tensor.shape[dim] <= size:
         return (tensor,)
-    return tensor.tensor_split(range(size, tensor.shape[dim], size), dim)
+    return tensor.tensor_split(tuple(range(size, tensor.shape[dim], size)), dim)
 
 
 def _softmax(scores_LGS: Tensor, mask_LS: Tensor | None, sinks_LG1: Tensor | None) -> Tensor:

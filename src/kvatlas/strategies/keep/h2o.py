@@ -10,10 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from kvatlas.core.errors import ConfigError
 from kvatlas.core.vocabulary import Moment, Need, Saves
 from kvatlas.strategies.registry import register
-from kvatlas.strategies.stage import Keep, StageInfo
+from kvatlas.strategies.stage import Keep, StageInfo, check_share, tokens_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -48,13 +47,8 @@ class H2O(Keep):
     recent: int | float = 0.1
 
     def __post_init__(self) -> None:
-        for name in ("heavy", "recent"):
-            value = getattr(self, name)
-            if value <= 0 or (isinstance(value, float) and value > 1):
-                raise ConfigError(
-                    f"h2o: {name}={value} is out of range; write a fraction of the prompt in (0, 1], such as 0.1, "
-                    "or a number of tokens of at least 1"
-                )
+        check_share("h2o", "heavy", self.heavy)
+        check_share("h2o", "recent", self.recent)
 
     def capacity(self, prompt_tokens: int) -> int | None:
         """Return heavy + recent and one slot for the token that joins before one is evicted."""
@@ -69,8 +63,3 @@ class H2O(Keep):
         assert view.column_sums_BHS is not None
         newest = view.positions_BHS >= (view.seen_B - view.recent_B)[:, None, None]
         return view.column_sums_BHS.masked_fill(newest, float("inf"))
-
-
-def tokens_of(share: int | float, prompt_tokens: int) -> int:
-    """Return ``share`` in tokens: itself, or its fraction of the prompt, rounded, at least one."""
-    return share if isinstance(share, int) else max(1, round(share * prompt_tokens))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from kvatlas.core.errors import ConfigError
 from kvatlas.core.vocabulary import Moment, Saves
 from kvatlas.strategies.registry import register
-from kvatlas.strategies.stage import Keep, Reach, StageInfo
+from kvatlas.strategies.stage import Keep, Reach, StageInfo, check_share, tokens_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,27 +35,27 @@ class StreamingLLM(Keep):
 
     Args:
         sinks: first tokens of the sequence, never evicted; tokens.
-        recent: newest tokens, tokens.
+        recent: newest tokens; an integer counts tokens, a fraction in (0, 1] is of the prompt.
 
     Raises:
-        ConfigError: ``sinks`` is negative or ``recent`` is not positive.
+        ConfigError: ``sinks`` is negative or ``recent`` is out of range.
     """
 
     sinks: int = 4
-    recent: int = 512
+    recent: int | float = 512
 
     def __post_init__(self) -> None:
-        if self.sinks < 0 or self.recent < 1:
-            raise ConfigError(f"streaming_llm wants sinks >= 0 and recent >= 1, got {self.sinks} and {self.recent}")
+        if self.sinks < 0:
+            raise ConfigError(f"streaming_llm: sinks={self.sinks} is out of range; write at least 0 tokens")
+        check_share("streaming_llm", "recent", self.recent)
 
     def capacity(self, prompt_tokens: int) -> int | None:
-        """Return sinks + recent, whatever the prompt."""
-        return self.sinks + self.recent
+        """Return sinks + recent."""
+        return self.sinks + tokens_of(self.recent, prompt_tokens)
 
-    @property
-    def reach(self) -> Reach | None:
-        """The same limit for prompt tokens, so that a prompt in chunks equals the prompt as a whole."""
-        return Reach(sinks=self.sinks, recent=self.recent)
+    def reach(self, prompt_tokens: int) -> Reach | None:
+        """Return the same limit for prompt tokens, so that a prompt in chunks equals the prompt as a whole."""
+        return Reach(sinks=self.sinks, recent=tokens_of(self.recent, prompt_tokens))
 
     def scores(self, view: LayerView) -> Tensor:
         """Return the position as score: the oldest goes first, sinks never."""
