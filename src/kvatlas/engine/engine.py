@@ -167,9 +167,6 @@ class Engine:
         self.scheduler.release(request)
 
     def _settle(self, batch: Batch, before: dict[Request, int]) -> None:
-        for request in [request for request, _ in batch.chunks] + batch.decodes:
-            assert request.seq is not None
-            request.peak_bytes = max(request.peak_bytes, self.store.allocated_bytes(request.seq))
         for request, known in before.items():
             self.scheduler.publish_prefix(request, known)
 

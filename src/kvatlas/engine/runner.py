@@ -13,7 +13,7 @@ from kvatlas.engine.eviction import after_decode_step, after_prompt_chunk
 from kvatlas.engine.forward import Chunk, DecodeGroup, ForwardPass, make_chunk, make_group
 from kvatlas.engine.request import Request
 from kvatlas.models.adapter import Adapter
-from kvatlas.storage.eviction import close_holes, drop_passed_windows
+from kvatlas.storage.eviction import drop_passed_windows
 from kvatlas.storage.store import KVStore
 
 
@@ -82,6 +82,9 @@ class Runner:
             torch.tensor(last_rows, dtype=torch.int64, device=device),
             rope_tokens=rope_tokens,
         )
+        for request, _ in order:
+            assert request.seq is not None
+            request.peak_bytes = max(request.peak_bytes, self._store.allocated_bytes(request.seq))
         self._evict(chunks, groups)
         return due, logits
 
@@ -91,8 +94,6 @@ class Runner:
         groups: list[DecodeGroup] = []
         row = 0
         for request, count in pack.chunks:
-            assert request.seq is not None
-            close_holes(self._store, request.seq)
             chunks.append(make_chunk(self._store, request, count, row))
             row += count
         for requests in _grouped(self._store, pack.decodes):
@@ -102,7 +103,8 @@ class Runner:
 
     def _evict(self, chunks: Seq[Chunk], groups: Seq[DecodeGroup]) -> None:
         for chunk in chunks:
-            after_prompt_chunk(self._store, chunk.request, span_done=chunk.request.prefill_end is None)
+            span_done = any(end == chunk.request.computed for _, end in chunk.request.prefill_spans)
+            after_prompt_chunk(self._store, chunk.request, span_done=span_done)
         for group in groups:
             after_decode_step(self._store, group.requests)
         if self._store.lanes.windows:
@@ -136,8 +138,9 @@ def _regime(adapter: Adapter, request: Request) -> Hashable:
 
 
 def rope_length(request: Request) -> int:
-    """Return the length that decides a request's RoPE: all of its prompt at once, then the tokens so far."""
-    return max(request.prompt_tokens, request.computed + 1)
+    """Return the length that decides the RoPE of a request's next tokens: a whole prompt at once, then one by one."""
+    prompts = (end for start, end in request.prefill_spans if start <= request.computed)
+    return max(*prompts, request.computed + 1)
 
 
 def _rope_tokens(pack: Batch) -> int:

@@ -13,6 +13,7 @@ from collections import deque
 from kvatlas.engine.request import Request
 from kvatlas.engine.runner import Batch
 from kvatlas.models.adapter import Adapter
+from kvatlas.storage.eviction import close_holes
 from kvatlas.storage.prefix_cache import PrefixCache
 from kvatlas.storage.store import KVStore
 
@@ -56,6 +57,8 @@ class Scheduler:
             if end is None or limit <= 0 or request not in self.running:
                 continue
             count = min(end - request.computed, limit)
+            assert request.seq is not None
+            close_holes(self._store, request.seq)  # before room is counted: a closed hole may free a block
             if self._make_room(request, count, protect=decodes + [other for other, _ in chunks]):
                 chunks.append((request, count))
                 limit -= count

@@ -1,0 +1,1 @@
+"""Experiments: one question per file; each turns settings into points and points into samples."""

@@ -19,7 +19,7 @@ from torch import Tensor
 from kvatlas.kernels.gather import gather_slots
 from kvatlas.kernels.visibility import NO_TOKEN, Sight, additive
 
-STEP_BYTES = 8 << 20
+STEP_BYTES = 4 << 20
 """Most bytes of one float32 temporary of a step; a step holds two or three of them."""
 
 LOG2_E = math.log2(math.e)

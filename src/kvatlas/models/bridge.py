@@ -47,7 +47,7 @@ class RowDriver(Protocol):
         ...
 
 
-class _RowCache(Cache):
+class _RowCache(Cache):  # type: ignore[misc]  # transformers is untyped here
     """Tells generate how long its padded rows are; the tokens lie elsewhere."""
 
     def __init__(self) -> None:
@@ -72,7 +72,7 @@ class GenerateBridge:
         self._driver = driver
         self._forward = model.forward
         self._generate = model.generate
-        self._cache: _RowCache | None = None
+        self._cache: Any = None  # the live generation's _RowCache
         self._inside = False
         model.forward = _with_signature_of(self._forward, self._step)
         model.generate = _with_signature_of(self._generate, self._run)

@@ -13,7 +13,7 @@ from functools import cached_property
 from kvatlas.metrics.memory import throughput_per_gb
 from kvatlas.metrics.statistics import Interval, median_interval, paired_difference_interval, wilson_interval
 from kvatlas.records.schema import ModelRole, Params, Provenance, Row
-from kvatlas.reports.labels import BASELINE, BUDGET, SeriesKey, describe, series_keys
+from kvatlas.reports.labels import BASELINE, BUDGET, SeriesKey, budget_of, describe, series_keys
 from kvatlas.reports.quantities import SHARE, SHARES
 
 SampleId = tuple[int, int]
@@ -170,8 +170,7 @@ class Study:
         return paired_interval(samples.get(key, {}).get(x, {}), baseline.get(x, {}))
 
     def _key(self, row: Row) -> SeriesKey:
-        budget = row.params.get(BUDGET)
-        return self.keys[row.strategy, float(budget) if budget is not None else None]
+        return self.keys[row.strategy, budget_of(row.params)]
 
     def _provenance(self, metric: str) -> dict[tuple[SeriesKey, float], Provenance]:
         """Return the weakest provenance of each mark's samples, or of those it was computed from."""

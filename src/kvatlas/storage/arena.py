@@ -86,7 +86,7 @@ class BlockClass:
 
     def _view(self, memory: Tensor, dtype: torch.dtype, offset_bytes: int, width: int) -> Tensor:
         size = dtype.itemsize
-        rows = (memory.numel() - self.block_bytes) // GRANULE + 1
+        rows = max(0, (memory.numel() - self.block_bytes) // GRANULE + 1)
         return memory.view(dtype).as_strided(
             (rows, self.layout.block_size, width), (GRANULE // size, width, 1), offset_bytes // size
         )
@@ -199,7 +199,7 @@ class Arena:
             assert not blocks.refs[free].any(), "a free block has an owner"
             owned = int((blocks.refs > 0).sum())
             assert owned + blocks.num_free == len(blocks.slabs) * blocks.per_slab, "blocks do not add up"
-            assert int(blocks.refs.min()) >= 0, "a block was released too often"
+            assert not (blocks.refs < 0).any(), "a block was released too often"
 
     def _take_slab(self, taker: BlockClass) -> int | None:
         if not self._empty_slabs:

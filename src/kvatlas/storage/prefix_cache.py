@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kvatlas.storage.eviction import drop_passed_windows
 from kvatlas.storage.lanes import SequenceLayout
 from kvatlas.storage.store import KVStore, Sequence
 
@@ -60,6 +61,7 @@ class PrefixCache:
         for group in seq.layout.groups:
             store.arena.add_reference(group.blocks, columns[group.lanes].flatten())
         self._touch(hits)
+        drop_passed_windows(store, seq)
         return seq.seen
 
     def publish(self, seq: Sequence, tokens: Seq[int], salt: str, done: int) -> None:
@@ -69,11 +71,13 @@ class PrefixCache:
         for index in range(done // size, len(digests)):
             if digests[index] in self._entries:
                 continue
+            if index and digests[index - 1] not in self._entries:
+                break
             columns = torch.full((store.lanes.count,), index, dtype=torch.int64)
             for window, lanes in store.lanes.windows.items():
                 columns[lanes] -= seq.starts[window] // size
             if int(columns.min()) < 0:
-                continue  # a window has passed this block already
+                break  # a window has passed this block already, and entries behind a gap are never found
             ids = store.table[seq.row].gather(1, columns[:, None]).squeeze(1)
             for group in seq.layout.groups:
                 store.arena.add_reference(group.blocks, ids[group.lanes])
@@ -83,7 +87,10 @@ class PrefixCache:
         self._touch(digests)
 
     def reclaim(self, wanted_bytes: int) -> int:
-        """Give up least recently used entries that no sequence uses until ``wanted_bytes`` are free; return bytes."""
+        """Give up entries, least recently used first, until ``wanted_bytes`` are free; return the bytes freed.
+
+        An entry whose blocks are all in use stays: to give it up would free nothing.
+        """
         freed = 0
         for digest in list(self._entries):
             if freed >= wanted_bytes:
@@ -93,13 +100,15 @@ class PrefixCache:
 
     def _drop(self, digest: bytes) -> int:
         entry, arena, freed = self._entries[digest], self._store.arena, 0
-        if any(int(arena.num_owners(group.blocks, entry.ids[group.lanes]).max()) > 1 for group in entry.layout.groups):
+        for group in entry.layout.groups:
+            owners = arena.num_owners(group.blocks, entry.ids[group.lanes])
+            freed += int((owners == 1).sum()) * group.blocks.block_bytes
+        if not freed:
             return 0
         for group in entry.layout.groups:
             ids = entry.ids[group.lanes]
             arena.mark_cached(group.blocks, ids, False)
             arena.release(group.blocks, ids)
-            freed += len(ids) * group.blocks.block_bytes
         del self._entries[digest]
         return freed
 

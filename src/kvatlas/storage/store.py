@@ -101,6 +101,7 @@ class KVStore:
         if not self._free_rows:
             self._grow_rows()
         row = self._free_rows.pop()
+        self.table[row] = 0  # reads may run past a lane's end, and an id of another layout may lie outside its pool
         self.length[row] = 0
         self.hole[row] = -1
         return Sequence(row=row, layout=layout, starts=dict.fromkeys(self.lanes.windows, 0))
@@ -139,8 +140,12 @@ class KVStore:
         return sum(int(held[group.lanes].sum()) * group.blocks.layout.kv_bytes for group in seq.layout.groups)
 
     def capacity_bytes(self, layout: SequenceLayout) -> int:
-        """Return the bytes that sequences of this layout could hold if they had the arena to themselves."""
-        return min(self.arena.capacity_bytes(group.blocks.layout) for group in layout.groups)
+        """Return the bytes that sequences of this layout could hold if they had the arena to themselves.
+
+        Each further block class may leave one slab partly empty.
+        """
+        slabs = max(0, self.arena.num_slabs - len(layout.groups) + 1)
+        return slabs * min(group.blocks.per_slab * group.blocks.block_bytes for group in layout.groups)
 
     def books(self) -> Books:
         """Return where the bytes of the arena are."""

@@ -126,7 +126,7 @@ def tokens_of(share: int | float, prompt_tokens: int) -> int:
 
 def check_share(stage: str, name: str, value: int | float) -> None:
     """Raise ConfigError unless ``value`` is a number of tokens of at least 1 or a fraction in (0, 1]."""
-    if value <= 0 or (isinstance(value, float) and value > 1):
+    if not value > 0 or (isinstance(value, float) and value > 1):
         raise ConfigError(
             f"{stage}: {name}={value} is out of range; write a fraction of the prompt in (0, 1], such as 0.1, "
             "or a whole number of tokens of at least 1"

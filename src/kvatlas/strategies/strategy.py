@@ -95,5 +95,16 @@ class Strategy:
         sums = (Sidecar.COLUMN_SUMS,) if Need.COLUMN_SUMS in self.needs else ()
         return (Sidecar.POSITIONS, *sums)
 
-    def __str__(self) -> str:
+    @cached_property
+    def _text(self) -> str:
         return " | ".join(str(stage) for stage in self.stages)
+
+    def __str__(self) -> str:
+        return self._text
+
+    # As text, because 1 == 1.0 although one token is not the whole prompt.
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Strategy) and self._text == other._text
+
+    def __hash__(self) -> int:
+        return hash(self._text)

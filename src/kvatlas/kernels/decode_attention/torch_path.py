@@ -45,6 +45,10 @@ def decode_attention(
     H, C = table.shape[1:]
     block_size = k_pool.shape[1]
     S, L, G = C * block_size, R * H, Hq // H
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    if C == 0:
+        mass = torch.zeros(R, H, 0, device=q.device) if need_mass else None
+        return q.new_zeros(R, Hq, v_pool.shape[-1]), mass
     if mask is None:
         mask = slot_mask(
             length,
@@ -55,7 +59,6 @@ def decode_attention(
             table=table,
             query_position=query_position,
         )
-    dtype = torch.promote_types(q.dtype, torch.float32)
     num_lanes, num_columns = _step(k_pool, L, C, dtype)
     keys, values = (SlotBuffer(pool, num_lanes * num_columns, dtype) for pool in (k_pool, v_pool))
     results = [
@@ -63,7 +66,7 @@ def decode_attention(
         for lanes in zip(
             _split(q.to(dtype).reshape(L, G, D), num_lanes, 0),
             _split(table.reshape(L, C), num_lanes, 0),
-            repeat(None) if mask is None else _split(mask.to(dtype).view(L, S), num_lanes, 0),
+            repeat(None) if mask is None else _split(mask.to(dtype).reshape(L, S), num_lanes, 0),
             repeat(None) if sinks is None else _split(sinks.to(dtype).view(H, G, 1).repeat(R, 1, 1), num_lanes, 0),
             strict=False,
         )

@@ -1,0 +1,130 @@
+"""Run experiments point by point into a records file: resumable, interruptible, nothing half-written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from kvatlas.core.errors import CapacityError, KvatlasError
+from kvatlas.core.names import unknown_name
+from kvatlas.experiments.concurrency import Concurrency
+from kvatlas.experiments.early_fact import EarlyFact
+from kvatlas.experiments.experiment import Experiment, Lab, Settings
+from kvatlas.experiments.prompt_length import PromptLength
+from kvatlas.experiments.trace_replay import TraceReplay
+from kvatlas.records.manifest import collect_manifest
+from kvatlas.records.schema import Point
+from kvatlas.records.store import RecordStore
+
+EXPERIMENTS: dict[str, Experiment] = {
+    experiment.name: experiment for experiment in (PromptLength(), Concurrency(), EarlyFact(), TraceReplay())
+}
+
+PRESETS: dict[str, Settings] = {
+    "quick": Settings(
+        repeats=3,
+        prompt_tokens=(512, 1024, 2048),
+        concurrency=(1, 4, 8),
+        concurrency_prompt_tokens=512,
+        concurrency_output_tokens=16,
+        context_tokens=(512, 1024),
+        budgets=(0.5, 0.2),
+        num_prompts=100,
+        trace_requests=24,
+        trace_time_scale=0.2,
+        trace_length_scale=0.125,
+        trace_max_prompt_tokens=1024,
+    ),
+    "standard": Settings(),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How a sweep went: points measured now, found done before, refused or failed."""
+
+    measured: int
+    resumed: int
+    refused: int
+    failed: int
+
+
+def find_experiments(names: Sequence[str]) -> list[Experiment]:
+    """Return the experiments of these names; all of them if none is given.
+
+    Raises:
+        UnknownNameError: a name does not exist.
+    """
+    for name in names:
+        if name not in EXPERIMENTS:
+            raise unknown_name("experiment", name, EXPERIMENTS)
+    return [EXPERIMENTS[name] for name in names or EXPERIMENTS]
+
+
+def run_sweep(
+    experiments: Sequence[Experiment], settings: Settings, store: RecordStore, command: str, console: Console
+) -> Outcome:
+    """Measure every point that the store does not have yet, with a progress bar.
+
+    A point that cannot run is recorded with its reason and the sweep goes on. An interrupt leaves whole points only.
+    """
+    lab = Lab(settings)
+    roles = dict.fromkeys(experiment.role for experiment in experiments)
+    with console.status("loading models"):
+        facts = dict(lab.facts(role) for role in roles)
+    store.begin_run(collect_manifest(command, settings.seed, device=settings.device, models=facts))
+    todo = [
+        (experiment, point)
+        for experiment in experiments
+        for point in experiment.points(settings, lab.model(experiment.role).name)
+    ]
+    fresh = [(experiment, point) for experiment, point in todo if not store.is_done(point)]
+    statuses: list[str] = []
+    with _progress(console) as progress:
+        task = progress.add_task("", total=len(todo), completed=len(todo) - len(fresh))
+        for experiment, point in fresh:
+            progress.update(task, description=f"{experiment.name} {_short(point)}")
+            statuses.append(_run_point(experiment, point, lab, store, progress.console.print))
+            progress.advance(task)
+    return Outcome(
+        measured=statuses.count("done"),
+        resumed=len(todo) - len(fresh),
+        refused=statuses.count("refused"),
+        failed=statuses.count("failed"),
+    )
+
+
+def _run_point(experiment: Experiment, point: Point, lab: Lab, store: RecordStore, say: Callable[[str], None]) -> str:
+    try:
+        samples = experiment.measure(point, lab)
+    except CapacityError as error:
+        store.write_point(point, status="refused", reason=str(error))
+        say(f"[yellow]refused[/] {experiment.name} {_short(point)}: {error}")
+        return "refused"
+    except (KvatlasError, MemoryError, RuntimeError) as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        store.write_point(point, status="failed", reason=reason)
+        say(f"[red]failed[/] {experiment.name} {_short(point)}: {reason}")
+        return "failed"
+    store.write_point(point, samples)
+    return "done"
+
+
+def _short(point: Point) -> str:
+    first = next(iter(point.params.items()), ("", ""))
+    return f"{point.strategy}, {first[0]}={first[1]}"
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console,
+    )
