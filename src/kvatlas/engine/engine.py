@@ -43,6 +43,9 @@ class Engine:
         kv_format: storage format where a strategy names none; None: the model's own.
         clock: returns seconds; times of requests are on it.
 
+    Attributes:
+        peak_used_bytes: most live bytes so far, sidecars included, cached prefixes left out.
+
     Raises:
         CapacityError: the budget is larger than the memory there is, or too small for one block per lane.
     """
@@ -76,6 +79,7 @@ class Engine:
         self._runner = Runner(model.adapter, self.store)
         self._detokenizer = Detokenizer(model.tokenizer)
         self._end_ids = _end_ids(model)
+        self.peak_used_bytes = 0
         self._ids = (f"request-{number}" for number in itertools.count())
 
     @property
@@ -113,7 +117,7 @@ class Engine:
         """
         params = params or SamplingParams()
         parsed = Strategy.parse(strategy)
-        self._check_prompt(prompt_ids)
+        self._check_tokens(prompt_ids, params)
         request = Request(
             id=request_id or next(self._ids),
             tokens=list(prompt_ids),
@@ -130,7 +134,7 @@ class Engine:
 
     def continue_request(self, request: Request, prompt_ids: Seq[int], params: SamplingParams) -> None:
         """Queue a further turn of a finished request that a session holds, on the cache it has."""
-        self._check_prompt(prompt_ids)
+        self._check_tokens(prompt_ids, params)
         tokens = len(request.tokens) + len(prompt_ids)
         request.footprint = self._checked_footprint(request.strategy, tokens, params.max_tokens)
         start = len(request.tokens) - 1  # the last token of the turn before was never fed
@@ -149,6 +153,7 @@ class Engine:
         batch = self.scheduler.next_batch()
         if not batch.num_tokens:
             return []
+        self.peak_used_bytes = max(self.peak_used_bytes, self.store.books().used)
         before = {request: request.computed for request, _ in batch.chunks}
         due, logits_BV = self._runner.run(batch)
         self._settle(batch, before)
@@ -176,9 +181,10 @@ class Engine:
         for request, token_id in zip(due, token_ids, strict=True):
             request.tokens.append(token_id)
             request.token_times_s.append(now)
-            text, stopped = self._detokenizer.advance(request)
+            stopped = self._detokenizer.advance(request)
             request.finish_reason = self._finish_reason(request, token_id, stopped)
             finished = request.finish_reason is not None
+            text = self._detokenizer.take(request)
             if finished:
                 self._finish(request)
             news.append(NewToken(request=request, token_id=token_id, text=text, finished=finished))
@@ -198,11 +204,11 @@ class Engine:
             return FinishReason.STOP
         return FinishReason.LENGTH if count >= params.max_tokens else None
 
-    def _check_prompt(self, prompt_ids: Seq[int]) -> None:
+    def _check_tokens(self, prompt_ids: Seq[int], params: SamplingParams) -> None:
         if not prompt_ids:
             raise ConfigError("the prompt is empty; give at least one token")
         vocabulary = self.store.lanes.shape.vocab_size
-        wrong = next((token for token in prompt_ids if not 0 <= token < vocabulary), None)
+        wrong = next((token for token in (*prompt_ids, *params.stop_token_ids) if not 0 <= token < vocabulary), None)
         if wrong is not None:
             raise ConfigError(f"token id {wrong} is outside the vocabulary of {vocabulary} tokens")
 

@@ -8,7 +8,7 @@ import torch
 
 from kvatlas.core.vocabulary import Moment
 from kvatlas.engine.request import Request
-from kvatlas.storage.eviction import keep_slots, lane_view, open_holes
+from kvatlas.storage.eviction import compact_windows, keep_slots, lane_view, open_holes
 from kvatlas.storage.lanes import LaneGroup
 from kvatlas.storage.store import KVStore
 
@@ -18,6 +18,8 @@ def after_prompt_chunk(store: KVStore, request: Request, span_done: bool) -> Non
     moment = Moment.AFTER_PREFILL if span_done else Moment.AFTER_CHUNK
     if moment in request.strategy.moments:
         _cut(store, request)
+    elif request.seq is not None and not request.seq.dense:
+        compact_windows(store, request.seq)
 
 
 def after_decode_step(store: KVStore, requests: Seq[Request]) -> None:

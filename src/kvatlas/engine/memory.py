@@ -11,10 +11,8 @@ from kvatlas.core.units import format_bytes
 
 def check_kv_memory(budget_bytes: int, device: torch.device) -> None:
     """Raise CapacityError if ``device`` has less memory available than ``budget_bytes``."""
-    if device.type == "cuda":
-        available = torch.cuda.mem_get_info(device)[0]
-    else:
-        available = psutil.virtual_memory().available
+    on_gpu = device.type == "cuda"
+    available = torch.cuda.mem_get_info(device)[0] if on_gpu else psutil.virtual_memory().available
     if budget_bytes > available:
         raise CapacityError(
             f"KV memory of {format_bytes(budget_bytes)} exceeds the {format_bytes(available)} available on {device}; "

@@ -56,9 +56,9 @@ class Scheduler:
             end = request.prefill_end
             if end is None or limit <= 0 or request not in self.running:
                 continue
-            count = min(end - request.computed, limit)
             assert request.seq is not None
             close_holes(self._store, request.seq)  # before room is counted: a closed hole may free a block
+            count = self._within_footprint(request, min(end - request.computed, limit))
             if self._make_room(request, count, protect=decodes + [other for other, _ in chunks]):
                 chunks.append((request, count))
                 limit -= count
@@ -132,6 +132,21 @@ class Scheduler:
                 request.adopted_tokens = self._prefix_cache.adopt(request.seq, tokens, self._salt(request))
         self.running.append(request)
 
+    def _within_footprint(self, request: Request, count: int) -> int:
+        """Return a chunk of at most ``count`` tokens that keeps to the request's footprint.
+
+        It is shorter only where a preempted request with sliding windows is computed anew: its prompt is then
+        longer than the one that the footprint is of.
+        """
+        while count > 1 and self._held(request) + self._wanted(request, count) > request.footprint.peak_bytes:
+            count = -(-count // 2)
+        return count
+
+    def _wanted(self, request: Request, count: int) -> int:
+        assert request.seq is not None
+        needed = self._store.blocks_needed(request.seq, count)
+        return sum(number * group.blocks.block_bytes for group, number in needed)
+
     def _make_room(self, request: Request, count: int, protect: list[Request]) -> bool:
         """Allocate ``count`` slots, taking memory back from others if need be; False: not in this step.
 
@@ -140,10 +155,7 @@ class Scheduler:
         """
         assert request.seq is not None
         while not self._store.try_extend(request.seq, count):
-            wanted = sum(
-                number * group.blocks.block_bytes for group, number in self._store.blocks_needed(request.seq, count)
-            )
-            if self._prefix_cache is not None and self._prefix_cache.reclaim(wanted):
+            if self._prefix_cache is not None and self._prefix_cache.reclaim(self._wanted(request, count)):
                 continue
             if self.idle:
                 self._take_cache(self.idle[0])

@@ -91,7 +91,7 @@ def encoder(model: LoadedModel) -> Callable[[str], list[int]]:
         raise ConfigError(f"{model.name} has no tokenizer; early_fact asks questions in text, choose another model")
 
     def encode(text: str) -> list[int]:
-        ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         return ids
 
     return encode

@@ -91,5 +91,5 @@ def _add(engine: Engine, arrival: Arrival, start: float, strategy: str, seen: Ob
 
 
 def _watch(engine: Engine, seen: Observation) -> None:
-    seen.peak_used_bytes = max(seen.peak_used_bytes, engine.store.books().used)
+    seen.peak_used_bytes = engine.peak_used_bytes
     seen.peak_running = max(seen.peak_running, len(engine.scheduler.running))

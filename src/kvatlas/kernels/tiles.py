@@ -89,9 +89,8 @@ class Stream:
         sight: the visibility rule.
         tile_slots: keys of a tile; past tiles are rounded up to whole blocks.
         dtype: type of the keys and values to yield.
-        numbers_per_pair: float32 numbers that the caller holds for a query and a key, per KV head; decides
-            how many queries a step has. 0 if the caller holds none; steps that need no mask then have all
-            queries.
+        numbers_per_pair: float32 numbers that the caller holds for a query and a key, per KV head. They limit
+            the queries of a step; with 0, a step that needs no mask has all of them.
     """
 
     queries: Queries

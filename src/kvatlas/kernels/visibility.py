@@ -32,8 +32,8 @@ def slot_mask(
 ) -> Tensor | None:
     """Return what to add to decode scores, 0 or -inf [R, H, C * block_size]; None if all is visible.
 
-    Layers with equal lengths, tables' positions and window can share one mask within a step. On devices
-    other than the CPU a mask always comes back, because looking would wait for the device.
+    Layers whose lengths, positions and window agree can share one mask within a step. On devices other than
+    the CPU a mask always comes back, because looking would wait for the device.
 
     Args:
         length: [R, H] slots in use at the front of each lane.
@@ -63,13 +63,10 @@ def slot_mask(
     return additive(visible_RHS)
 
 
-def additive(visible: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Return 0 where ``visible`` and -inf elsewhere, in the shape of ``visible``."""
-    return torch.where(
-        visible,
-        torch.zeros((), dtype=dtype, device=visible.device),
-        torch.full((), -torch.inf, dtype=dtype, device=visible.device),
-    )
+def additive(visible: Tensor) -> Tensor:
+    """Return 0 where ``visible`` and -inf elsewhere, float32 in the shape of ``visible``."""
+    shown = torch.zeros((), dtype=torch.float32, device=visible.device)
+    return torch.where(visible, shown, shown - torch.inf)
 
 
 @dataclass(frozen=True)
@@ -78,8 +75,7 @@ class Sight:
 
     Args:
         window: visible are positions > query - window; None for no limit.
-        reach: (sink_tokens, recent): visible are positions < sink_tokens or > query - recent; None for no
-            limit.
+        reach: (sink_tokens, recent): visible are positions < sink_tokens or > query - recent; None: no limit.
     """
 
     window: int | None = None

@@ -7,7 +7,8 @@ Rows of a left-padded batch become sequences of their own without padding. What 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence as Seq
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
 from typing import Any, Protocol
 
 import torch
@@ -102,10 +103,11 @@ class GenerateBridge:
             return self._forward(*args, **kwargs)
         if self._cache is None or kwargs.get("past_key_values") is not self._cache:
             raise UnsupportedError("while attached, a model answers generate() only; detach() it to call it directly")
+        cache: _RowCache = self._cache
         ids: Tensor = kwargs["input_ids"]
         self._inside = True
         try:
-            if self._cache.num_seen == 0:
+            if cache.num_seen == 0:
                 logits = self._driver.begin(_unpadded(ids, kwargs.get("attention_mask")))
             elif ids.shape[1] == 1:
                 logits = self._driver.advance(ids[:, 0].tolist())
@@ -113,8 +115,8 @@ class GenerateBridge:
                 raise UnsupportedError(f"generate passed {ids.shape[1]} tokens at once after the prompt")
         finally:
             self._inside = False
-        self._cache.num_seen += ids.shape[1]
-        return CausalLMOutputWithPast(logits=logits[:, None], past_key_values=self._cache)
+        cache.num_seen += ids.shape[1]
+        return CausalLMOutputWithPast(logits=logits[:, None], past_key_values=cache)
 
 
 def _with_signature_of(original: Callable[..., Any], stand_in: Callable[..., Any]) -> Callable[..., Any]:

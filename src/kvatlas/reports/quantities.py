@@ -7,6 +7,7 @@ from kvatlas.metrics.statistics import LEVEL, Interval
 from kvatlas.reports.labels import format_share
 
 SHARE = "share"
+POINTS = "points"
 SHARES = frozenset({"correct"})
 
 _TITLES = {
@@ -43,6 +44,8 @@ def format_quantity(value: float, unit: str) -> str:
         return format_bytes(value)
     if unit == SHARE:
         return format_share(value)
+    if unit == POINTS:
+        return f"{round(value * 100):+d} points".replace("-", "\N{MINUS SIGN}")
     return f"{significant(value)} {unit}".strip()
 
 
@@ -66,4 +69,4 @@ def axis_scale(unit: str, largest: float) -> tuple[float, str]:
     if unit == "bytes":
         steps = ((1024**3, "GiB"), (1024**2, "MiB"), (1024, "KiB"))
         return next(((float(size), name) for size, name in steps if largest >= size), (1.0, "bytes"))
-    return (0.01, "%") if unit == SHARE else (1.0, unit)
+    return {SHARE: (0.01, "%"), POINTS: (0.01, POINTS)}.get(unit, (1.0, unit))

@@ -18,6 +18,7 @@ from kvatlas.reports.quantities import SHARE, SHARES
 
 SampleId = tuple[int, int]
 Samples = Mapping[SampleId, float]
+Table = dict[SeriesKey, dict[float, dict[SampleId, float]]]
 
 SWEPT = {"prompt_length": "prompt_tokens", "concurrency": "concurrency", "early_fact": "context_tokens"}
 EXPERIMENTS = (*SWEPT, "trace_replay")
@@ -129,15 +130,12 @@ class Study:
         words = _CONDITIONS.get(self.swept, f"{self.swept} {{:,}}").format(int(x) if x.is_integer() else x)
         return f"{words}, {describe(self.split)}" if self.split else words
 
-    def samples(self, metric: str) -> dict[SeriesKey, dict[float, dict[SampleId, float]]]:
+    def samples(self, metric: str) -> Table:
         """Return the raw numbers of a metric: series -> x -> (seed, index) -> value."""
         if metric in _DERIVED:
             return _DERIVED[metric](self)
-        found: dict[SeriesKey, dict[float, dict[SampleId, float]]] = defaultdict(lambda: defaultdict(dict))
-        for row in self.rows:
-            if row.metric == metric:
-                found[self._key(row)][self.x_of(row.params)][row.seed, row.index] = row.value
-        return {key: dict(found[key]) for key in sorted(found, key=lambda key: key.order)}
+        found = self._stored.get(metric, {})
+        return {key: found[key] for key in sorted(found, key=lambda key: key.order)}
 
     def series(self, metric: str) -> list[Series]:
         """Return a metric's series, the baseline first; empty where nothing was stored."""
@@ -168,6 +166,14 @@ class Study:
         samples = self.samples(metric)
         baseline = next((cells for other, cells in samples.items() if other.name == BASELINE), {})
         return paired_interval(samples.get(key, {}).get(x, {}), baseline.get(x, {}))
+
+    @cached_property
+    def _stored(self) -> dict[str, Table]:
+        found: dict[str, Table] = {}
+        for row in self.rows:
+            cells = found.setdefault(row.metric, {}).setdefault(self._key(row), {})
+            cells.setdefault(self.x_of(row.params), {})[row.seed, row.index] = row.value
+        return found
 
     def _key(self, row: Row) -> SeriesKey:
         return self.keys[row.strategy, budget_of(row.params)]
@@ -239,13 +245,13 @@ def _split(group: tuple[str, str, ModelRole], rows: Sequence[Row]) -> list[Study
     ]
 
 
-def _cache_after_prefill(study: Study) -> dict[SeriesKey, dict[float, dict[SampleId, float]]]:
+def _cache_after_prefill(study: Study) -> Table:
     """Return KV bytes plus sidecar bytes, the memory a strategy really needs."""
     sidecars = study.samples("sidecars_after_prefill")
     return _combine(study.samples("kv_after_prefill"), sidecars, lambda kv, beside: kv + beside)
 
 
-def _throughput_per_gb(study: Study) -> dict[SeriesKey, dict[float, dict[SampleId, float]]]:
+def _throughput_per_gb(study: Study) -> Table:
     """Return tokens per second and GB of live bytes at their peak, sidecars included."""
     return _combine(study.samples("output_throughput"), study.samples("kv_peak"), throughput_per_gb)
 
@@ -254,9 +260,9 @@ def _combine(
     first: Mapping[SeriesKey, Mapping[float, Samples]],
     second: Mapping[SeriesKey, Mapping[float, Samples]],
     function: Callable[[float, float], float],
-) -> dict[SeriesKey, dict[float, dict[SampleId, float]]]:
+) -> Table:
     """Combine samples of equal (seed, index); a single number on one side belongs to all of the other."""
-    found: dict[SeriesKey, dict[float, dict[SampleId, float]]] = {}
+    found: Table = {}
     for key, cells in first.items():
         for x, cell in cells.items():
             partner = second.get(key, {}).get(x, {})

@@ -6,14 +6,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from kvatlas.metrics.statistics import LEVEL, Interval, winners
+from kvatlas.metrics.statistics import Interval, winners
 from kvatlas.records.schema import ModelRole, Provenance
 from kvatlas.records.store import RecordStore
 from kvatlas.reports.labels import BASELINE, SeriesKey, format_share, listed
-from kvatlas.reports.quantities import format_quantity, format_range
-from kvatlas.reports.series import Mark, Series, Study, studies
+from kvatlas.reports.quantities import POINTS, SHARE, format_quantity, format_range
+from kvatlas.reports.series import Mark, Study, studies
 
 Verdict = Literal["winner", "tie", "n=1", "only one"]
+_Candidates = Mapping[str, tuple[SeriesKey, Mark]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,9 +146,9 @@ def _rows(study: Study, criterion: Criterion) -> Iterator[WinnerRow]:
     for x in sorted({mark.x for one in series for mark in one.marks}):
         marks = {one.key: mark for one in series if (mark := one.at(x)) is not None}
         for budget in _budgets(marks):
-            fair = {key: mark for key, mark in marks.items() if budget is None or _within(key, budget)}
+            fair = {_name(key, budget): (key, mark) for key, mark in marks.items() if _within(key, budget)}
             where = study.condition(x) + (f", budget {format_share(budget)}" if budget else "")
-            yield _row(study, criterion, series, x, where, fair)
+            yield _row(study, criterion, series[0].unit, x, where, fair)
 
 
 def _budgets(marks: Mapping[SeriesKey, Mark]) -> list[float | None]:
@@ -156,16 +157,18 @@ def _budgets(marks: Mapping[SeriesKey, Mark]) -> list[float | None]:
     return sorted(budgets, key=lambda budget: budget or 0.0) or [None]
 
 
-def _within(key: SeriesKey, budget: float) -> bool:
-    return key.name == BASELINE or key.budget == budget
+def _within(key: SeriesKey, budget: float | None) -> bool:
+    return budget is None or key.name == BASELINE or key.budget == budget
 
 
-def _row(
-    study: Study, criterion: Criterion, series: Sequence[Series], x: float, where: str, marks: Mapping[SeriesKey, Mark]
-) -> WinnerRow:
-    candidates = {key.label: mark.interval for key, mark in marks.items()}
+def _name(key: SeriesKey, budget: float | None) -> str:
+    return key.label if budget is None else key.name
+
+
+def _row(study: Study, criterion: Criterion, unit: str, x: float, where: str, fair: _Candidates) -> WinnerRow:
+    candidates = {name: mark.interval for name, (_, mark) in fair.items()}
     verdict, names, level = judge(candidates, criterion.higher_is_better)
-    provenances = {mark.provenance for mark in marks.values()}
+    provenances = {mark.provenance for _, mark in fair.values()}
     return WinnerRow(
         experiment=study.experiment,
         model=study.model,
@@ -176,10 +179,10 @@ def _row(
         names=names,
         best=candidates[names[0]],
         level=level,
-        unit=series[0].unit,
+        unit=unit,
         candidates=candidates,
         provenance=next((p for p in ("estimated", "emulated") if p in provenances), "measured"),
-        note=_note(study, criterion, x, marks),
+        note=_note(study, criterion, x, fair),
     )
 
 
@@ -194,21 +197,16 @@ def judge(candidates: Mapping[str, Interval], higher_is_better: bool) -> tuple[V
     return ("tie" if found.tie else "winner"), found.names, found.level
 
 
-def _note(study: Study, criterion: Criterion, x: float, marks: Mapping[SeriesKey, Mark]) -> str:
+def _note(study: Study, criterion: Criterion, x: float, fair: _Candidates) -> str:
     """Return, for retention, who is best within the budget and what that costs against the full cache."""
-    limited = {key.label: (key, mark.interval) for key, mark in marks.items() if key.name != BASELINE}
-    if criterion.metric != "correct" or not limited or len(limited) == len(marks):
+    limited = {name: mark.interval for name, (key, mark) in fair.items() if key.name != BASELINE}
+    if criterion.metric != "correct" or not limited or len(limited) == len(fair):
         return ""
-    _, names, _ = judge({label: interval for label, (_, interval) in limited.items()}, criterion.higher_is_better)
-    key, best = limited[names[0]]
-    lost = study.paired(criterion.metric, key, x)
-    text = f"within the budget: {listed(names)}, {format_quantity(best.estimate, 'share')}"
-    if lost is None:
-        return text
-    return f"{text}; {format_points(lost)} against full on the same prompts"
-
-
-def format_points(difference: Interval) -> str:
-    """Return a difference of shares in points: ``"-24 points [-31, -17]"``."""
-    low, estimate, high = (f"{value * 100:+.0f}" for value in (difference.low, difference.estimate, difference.high))
-    return f"{estimate} points [{low}, {high}]".replace("-", "\N{MINUS SIGN}")
+    _, names, _ = judge(limited, criterion.higher_is_better)
+    lost = study.paired(criterion.metric, fair[names[0]][0], x)
+    text = f"within the budget: {listed(names)}, {format_quantity(limited[names[0]].estimate, SHARE)}"
+    return (
+        text
+        if lost is None
+        else f"{text}; {names[0]}: {format_quantity(lost.estimate, POINTS)} ({format_range(lost, POINTS)}) against full on the same prompts"
+    )

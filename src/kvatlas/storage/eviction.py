@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kvatlas.core.views import LayerView
 from kvatlas.storage.arena import BlockClass
-from kvatlas.storage.lanes import LaneGroup
+from kvatlas.storage.lanes import NO_WINDOW, LaneGroup
 from kvatlas.storage.store import KVStore, Sequence
 
 
@@ -101,6 +101,19 @@ def drop_passed_windows(store: KVStore, seq: Sequence) -> None:
         store.table[seq.row, lanes] = store.table[seq.row, lanes].roll(-passed, dims=1)
         store.length[seq.row, lanes] -= passed * store.block_size
         seq.starts[window] += passed * store.block_size
+
+
+def compact_windows(store: KVStore, seq: Sequence) -> None:
+    """Cut the lanes of sliding-window layers to what a later query can see, where slots are in any order."""
+    for group in seq.layout.groups:
+        lanes = group.lanes[store.lanes.window_of_lane[group.lanes] < NO_WINDOW]
+        if not len(lanes):
+            continue
+        windowed = LaneGroup(blocks=group.blocks, lanes=lanes)
+        view, _ = lane_view(store, [seq], windowed, [0])
+        visible = view.valid_BHS[0].cpu()
+        kept = visible.logical_not().sort(dim=-1, stable=True).indices
+        keep_slots(store, seq, windowed, kept, visible.sum(dim=-1))
 
 
 def _locate(table: Tensor, lanes: Tensor, slot: Tensor, block_size: int) -> tuple[Tensor, Tensor]:

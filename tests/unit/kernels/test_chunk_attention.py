@@ -145,6 +145,18 @@ def test_a_past_later_than_some_queries_is_hidden_from_them() -> None:
         check(chunk(9, 2, 2, 32, first=8), lanes, **limits)
 
 
+@pytest.mark.parametrize("limits", [{"window": 100}, {"window": 700}, {"reach": (5, 90)}])
+@pytest.mark.parametrize("dense_start", [0, None])
+def test_masks_that_hide_whole_runs_inside_a_tile(limits: dict[str, Any], dense_start: int | None) -> None:
+    """The flash kernel works on 512 keys at a time, of which a query may see none."""
+    torch.manual_seed(9)
+    lanes = make_lanes((1400, 1400), block_size=32, dense_start=0)
+    own = chunk(40, 2, 3, 32, first=1400)
+    options = limits | {"dense_start": dense_start, "tile_slots": 2048}
+    got = attend(own, lanes, **options)
+    close(got, attend(own, lanes, reference.chunk_attention, **options))
+
+
 def test_queries_that_see_nothing_give_zeros() -> None:
     q, k, v, positions = chunk(3, 1, 2, 32, first=10)
     lanes = make_lanes((8,), dense_start=0)

@@ -139,6 +139,13 @@ def test_slots_without_a_token_are_hidden_even_if_they_hold_nan() -> None:
     assert (got[1][0, 1, [0, 3, 9]] == 0).all()
 
 
+def test_a_table_without_columns_gives_zeros() -> None:
+    q, k, v, table, length, _ = case(2, 2, 3, [0, 0, 0, 0])
+    out, mass = decode_attention(q, k, v, table[..., :0], length, scale=1.0, need_mass=True)
+    assert out.shape == (2, 6, 32) and (out == 0).all()
+    assert mass is not None and mass.shape == (2, 2, 0)
+
+
 def test_unused_table_entries_do_not_matter() -> None:
     *args, lanes = case(1, 3, 2, [16, 3, 0])
     before = decode_attention(*args, scale=0.2, need_mass=True)

@@ -1,8 +1,7 @@
 """Chunk attention over tiles of keys, merged by log-sum-exp.
 
-Where torch has a flash kernel that returns the log-sum-exp for these arguments, each tile runs on it;
-elsewhere two batched products around an exponential, on few queries at a time. Accumulation is at least
-float32.
+Where torch has a flash kernel that returns the log-sum-exp for these arguments, each tile runs on it; if
+not, two batched products around an exponential, few queries at a time. Sums are float32 or wider.
 Shapes: T queries, Hq query heads, H KV heads, G query heads per KV head, C table columns, S slots of a tile,
 D key width, E value width.
 """

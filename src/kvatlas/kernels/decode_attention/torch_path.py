@@ -1,7 +1,6 @@
 """Decode attention in few torch operations: gather the lanes, two batched products around a softmax.
 
-On the CPU this equals the speed of torch's flash attention at decode shapes, and the probabilities come for
-free.
+On the CPU this is about as fast as torch's flash attention over contiguous lanes, and gives probabilities.
 Shapes: R sequences, Hq query heads, H KV heads, L = R * H lanes, G query heads per KV head, C table columns,
 S = C * block_size slots, D key width, E value width.
 """

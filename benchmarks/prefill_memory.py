@@ -1,0 +1,81 @@
+"""Is prefill linear in memory: what does it take outside the pool, at a fixed chunk, as the prompt doubles?
+
+One process per measurement: the pool is touched first, then the peak resident memory above that is read while a
+prompt is processed in chunks. The study's H2O kept the whole attention matrix and ran out of memory at 10-12K tokens.
+Expected: no growth, since attention and its column sums run over tiles of the past.
+
+    python benchmarks/prefill_memory.py --strategy "h2o(heavy=0.1, recent=0.1)" --prompt-tokens 16384 32768
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from kvatlas.core.units import format_bytes
+from kvatlas.engine.engine import Engine
+from kvatlas.engine.params import SamplingParams
+from kvatlas.models.loading import load_model
+
+
+def resident_bytes(field: str) -> int:
+    status = Path("/proc/self/status").read_text()
+    match = re.search(rf"{field}:\s+(\d+) kB", status)
+    assert match is not None, f"/proc/self/status has no {field}"
+    return int(match.group(1)) * 1024
+
+
+def measure(strategy: str, prompt_tokens: int, chunk_tokens: int) -> dict[str, int]:
+    """Return the peak bytes outside the pool, and those inside, of one prefill in this process."""
+    torch.set_num_threads(1)
+    model = load_model("random:llama-mini")
+    engine = Engine(model, kv_memory="512MiB", max_batched_tokens=chunk_tokens, enable_prefix_caching=False)
+    engine.store.arena._memory.zero_()
+    vocabulary = model.adapter.shape.vocab_size
+    rng = random.Random(0)
+    warm = engine.add_request([1] * 2 * chunk_tokens, SamplingParams(max_tokens=1), strategy)
+    while warm.finish_reason is None:
+        engine.step()
+    prompt = [rng.randrange(vocabulary) for _ in range(prompt_tokens)]
+    request = engine.add_request(prompt, SamplingParams(max_tokens=2, ignore_eos=True), strategy)
+    Path("/proc/self/clear_refs").write_text("5")  # restart the high-water mark
+    before = resident_bytes("VmRSS")
+    while not request.token_times_s:
+        engine.step()
+    return {"outside_pool_bytes": resident_bytes("VmHWM") - before, "pool_peak_bytes": request.peak_bytes}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--strategy", default="h2o(heavy=0.1, recent=0.1)")
+    parser.add_argument("--prompt-tokens", type=int, nargs="+", default=[16384, 32768])
+    parser.add_argument("--chunk-tokens", type=int, default=512)
+    parser.add_argument("--one", action="store_true", help="measure in this process and print JSON")
+    options = parser.parse_args()
+    if options.one:
+        print(json.dumps(measure(options.strategy, options.prompt_tokens[0], options.chunk_tokens)))
+        return
+    table = Table("prompt tokens", "outside the pool, peak", "in the pool, peak")
+    results = {}
+    for tokens in options.prompt_tokens:
+        command = [sys.executable, __file__, "--one", "--strategy", options.strategy, "--prompt-tokens", str(tokens)]
+        command += ["--chunk-tokens", str(options.chunk_tokens)]
+        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        results[tokens] = json.loads(output.splitlines()[-1])
+        row = results[tokens]
+        table.add_row(str(tokens), format_bytes(row["outside_pool_bytes"]), format_bytes(row["pool_peak_bytes"]))
+    Console().print(table)
+    print(json.dumps({"benchmark": "prefill_memory", "strategy": options.strategy, "results": results}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,156 @@
+"""``kvatlas generate``: text from prompts under a strategy, and what its cache cost."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from kvatlas.cli.options import Device, DType, KvMemory, examples
+from kvatlas.core.errors import ConfigError
+from kvatlas.core.units import format_bytes, format_seconds
+from kvatlas.strategies.strategy import Strategy
+
+if TYPE_CHECKING:
+    from kvatlas.engine.engine import Engine
+    from kvatlas.engine.request import Request
+
+_EXAMPLES = examples(
+    "kvatlas generate 'def add('",
+    "kvatlas generate 'def add(' --strategy 'h2o(heavy=0.1, recent=0.1)' --max-tokens 32",
+    "kvatlas generate --prompt-file notes.txt --model ./my-llama --kv-memory 2GiB --json",
+)
+
+
+def add_to(app: typer.Typer) -> None:
+    """Register the command."""
+    app.command("generate", epilog=_EXAMPLES)(generate)
+
+
+def generate(
+    prompts: Annotated[list[str] | None, typer.Argument(metavar="[PROMPT]...", help="Texts to continue.")] = None,
+    prompt_file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="One more prompt: this file's text; - is the standard input.")
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="A folder, a hub id, or random:llama-100m. Default: the bundled model."),
+    ] = None,
+    strategy: Annotated[str, typer.Option(metavar="S", help="See 'kvatlas strategies'.")] = "full",
+    kv_memory: KvMemory = "512MiB",
+    dtype: DType = "auto",
+    device: Device = "cpu",
+    max_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 64,
+    min_tokens: Annotated[int, typer.Option(help="Tokens before which nothing ends the output.")] = 0,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Sample among this many tokens; 0 for all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Sample among tokens of this total probability.")] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(metavar="TEXT", help="Ends the output; may be repeated.")] = None,
+    stream: Annotated[bool, typer.Option(help="Print tokens as they come, where there is one prompt.")] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per prompt.")] = False,
+) -> None:
+    """Continue prompts; tokens, times and cache bytes follow on the standard error."""
+    texts = _texts(prompts or [], prompt_file)
+    parsed = Strategy.parse(strategy)
+    from kvatlas.engine.llm import LLM
+    from kvatlas.engine.params import SamplingParams
+
+    params = SamplingParams(
+        max_tokens=max_tokens,
+        min_tokens=min_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        stop=tuple(stop or ()),
+    )
+    llm = LLM(model, parsed, kv_memory, dtype=dtype, device=device)
+    requests = [llm.engine.add_request(llm.encode(text), params, parsed) for text in texts]
+    live = stream and len(texts) == 1 and not as_json
+    held = _run(llm.engine, requests, live)
+    full = Strategy.parse("full")
+    for text, request in zip(texts, requests, strict=True):
+        alone = llm.engine.footprint(full, request.output_start, len(request.output_ids) - 1).final_bytes
+        facts = _facts(request, held[request], alone)
+        if as_json:
+            typer.echo(json.dumps({"prompt": text, "text": request.text, **facts}))
+        elif live:
+            typer.echo()
+        else:
+            typer.echo(request.text)
+        if not as_json:
+            typer.echo(_summary(facts), err=True)
+
+
+def _texts(prompts: Sequence[str], prompt_file: Path | None) -> list[str]:
+    texts = [*prompts, *([] if prompt_file is None else [_read(prompt_file)])]
+    if not texts:
+        raise ConfigError("no prompt is given; write one after 'kvatlas generate', or use --prompt-file")
+    if not all(texts):
+        raise ConfigError("a prompt is empty; write at least one character")
+    return texts
+
+
+def _read(path: Path) -> str:
+    try:
+        return sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"prompt file {str(path)!r} cannot be read ({error.strerror}); check the path") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"prompt file {str(path)!r} is not UTF-8 text; convert it first") from error
+
+
+def _run(engine: Engine, requests: Sequence[Request], live: bool) -> dict[Request, int]:
+    """Run to the end and return the bytes that each request held with its last token."""
+    held: dict[Request, int] = {}
+    for request in requests:
+        request.held_by_session = True  # its cache outlives its last token, so that it can be measured
+    try:
+        while len(held) < len(requests):
+            for new in engine.step():
+                if live:
+                    typer.echo(new.text, nl=False)
+                    sys.stdout.flush()
+                if new.finished:
+                    held[new.request] = engine.store.allocated_bytes(new.request.seq) if new.request.seq else 0
+                    engine.release(new.request)
+    finally:
+        for request in requests:
+            engine.cancel(request)
+    return held
+
+
+def _facts(request: Request, held_bytes: int, full_bytes: int) -> dict[str, Any]:
+    from kvatlas.metrics.latency import RequestTimes
+
+    times = RequestTimes(
+        arrival_s=request.arrival_s, token_times_s=tuple(request.token_times_s), prompt_tokens=request.output_start
+    )
+    assert request.finish_reason is not None
+    return {
+        "token_ids": request.output_ids,
+        "finish_reason": request.finish_reason.value,
+        "strategy": str(request.strategy),
+        "prompt_tokens": request.output_start,
+        "output_tokens": len(request.output_ids),
+        "ttft_s": times.ttft_s,
+        "tpot_s": times.tpot_s,
+        "cache_bytes": held_bytes,
+        "cache_peak_bytes": request.peak_bytes,
+        "cache_bytes_under_full": full_bytes,
+    }
+
+
+def _summary(facts: dict[str, Any]) -> str:
+    tpot = "-" if facts["tpot_s"] is None else format_seconds(facts["tpot_s"])
+    held, full = facts["cache_bytes"], facts["cache_bytes_under_full"]
+    return (
+        f"{facts['strategy']}: {facts['prompt_tokens']} + {facts['output_tokens']} tokens, "
+        f"TTFT {format_seconds(facts['ttft_s'])}, TPOT {tpot}, cache {format_bytes(held)} at the end "
+        f"(peak {format_bytes(facts['cache_peak_bytes'])}), full would hold {format_bytes(full)}"
+    )

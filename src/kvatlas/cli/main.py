@@ -1,0 +1,67 @@
+"""``kvatlas``: the entry point, and the one place where an error for users becomes a line and an exit status.
+
+0 success, 1 some points failed, 2 a request that cannot be met, 130 interrupted. Unexpected errors keep their traceback.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from kvatlas import __version__
+from kvatlas.cli import characterize, generate, info, report, strategies
+from kvatlas.cli.options import examples
+from kvatlas.core.errors import KvatlasError
+
+app = typer.Typer(
+    name="kvatlas",
+    help="Every KV-cache management strategy for LLM inference: implemented, run, measured, compared on one engine.",
+    epilog=examples("kvatlas strategies", "kvatlas generate 'def add('", "kvatlas characterize --preset quick"),
+    context_settings={"help_option_names": ["-h", "--help"]},
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+for _command in (strategies, info, generate, characterize, report):
+    _command.add_to(app)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a command line and exit; without ``arguments``, the process's own."""
+    typed = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        status = app(typed, prog_name="kvatlas", standalone_mode=False, obj=typed)
+        sys.stdout.flush()
+    except KvatlasError as error:
+        status = _refuse(str(error))
+    except typer.TyperException as error:
+        status = _refuse(_usage(error))
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the flush at exit finds a reader
+        status = 1
+    sys.exit(status)
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    context: typer.Context, version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False
+) -> None:
+    if version:
+        typer.echo(f"kvatlas {__version__}")
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+def _refuse(message: str) -> int:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+def _usage(error: typer.TyperException) -> str:
+    context = getattr(error, "ctx", None)
+    return f"{error.format_message()} Try: {context.command_path if context else 'kvatlas'} --help"

@@ -1,0 +1,47 @@
+"""Options that several commands share, and the texts around them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+DEFAULT_RECORDS = Path("out/records.duckdb")
+DEFAULT_REPORT = Path("out/report")
+
+KvMemory = Annotated[str, typer.Option(metavar="SIZE", help="Byte budget of the cache, such as 512MiB or 2GB.")]
+DType = Annotated[str, typer.Option(metavar="NAME", help="Of weights: auto, float32, bfloat16 or float16.")]
+Device = Annotated[str, typer.Option(metavar="NAME", help="cpu, cuda or cuda:<index>.")]
+Records = Annotated[Path, typer.Option(metavar="FILE", help="The records file (DuckDB).")]
+
+
+def examples(*lines: str) -> str:
+    """Return an epilog that shows command lines, one per line."""
+    shown = (f"[bold]$[/] {line.replace('[', chr(92) + '[')}" for line in lines)
+    return "\n\n".join(["Examples:", *shown])
+
+
+def whole_numbers(text: str) -> Any:
+    """Return ``"512,1024"`` as whole numbers.
+
+    Raises:
+        typer.BadParameter: a part is something else.
+    """
+    return _numbers(text, int, "whole numbers separated by commas, such as 512,1024")
+
+
+def fractions(text: str) -> Any:
+    """Return ``"0.5,0.2"`` as floats.
+
+    Raises:
+        typer.BadParameter: a part is something else.
+    """
+    return _numbers(text, float, "numbers separated by commas, such as 0.5,0.2")
+
+
+def _numbers(text: str, kind: type[int] | type[float], wanted: str) -> tuple[int | float, ...]:
+    try:
+        return tuple(kind(part) for part in text.split(","))
+    except ValueError as error:
+        raise typer.BadParameter(f"{text!r} is not understood; write {wanted}.") from error

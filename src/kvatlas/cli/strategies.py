@@ -1,0 +1,62 @@
+"""``kvatlas strategies``: what the registry has."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from kvatlas.cli.options import examples
+from kvatlas.strategies.registry import stages
+from kvatlas.strategies.stage import Stage
+
+
+def add_to(app: typer.Typer) -> None:
+    """Register the command."""
+    app.command("strategies", epilog=examples("kvatlas strategies", "kvatlas strategies --json"))(strategies)
+
+
+def strategies(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """List all strategies: parameters with defaults, axis, paper, what they save and need.
+
+    Stages of different axes are joined by |, as in 'h2o(heavy=0.1, recent=0.1) | bf16'.
+    """
+    found = [facts(stage) for stage in stages().values()]
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+    else:
+        Console().print(_table(found))
+
+
+def facts(stage: type[Stage]) -> dict[str, Any]:
+    """Return what is known of a stage, as plain JSON values."""
+    info = stage.info
+    return {
+        "name": stage.name,
+        "sentence": str(stage()),
+        "parameters": {field.name: field.default for field in dataclasses.fields(stage)},
+        "axis": stage.axis.value,
+        "summary": info.summary,
+        "paper": info.paper,
+        "saves": [saved.value for saved in info.saves],
+        "lossless": info.lossless,
+        "needs": sorted(need.value for need in info.needs),
+        "moments": sorted(moment.value for moment in info.moments),
+    }
+
+
+def _table(found: list[dict[str, Any]]) -> Table:
+    table = Table(show_lines=True)
+    table.add_column("strategy, with defaults", ratio=1)
+    for column in ("axis", "saves", "lossless", "needs", "acts"):
+        table.add_column(column)
+    for one in found:
+        about = f"[bold]{escape(one['sentence'])}[/]\n{escape(one['summary'])}\n[dim]{escape(one['paper'])}[/]"
+        lists = ["\n".join(one[key]) or "-" for key in ("saves", "needs", "moments")]
+        table.add_row(about, one["axis"], lists[0], "yes" if one["lossless"] else "no", *lists[1:])
+    return table

@@ -1,0 +1,208 @@
+"""A sheet of panels with title, legend and caption, and the lines with error bars that go on it."""
+
+from __future__ import annotations
+
+import io
+import textwrap
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+from kvatlas.reports.figures.theme import Look, Theme, themed
+from kvatlas.reports.quantities import axis_scale, significant
+from kvatlas.reports.series import Mark, Series
+
+Format = Literal["png", "svg"]
+
+_WIDTH = 7.6
+_MARGIN = 0.12
+_TITLE = (68, 0.23)
+_CAPTION = (112, 0.145)
+_LEGEND_LINE = 0.21
+_CHARACTER = 0.078
+_PNG_DPI = 150
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plot:
+    """A figure that can be drawn in either theme.
+
+    Args:
+        name: of its files, without ending; unique in a report.
+        experiment: the experiment it belongs to.
+        title: the question it answers.
+        caption: model, hardware, n ...
+        reading: how to read it, and what was left out.
+        tables: (heading, series) of all that is drawn, for readers who cannot see it.
+        paint: returns a new figure, under the current matplotlib settings.
+    """
+
+    name: str
+    experiment: str
+    title: str
+    caption: str
+    reading: str
+    tables: tuple[tuple[str, tuple[Series, ...]], ...]
+    paint: Callable[[], Figure]
+
+    def named(self, name: str) -> Plot:
+        """Return the same figure under another name."""
+        return replace(self, name=name)
+
+    def render(self, theme: Theme, formats: Sequence[Format]) -> dict[Format, bytes]:
+        """Return the drawing as files' contents; the same records give the same bytes."""
+        with themed(theme):
+            figure = self.paint()
+            return {kind: _saved(figure, kind) for kind in formats}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """A line of the legend."""
+
+    label: str
+    look: Look
+
+
+def sheet(
+    title: str, caption: str, entries: Sequence[Entry], num_panels: int, panel_height: float = 2.9
+) -> tuple[Figure, list[Any]]:
+    """Return a figure with this many panels, two a row, and room for title, legend and caption around them."""
+    titles, captions = textwrap.wrap(title, _TITLE[0]), textwrap.wrap(caption, _CAPTION[0])
+    columns, legend_columns = min(num_panels, 2), _legend_columns(entries)
+    rows, legend_rows = -(-num_panels // columns), -(-len(entries) // legend_columns)
+    top = _MARGIN + len(titles) * _TITLE[1] + 0.04
+    below = _MARGIN + len(captions) * _CAPTION[1]
+    bottom = below + 0.08 + legend_rows * _LEGEND_LINE
+    height = top + rows * panel_height + bottom
+    inside = (0.012, bottom / height, 0.976, 1 - (top + bottom) / height)
+    figure = Figure(figsize=(_WIDTH, height), layout=ConstrainedLayoutEngine(rect=inside, hspace=0.04))
+    left = 0.018
+    figure.text(
+        left, 1 - _MARGIN / height, "\n".join(titles), fontsize=12, fontweight="bold", va="top", in_layout=False
+    )
+    figure.text(left, below / height, "\n".join(captions), fontsize=7.5, va="top", alpha=0.85, in_layout=False)
+    if entries:
+        _legend(figure, entries, legend_columns, (left - 0.01, bottom / height))
+    grid = figure.subplots(rows, columns, squeeze=False)
+    panels = list(grid.flat)
+    for spare in panels[num_panels:]:
+        spare.set_axis_off()
+    return figure, panels[:num_panels]
+
+
+def draw_lines(panel: Any, series: Sequence[Series], looks: Mapping[str, Look], *, log_y: bool = False) -> str:
+    """Draw each series with its error bars; returns the unit of the y axis. Zeros have no place on a log axis."""
+    scale, unit = axis_scale(series[0].unit, max(mark.interval.high for one in series for mark in one.marks))
+    for place, one in enumerate(series):
+        marks = [mark for mark in one.marks if mark.interval.low > 0 or not log_y]
+        if marks:
+            _line(panel, marks, looks[one.key.name], scale, 1.02 ** (place - (len(series) - 1) / 2))
+    if log_y:
+        _log_y(panel)
+    else:
+        panel.set_ylim(bottom=0)
+    return unit
+
+
+def doubling_x(panel: Any, values: Iterable[float], label: str, most: int = 6) -> None:
+    """Make x an axis on which doubling is one step, with ticks at measured values only."""
+    ticks = sorted(set(values))
+    panel.set_xscale("log", base=2)
+    panel.xaxis.set_major_locator(FixedLocator(ticks[:: -(-len(ticks) // most)]))
+    panel.xaxis.set_minor_locator(NullLocator())
+    panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    panel.set_xlim(ticks[0] / 1.25, ticks[-1] * 1.25)
+    panel.set_xlabel(label)
+
+
+def whole_y(panel: Any) -> None:
+    """Keep the ticks of counts at whole numbers."""
+    panel.yaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def entries_for(series: Iterable[Series], looks: Mapping[str, Look]) -> list[Entry]:
+    """Return one legend line per name; what is not measured says so."""
+    provenances: dict[str, set[str]] = {}
+    for one in series:
+        provenances.setdefault(one.key.name, set()).update(one.provenances)
+    return [
+        Entry(label=name + "".join(f" ({kind})" for kind in sorted(found - {"measured"})), look=looks[name])
+        for name, found in provenances.items()
+    ]
+
+
+def positive(series: Iterable[Series]) -> bool:
+    """Whether any mark is above zero, so that a log axis has something to show."""
+    return any(mark.interval.low > 0 for one in series for mark in one.marks)
+
+
+def _line(panel: Any, marks: Sequence[Mark], look: Look, scale: float, dodge: float) -> None:
+    """Draw one series; a mark without an interval is hollow."""
+    x = [mark.x * dodge for mark in marks]
+    y = [mark.interval.estimate / scale for mark in marks]
+    panel.plot(x, y, color=look.color, linestyle=look.line, linewidth=1.4, alpha=0.85)
+    for place, mark in enumerate(marks):
+        spread, hollow = mark.interval, mark.interval.n == 1
+        ends = [[(spread.estimate - spread.low) / scale], [(spread.high - spread.estimate) / scale]]
+        panel.errorbar(
+            [x[place]],
+            [y[place]],
+            yerr=None if hollow else ends,
+            color=look.color,
+            marker=look.marker,
+            markersize=5,
+            markerfacecolor="none" if hollow else look.color,
+            elinewidth=1.2,
+            capsize=2.5,
+        )
+
+
+def _log_y(panel: Any) -> None:
+    panel.set_yscale("log")
+    low, high = panel.get_ylim()
+    narrow = high / low < 300
+    if high / low < 4:
+        panel.set_ylim(low / 1.5, high * 1.5)
+    panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if narrow else (1,)))
+    panel.yaxis.set_minor_locator(NullLocator())
+    panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: significant(value)))
+
+
+def _legend_columns(entries: Sequence[Entry]) -> int:
+    widest = max((len(entry.label) for entry in entries), default=1) * _CHARACTER + 0.6
+    return max(1, min(len(entries), int((_WIDTH - 0.2) / widest)))
+
+
+def _legend(figure: Figure, entries: Sequence[Entry], columns: int, corner: tuple[float, float]) -> None:
+    handles = [
+        Line2D([], [], color=entry.look.color, marker=entry.look.marker, linestyle=entry.look.line, markersize=5)
+        for entry in entries
+    ]
+    figure.legend(
+        handles,
+        [entry.label for entry in entries],
+        loc="upper left",
+        bbox_to_anchor=corner,
+        ncols=columns,
+        frameon=False,
+        fontsize=8.5,
+        borderaxespad=0.1,
+        borderpad=0.1,
+        labelspacing=0.45,
+        handlelength=2.2,
+        columnspacing=1.4,
+    )
+
+
+def _saved(figure: Figure, kind: Format) -> bytes:
+    """Return the file's bytes, without the date of drawing."""
+    file = io.BytesIO()
+    metadata = {"Date": None} if kind == "svg" else {"Software": "kvatlas"}
+    figure.savefig(file, format=kind, dpi=_PNG_DPI, metadata=metadata)
+    return file.getvalue()
