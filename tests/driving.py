@@ -69,12 +69,25 @@ def force(engine: Engine, jobs: Sequence[Job]) -> None:
     engine._runner.run = forced_run
 
 
-def drive(engine: Engine, jobs: Sequence[Job]) -> Sequence[Job]:
-    """Run all jobs in one engine at once and return them."""
+def drive(engine: Engine, jobs: Sequence[Job], *, interrupt_every: int | None = None) -> Sequence[Job]:
+    """Run all jobs in one engine at once and return them.
+
+    Args:
+        engine: whose choices are replaced.
+        jobs: what to run.
+        interrupt_every: steps after which a running request loses its cache, one after the other; None: never.
+    """
     force(engine, jobs)
     for job in jobs:
         params = SamplingParams(max_tokens=len(job.outputs), ignore_eos=True)
         job.request = engine.add_request(job.prompt, params, job.strategy)
+    for step in range(1, STEP_LIMIT if interrupt_every else 1):
+        if not engine.has_work:
+            break
+        engine.step()
+        if engine.scheduler.running and step % interrupt_every == 0 and step < 8 * interrupt_every:
+            running = engine.scheduler.running
+            engine.scheduler._preempt(running[step // interrupt_every % len(running)])
     finish(engine)
     engine.store.arena.check()
     return jobs
@@ -90,15 +103,14 @@ def finish(engine: Engine) -> None:
 
 
 def kept_positions(store: KVStore, seq: StoredSequence) -> list[list[int]]:
-    """Return the positions that each lane holds, ascending, read from the sidecars slot by slot."""
+    """Return the positions that each lane holds, ascending, read from the sidecars."""
     kept: list[list[int]] = [[] for _ in range(store.lanes.count)]
     for group in seq.layout.groups:
         for lane in group.lanes.tolist():
-            for slot in range(int(store.length[seq.row, lane])):
-                if slot != int(store.hole[seq.row, lane]):
-                    block = int(store.table[seq.row, lane, slot // store.block_size])
-                    kept[lane].append(int(group.blocks.positions[block, slot % store.block_size]))
-            kept[lane].sort()
+            slot = torch.arange(int(store.length[seq.row, lane]))
+            slot = slot[slot != store.hole[seq.row, lane]]
+            block = store.table[seq.row, lane, slot // store.block_size].long()
+            kept[lane] = sorted(group.blocks.positions[block, slot % store.block_size].tolist())
     return kept
 
 

@@ -12,15 +12,32 @@ from itertools import count as counter
 
 import pytest
 import torch
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, precondition, rule
+from hypothesis import settings, strategies as st
+from hypothesis.stateful import (
+    Bundle,
+    MultipleResults,
+    RuleBasedStateMachine,
+    consumes,
+    initialize,
+    invariant,
+    multiple,
+    rule,
+    run_state_machine_as_test,
+)
 from torch import Tensor
 
-from kvatlas.core.errors import CapacityError
+from kvatlas.core.layout import GRANULE
 from kvatlas.core.shapes import LayerShape, ModelShape
 from kvatlas.core.vocabulary import Format, Sidecar
-from kvatlas.storage.eviction import close_holes, compact_windows, drop_passed_windows, keep_slots, lane_view, open_holes
+from kvatlas.storage.eviction import (
+    close_holes,
+    compact_windows,
+    drop_passed_windows,
+    keep_slots,
+    lane_view,
+    open_holes,
+)
+from kvatlas.storage.lanes import LaneGroup
 from kvatlas.storage.prefix_cache import PrefixCache
 from kvatlas.storage.store import KVStore, Sequence, Slots
 
@@ -61,7 +78,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @initialize(slabs=st.integers(1, 4))
     def start(self, slabs: int) -> None:
-        self.store = KVStore(MIXED, Format.FP32, 1, block_size=BLOCK) if False else _store(slabs)
+        self.store = _store(slabs)
         self.cache = PrefixCache(self.store)
         self.models: list[Model] = []
         self.numbers = counter(1)
@@ -108,7 +125,7 @@ class StoreMachine(RuleBasedStateMachine):
                 length = int(self.store.length[model.seq.row, lane])
                 victims.append(data.draw(st.integers(-1, length - 1)))
                 if victims[-1] >= 0:
-                    position = int(self.slot(model, group, lane, victims[-1])[2])
+                    position = int(self.slot(model, group, lane, torch.tensor(victims[-1]))[2])
                     del model.lanes[lane][position]
             open_holes(self.store, [model.seq], group, torch.tensor([victims]))
         model.cut = True
@@ -128,8 +145,8 @@ class StoreMachine(RuleBasedStateMachine):
             width = max(1, *map(len, chosen))
             kept = torch.zeros((len(chosen), width), dtype=torch.int64)
             for row, (lane, slots) in enumerate(zip(group.lanes.tolist(), chosen, strict=True)):
-                kept[row, : len(slots)] = torch.tensor(slots)
-                positions = {int(self.slot(model, group, lane, slot)[2]) for slot in slots}
+                kept[row, : len(slots)] = torch.tensor(slots, dtype=torch.int64)
+                positions = set(self.slot(model, group, lane, kept[row, : len(slots)])[2].tolist())
                 model.lanes[lane] = {p: n for p, n in model.lanes[lane].items() if p in positions}
             keep_slots(self.store, model.seq, group, kept, torch.tensor([len(slots) for slots in chosen]))
         model.cut = True
@@ -155,9 +172,9 @@ class StoreMachine(RuleBasedStateMachine):
             model.lanes[lane] = {p: n for p, n in model.lanes[lane].items() if p > seen - WINDOW}
 
     @rule(target=live, model=live)
-    def fork(self, model: Model) -> Model:
+    def fork(self, model: Model) -> Model | MultipleResults:
         if model.cut:
-            return model
+            return multiple()
         child = Model(self.store.fork(model.seq), list(model.tokens), [dict(lane) for lane in model.lanes])
         self.models.append(child)
         return child
@@ -175,7 +192,7 @@ class StoreMachine(RuleBasedStateMachine):
         assert adopted % BLOCK == 0 and adopted < len(tokens)
         model.tokens = tokens[:adopted]
         for lane in range(len(model.lanes)):
-            model.lanes[lane] = {position: number for position, number in self.read(model, lane)}
+            model.lanes[lane] = dict(self.read(model, lane))
             passed = max(0, (adopted - WINDOW + 1) // BLOCK) * BLOCK if lane in WINDOW_LANES else 0
             assert sorted(model.lanes[lane]) == list(range(passed, adopted))
 
@@ -188,11 +205,23 @@ class StoreMachine(RuleBasedStateMachine):
         assert freed >= min(wanted, before.cached), "cached bytes are reclaimable at any time"
         assert after.used == before.used
 
+    @rule(model=live)
+    def look(self, model: Model) -> None:
+        """What a strategy is shown: the tokens that are there, and of these the ones a later query can see."""
+        for group in model.seq.layout.groups:
+            if not bool((self.store.length[model.seq.row, group.lanes] > 0).any()):
+                continue
+            view, live = lane_view(self.store, [model.seq], group, [0])
+            for row, lane in enumerate(group.lanes.tolist()):
+                assert sorted(view.positions_BHS[0, row][live[0, row]].tolist()) == sorted(model.lanes[lane])
+                window = WINDOW if lane in WINDOW_LANES else 10**6
+                visible = [p for p in sorted(model.lanes[lane]) if p > len(model.tokens) - window]
+                assert sorted(view.positions_BHS[0, row][view.valid_BHS[0, row]].tolist()) == visible
+
     @rule(model=consumes(live))
     def close(self, model: Model) -> None:
-        if model in self.models:  # a bundle may name a sequence twice
-            self.store.close(model.seq)
-            self.models.remove(model)
+        self.store.close(model.seq)
+        self.models.remove(model)
 
     # What must hold
 
@@ -216,29 +245,16 @@ class StoreMachine(RuleBasedStateMachine):
             assert books.used_kv == sum(self.store.kv_bytes(model.seq) for model in self.models)
 
     @invariant()
-    def views_show_live_slots(self) -> None:
-        for model in self.models:
-            for group in model.seq.layout.groups:
-                if not bool((self.store.length[model.seq.row, group.lanes] > 0).any()):
-                    continue
-                view, live = lane_view(self.store, [model.seq], group, [0])
-                for row, lane in enumerate(group.lanes.tolist()):
-                    assert sorted(view.positions_BHS[0, row][live[0, row]].tolist()) == sorted(model.lanes[lane])
-                    window = WINDOW if lane in WINDOW_LANES else 10**6
-                    visible = [p for p in sorted(model.lanes[lane]) if p > len(model.tokens) - window]
-                    assert sorted(view.positions_BHS[0, row][view.valid_BHS[0, row]].tolist()) == visible
-
-    @invariant()
     def poison(self) -> None:
         """Fill what nobody owns with NaN; last, because it runs after every operation."""
         arena = self.store.arena
-        owned = torch.zeros(arena.total_bytes, dtype=torch.bool)
+        owned = torch.zeros(arena.total_bytes // GRANULE, dtype=torch.int32)
         for blocks in arena._classes.values():
-            for ordinal in (blocks.refs > 0).nonzero().flatten():
-                first = int(blocks.ids(ordinal[None])[0]) * 64
-                assert not owned[first : first + blocks.block_bytes].any(), "two blocks overlap"
-                owned[first : first + blocks.block_bytes] = True
-        arena._memory[~owned] = 0xFF
+            starts = blocks.ids((blocks.refs > 0).nonzero().flatten()).long()
+            places = starts[:, None] + torch.arange(blocks.block_bytes // GRANULE)
+            owned.index_add_(0, places.flatten(), torch.ones(places.numel(), dtype=torch.int32))
+        assert not (owned > 1).any(), "two blocks overlap"
+        arena._memory.view(-1, GRANULE)[owned == 0] = 0xFF
 
     def teardown(self) -> None:
         if not hasattr(self, "store"):
@@ -265,16 +281,19 @@ class StoreMachine(RuleBasedStateMachine):
     def write(self, model: Model, slots: Slots, row: int, position: int) -> None:
         number = float(next(self.numbers) % 2000)  # exact in fp16
         for group in model.seq.layout.groups:
-            for lane in group.lanes.tolist():
-                block, offset = slots.block[row, lane], slots.offset[row, lane]
-                group.blocks.keys[block, offset] = number
-                group.blocks.values[block, offset] = -number
-                if group.blocks.column_sums is not None:
-                    assert group.blocks.column_sums[block, offset] == 0.0
-                    group.blocks.column_sums[block, offset] = number
-                model.lanes[lane][position] = number
+            block, offset = slots.block[row, group.lanes], slots.offset[row, group.lanes]
+            group.blocks.keys[block, offset] = number
+            group.blocks.values[block, offset] = -number
+            if group.blocks.column_sums is not None:
+                assert (group.blocks.column_sums[block, offset] == 0.0).all()
+                group.blocks.column_sums[block, offset] = number
+        for lane in model.lanes:
+            lane[position] = number
 
-    def slot(self, model: Model, group, lane: int, slot: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    def slot(
+        self, model: Model, group: LaneGroup, lane: int, slot: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Return key [n, Dk], value [n, Dv], position [n] and sum [n] of slots [n]."""
         block, offset = self.store.table[model.seq.row, lane, slot // BLOCK].long(), slot % BLOCK
         sums = group.blocks.column_sums
         return (
@@ -287,16 +306,13 @@ class StoreMachine(RuleBasedStateMachine):
     def read(self, model: Model, lane: int) -> list[tuple[int, float]]:
         """Return (position, number) of each live slot; key, value and sum must agree."""
         group = next(group for group in model.seq.layout.groups if lane in group.lanes.tolist())
-        found = []
-        for slot in range(int(self.store.length[model.seq.row, lane])):
-            if slot == int(self.store.hole[model.seq.row, lane]):
-                continue
-            key, value, position, sums = self.slot(model, group, lane, slot)
-            number = float(key[0])
-            assert (key == number).all() and (value == -number).all(), "torn or foreign bytes"
-            assert sums is None or float(sums) == number
-            found.append((int(position), number))
-        return found
+        slot = torch.arange(int(self.store.length[model.seq.row, lane]))
+        slot = slot[slot != self.store.hole[model.seq.row, lane]]
+        key, value, position, sums = self.slot(model, group, lane, slot)
+        number = key[:, :1]
+        assert (key == number).all() and (value == -number).all(), "torn or foreign bytes"
+        assert sums is None or (sums == number[:, 0]).all()
+        return list(zip(position.tolist(), number[:, 0].tolist(), strict=True))
 
 
 def _store(slabs: int) -> KVStore:
@@ -306,9 +322,10 @@ def _store(slabs: int) -> KVStore:
 
 
 TestStore = StoreMachine.TestCase
-TestStore.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
+TestStore.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
 
 
-class TestStoreLong(StoreMachine.TestCase):
-    settings = settings(max_examples=300, stateful_step_count=80, deadline=None)
-    pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_store_long() -> None:
+    run_state_machine_as_test(StoreMachine, settings=settings(max_examples=1000, stateful_step_count=80, deadline=None))

@@ -11,11 +11,11 @@ from functools import cache
 
 import pytest
 import torch
-
-from kvatlas.engine.engine import Engine
 from tests.driving import Job, drive, loaded, relative_error
 from tests.families import VOCAB_SIZE, tiny_model, token_ids
 from tests.retold import H2O, Retelling, StreamingLLM
+
+from kvatlas.engine.engine import Engine
 
 OUTPUT_TOKENS = 9
 TOLERANCE = 1e-4
@@ -63,7 +63,7 @@ def test_retelling_of_full_is_the_model() -> None:
         wanted = plain(ids).logits[0, 20:]
     logits, _ = told("full", 21)
     assert relative_error(torch.stack(logits), wanted) < 1e-5
-    assert VOCAB_SIZE == wanted.shape[1]
+    assert wanted.shape[1] == VOCAB_SIZE
 
 
 STRATEGIES = [

@@ -32,7 +32,7 @@ def add_to(app: typer.Typer) -> None:
 
 
 def generate(
-    prompts: Annotated[list[str] | None, typer.Argument(metavar="[PROMPT]...", help="Texts to continue.")] = None,
+    prompts: Annotated[list[str] | None, typer.Argument(metavar="PROMPT", help="Texts to continue.")] = None,
     prompt_file: Annotated[
         Path | None, typer.Option(metavar="FILE", help="One more prompt: this file's text; - is the standard input.")
     ] = None,

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Annotated
 
 import typer
+from pydantic import ValidationError
 
 from kvatlas import __version__
 from kvatlas.cli import characterize, generate, info, report, strategies
@@ -34,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command line and exit; without ``arguments``, the process's own."""
     typed = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        status = app(typed, prog_name="kvatlas", standalone_mode=False, obj=typed)
+        status = app(typed, prog_name="kvatlas", standalone_mode=False, obj=typed) or 0
         sys.stdout.flush()
     except KvatlasError as error:
         status = _refuse(str(error))
@@ -63,5 +64,9 @@ def _refuse(message: str) -> int:
 
 
 def _usage(error: typer.TyperException) -> str:
+    """Return what was wrong on the command line, the value given, and where to look."""
     context = getattr(error, "ctx", None)
-    return f"{error.format_message()} Try: {context.command_path if context else 'kvatlas'} --help"
+    cause = error.__cause__
+    given = f", got {cause.errors()[0]['input']!r}" if isinstance(cause, ValidationError) else ""
+    command = context.command_path if context else "kvatlas"
+    return f"{error.format_message().rstrip('.')}{given}; see {command} --help"

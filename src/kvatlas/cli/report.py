@@ -31,6 +31,7 @@ def report(
 ) -> None:
     """Print which strategy wins when, and write a page with every figure."""
     from kvatlas.records.store import RecordStore
+    from kvatlas.reports.answer import answer
     from kvatlas.reports.page import write_report
     from kvatlas.reports.winners import winners_table
 
@@ -38,19 +39,20 @@ def report(
     with RecordStore(records, mode="read") as store:
         rows = winners_table(store)
     console = Console()
-    for (experiment, model), group in groupby(rows, key=lambda row: (row.experiment, row.model)):
-        console.print(_table(f"{experiment} on {model}", list(group)))
+    for (experiment, model), study in groupby(rows, key=lambda row: (row.experiment, row.model)):
+        console.rule(f"[bold]{escape(experiment)}[/] on {escape(model)}", align="left")
+        for criterion, group in groupby(study, key=lambda row: row.criterion.name):
+            console.print(_table(criterion, list(group)))
+    console.print(answer(rows), markup=False, highlight=False)
     typer.echo(f"page: {page}")
 
 
-def _table(title: str, rows: Sequence[WinnerRow]) -> Table:
-    table = Table(title=escape(title), title_justify="left")
-    table.add_column("condition", ratio=3)
-    table.add_column("best by", ratio=3)
-    table.add_column("winner", ratio=4)
-    table.add_column("value", justify="right")
-    table.add_column("interval", ratio=3)
+def _table(criterion: str, rows: Sequence[WinnerRow]) -> Table:
+    table = Table.grid(padding=(0, 0, 0, 2), expand=True)
+    table.title, table.title_justify, table.title_style = escape(criterion), "left", "bold"
+    for ratio in (3, 4, 4):
+        table.add_column(ratio=ratio, overflow="fold")
     for row in rows:
-        cells = (row.condition, row.criterion.name, row.verdict_text, row.value_text, row.interval_text)
-        table.add_row(*(escape(cell) for cell in cells))
+        value = f"{row.value_text} ({row.interval_text})"
+        table.add_row(*(escape(cell) for cell in (row.condition, row.verdict_text, value)))
     return table

@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from kvatlas.cli.options import examples
+from kvatlas.core.vocabulary import Axis
 from kvatlas.strategies.registry import stages
 from kvatlas.strategies.stage import Stage
 
@@ -26,7 +27,8 @@ def strategies(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.
 
     Stages of different axes are joined by |, as in 'h2o(heavy=0.1, recent=0.1) | bf16'.
     """
-    found = [facts(stage) for stage in stages().values()]
+    order = list(Axis)
+    found = [facts(stage) for stage in sorted(stages().values(), key=lambda stage: order.index(stage.axis))]
     if as_json:
         typer.echo(json.dumps(found, indent=2))
     else:
@@ -52,11 +54,16 @@ def facts(stage: type[Stage]) -> dict[str, Any]:
 
 def _table(found: list[dict[str, Any]]) -> Table:
     table = Table(show_lines=True)
-    table.add_column("strategy, with defaults", ratio=1)
-    for column in ("axis", "saves", "lossless", "needs", "acts"):
-        table.add_column(column)
+    table.add_column("strategy, with defaults", overflow="fold")
+    table.add_column("what it does to the cache", overflow="fold")
     for one in found:
         about = f"[bold]{escape(one['sentence'])}[/]\n{escape(one['summary'])}\n[dim]{escape(one['paper'])}[/]"
-        lists = ["\n".join(one[key]) or "-" for key in ("saves", "needs", "moments")]
-        table.add_row(about, one["axis"], lists[0], "yes" if one["lossless"] else "no", *lists[1:])
+        lines = [
+            f"axis: {one['axis']}",
+            f"saves: {', '.join(one['saves']) or 'nothing'}",
+            f"outputs: {'those of the full cache' if one['lossless'] else 'may differ'}",
+            f"needs: {', '.join(one['needs']) or 'nothing'}",
+            f"acts: {', '.join(one['moments']) or 'never'}",
+        ]
+        table.add_row(about, "\n".join(lines))
     return table

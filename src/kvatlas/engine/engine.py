@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable
-from collections.abc import Sequence as Seq
+from collections.abc import Callable, Sequence as Seq
+from dataclasses import replace
 
 import torch
 
-from kvatlas.core.errors import CapacityError, ConfigError
+from kvatlas.core.errors import CapacityError, ConfigError, UnsupportedError
 from kvatlas.core.footprint import Footprint
 from kvatlas.core.layout import DEFAULT_BLOCK_SIZE
 from kvatlas.core.units import format_bytes, parse_bytes
@@ -147,6 +147,28 @@ class Engine:
         request.finish_reason, request.text = None, ""
         request.token_times_s, request.arrival_s = [], self.clock()
         self.scheduler.waiting.append(request)
+
+    def fork_request(self, request: Request) -> Request:
+        """Return a copy of a finished request that a session holds; blocks are shared until one of the two writes.
+
+        Raises:
+            UnsupportedError: the strategy evicts, so that each copy would need its own history.
+        """
+        if not request.strategy.lossless:
+            raise UnsupportedError(
+                f"a conversation under {request.strategy} cannot be forked, because it evicts tokens; "
+                "fork one under a lossless strategy such as 'full'"
+            )
+        copy = replace(
+            request,
+            id=next(self._ids),
+            tokens=list(request.tokens),
+            prefill_spans=list(request.prefill_spans),
+            token_times_s=list(request.token_times_s),
+            seq=None if request.seq is None else self.store.fork(request.seq),
+        )
+        self.scheduler.idle.append(copy)
+        return copy
 
     def step(self) -> list[NewToken]:
         """Run one batch and return the tokens it produced."""

@@ -44,21 +44,22 @@ def after_decode_step(store: KVStore, requests: Seq[Request]) -> None:
 
 
 def _cut(store: KVStore, request: Request) -> None:
-    """Cut every lane to one slot less than its capacity, so that the next token has its place.
+    """Cut every lane to what the strategy keeps of a prompt.
 
     Layer by layer, so that the temporary copies stay small.
     """
     keep, seq = request.strategy.keep, request.seq
-    capacity = keep.capacity(request.prompt_tokens)
+    most_kept = keep.kept_of_prompt(request.prompt_tokens)
     assert seq is not None
-    if capacity is None or seq.seen < capacity:
+    if most_kept is None or seq.seen <= most_kept:
         return
     recent = [keep.recent_tokens(request.prompt_tokens)]
     for index in store.lanes.shape.owners:
         lanes = store.lanes.slices[index]
         group = LaneGroup(blocks=seq.layout.class_of_layer[index], lanes=torch.arange(lanes.start, lanes.stop))
         view, _ = lane_view(store, [seq], group, recent)
-        limit = min(capacity, store.lanes.shape.layers[index].window or capacity) - 1
+        window = store.lanes.shape.layers[index].window
+        limit = most_kept if window is None else min(most_kept, window - 1)
         scores = keep.scores(view).masked_fill(~view.valid_BHS, -torch.inf)[0]
         count = view.valid_BHS[0].sum(dim=-1).clamp(max=limit)
         most = int(count.max())

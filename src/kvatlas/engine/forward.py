@@ -31,7 +31,8 @@ from kvatlas.strategies.strategy import Strategy
 class Chunk:
     """The next ``count`` prompt tokens of one request, at row ``start`` of the batch.
 
-    ``table`` [lanes, C] and ``past_length`` [lanes] describe what was cached before; ``dense_starts`` gives the
+    ``table`` [lanes, C] covers the chunk too; ``past_length`` [lanes], on the CPU, is what was
+    cached before it; ``dense_starts`` gives the
     position of slot 0 per window (0: no window) while slots are in position order, else None.
     """
 
@@ -49,7 +50,7 @@ class Chunk:
 class DecodeGroup:
     """One new token for each of R requests of one strategy, from row ``start`` of the batch on.
 
-    ``table`` [R, lanes, C] and ``length`` [R, lanes] include the new tokens.
+    ``table`` [R, lanes, C] and ``length`` [R, lanes] include the new tokens; ``host_length`` is the latter on the CPU.
     """
 
     strategy: Strategy
@@ -61,7 +62,9 @@ class DecodeGroup:
     columns: list[int]
     slots: Slots
     dense: bool
+    host_length: Tensor
     masks: dict[object, Tensor | None] = field(default_factory=dict)
+    held: dict[object, Tensor] = field(default_factory=dict)
 
 
 class _Limits(TypedDict):
@@ -118,18 +121,35 @@ class ForwardPass:
         )
         table = chunk.table[lanes, :columns]
         out, lse = chunk_attention(
-            q, k, v, chunk.positions, blocks.keys, blocks.values, blocks.positions, table, past,
+            q, k, v, chunk.positions, blocks.keys, blocks.values, blocks.positions, table, past.to(q.device),
             sinks=call.sinks, **limits,
         )  # fmt: skip
         if Need.COLUMN_SUMS in strategy.needs:
-            past_sums, own_sums = column_sums(
-                q, k, chunk.positions, lse, blocks.keys, blocks.positions, table, past, **limits
-            )
-            sums = blocks.column_sums
-            assert sums is not None
-            sums.index_add_(0, table.flatten(), past_sums.view(-1, sums.shape[1]))
-            sums[chunk.slots.block[:, lanes], chunk.slots.offset[:, lanes]] += own_sums.T
+            self._add_column_sums(call, chunk, blocks, q, k, lse, limits)
         return out
+
+    def _add_column_sums(
+        self, call: AttentionCall, chunk: Chunk, blocks: BlockClass, q: Tensor, k: Tensor, lse: Tensor, limits: _Limits
+    ) -> None:
+        """Add to each cached token the attention that the chunk's observed queries pay it."""
+        prompt_tokens = chunk.request.prompt_tokens
+        observed = chunk.request.strategy.keep.observed_queries(prompt_tokens)
+        first = 0 if observed is None else max(0, prompt_tokens - observed - int(chunk.positions[0]))
+        sums, lanes = blocks.column_sums, self._store.lanes.slices[call.layer]
+        assert sums is not None
+        if first >= chunk.count:
+            return
+        past = chunk.past_length[lanes] + first  # tokens of the chunk before the first observed one count as past
+        table = chunk.table[lanes, : -(-int(past.max()) // self._store.block_size)]
+        held = _held(past, table.shape[-1], self._store.block_size).to(table.device)
+        if observed is not None and prompt_tokens - observed >= int(chunk.positions[0]):
+            sums.index_fill_(0, table.flatten()[held].long(), 0.0)  # votes of an earlier prompt no longer count
+        past_sums, own_sums = column_sums(
+            q[first:], k[first:], chunk.positions[first:], lse[:, first:],
+            blocks.keys, blocks.positions, table, past.to(q.device), **limits,
+        )  # fmt: skip
+        _add_to_blocks(sums, table, held, past_sums)
+        sums[chunk.slots.block[first:, lanes], chunk.slots.offset[first:, lanes]] += own_sums.T
 
     def _attend_group(self, call: AttentionCall, group: DecodeGroup, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         seq = group.requests[0].seq
@@ -137,16 +157,16 @@ class ForwardPass:
         blocks, lanes = seq.layout.class_of_layer[call.layer], self._store.lanes.slices[call.layer]
         self._write(call, blocks, group.slots, k, v)
         table, length = group.table[:, lanes, : group.columns[call.layer]], group.length[:, lanes]
-        need_mass = Need.COLUMN_SUMS in group.strategy.needs
+        keep = group.strategy.keep
+        need_mass = Need.COLUMN_SUMS in group.strategy.needs and keep.observed_queries(1) is None
         out, mass = decode_attention(
             q, blocks.keys, blocks.values, table, length,
             scale=call.scale, softcap=call.softcap, sinks=call.sinks,
             mask=self._mask(call, group, blocks, table, length), need_mass=need_mass,
         )  # fmt: skip
         if need_mass:
-            sums = blocks.column_sums
-            assert sums is not None and mass is not None
-            sums.index_add_(0, table.flatten(), mass.view(-1, sums.shape[1]))
+            assert blocks.column_sums is not None and mass is not None
+            _add_to_blocks(blocks.column_sums, table, self._held_blocks(call, group, table), mass)
         return out
 
     def _write(
@@ -160,6 +180,14 @@ class ForwardPass:
             blocks.keys[block, offset] = stored_k
             blocks.values[block, offset] = stored_v
         return stored_k.to(k.dtype), stored_v.to(v.dtype)
+
+    def _held_blocks(self, call: AttentionCall, group: DecodeGroup, table: Tensor) -> Tensor:
+        """Return the indices of the group's own blocks in ``table``, once for all layers whose lanes are equal."""
+        key: object = call.window if group.dense else call.layer
+        if key not in group.held:
+            length = group.host_length[:, self._store.lanes.slices[call.layer]]
+            group.held[key] = _held(length, table.shape[-1], self._store.block_size).to(table.device)
+        return group.held[key]
 
     def _mask(
         self, call: AttentionCall, group: DecodeGroup, blocks: BlockClass, table: Tensor, length: Tensor
@@ -180,22 +208,35 @@ class ForwardPass:
         return group.masks[key]
 
 
+def _held(length: Tensor, columns: int, block_size: int) -> Tensor:
+    """Return which entries of tables [..., C], flattened, are blocks of their lane: int64 indices [n].
+
+    What stands behind a lane's last block is left over from other times and must not be written to.
+    """
+    return (torch.arange(columns) < -(-length // block_size)[..., None]).flatten().nonzero().flatten()
+
+
+def _add_to_blocks(sums: Tensor, table: Tensor, held: Tensor, amounts: Tensor) -> None:
+    """Add ``amounts`` [..., C * bs] to the slots of the blocks in ``table`` [..., C]; see `_held`."""
+    sums.index_add_(0, table.flatten()[held], amounts.reshape(-1, sums.shape[1])[held])
+
+
 def make_chunk(store: KVStore, request: Request, count: int, start: int) -> Chunk:
     """Take slots for the next ``count`` prompt tokens; room for them must have been allocated."""
     seq = request.seq
     assert seq is not None
     device = seq.layout.groups[0].blocks.keys.device
-    columns = int(store.columns_held(seq).max())
     past_length = store.length[seq.row].clone()
     dense_starts = {0: 0, **seq.starts} if seq.dense else None
     slots = _on_device(store.append(seq, count), device)
+    columns = int(store.columns_held(seq).max())
     return Chunk(
         request=request,
         start=start,
         count=count,
         positions=torch.arange(seq.seen - count, seq.seen, device=device),
         table=store.table[seq.row, :, :columns].to(device),
-        past_length=past_length.to(device),
+        past_length=past_length,
         slots=slots,
         dense_starts=dense_starts,
     )
@@ -217,6 +258,7 @@ def make_group(store: KVStore, requests: list[Request], start: int) -> DecodeGro
         positions=torch.tensor([seq.seen - 1 for seq in seqs], device=device),
         table=store.table[rows, :, : max(columns)].to(device),
         length=length.to(device),
+        host_length=length,
         columns=columns,
         slots=_on_device(slots, device),
         dense=all(seq.dense for seq in seqs) or _alike(store, length),

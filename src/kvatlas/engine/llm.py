@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from collections.abc import Sequence as Seq
+from collections.abc import Iterator, Sequence as Seq
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +154,19 @@ class Session:
             self.close()
             raise
         return output_of(self._request)
+
+    def fork(self) -> Session:
+        """Return a second conversation that begins as this one, on the same blocks until they differ.
+
+        Raises:
+            ConfigError: no turn has been answered yet.
+            UnsupportedError: the strategy evicts tokens.
+        """
+        if self._request is None:
+            raise ConfigError("this session has no turn to fork from; call generate() first")
+        copy = Session(self._llm, self._strategy)
+        copy._request = self._llm.engine.fork_request(self._request)
+        return copy
 
     def close(self) -> None:
         """Give the cache back; the next turn would start a new conversation."""

@@ -13,7 +13,7 @@ from collections import deque
 from kvatlas.engine.request import Request
 from kvatlas.engine.runner import Batch
 from kvatlas.models.adapter import Adapter
-from kvatlas.storage.eviction import close_holes
+from kvatlas.storage.eviction import close_holes, drop_passed_windows
 from kvatlas.storage.prefix_cache import PrefixCache
 from kvatlas.storage.store import KVStore
 
@@ -130,6 +130,7 @@ class Scheduler:
             if self._prefix_cache is not None and request.strategy.lossless:
                 tokens = request.tokens[: request.prefill_spans[0][1]]
                 request.adopted_tokens = self._prefix_cache.adopt(request.seq, tokens, self._salt(request))
+                drop_passed_windows(self._store, request.seq)
         self.running.append(request)
 
     def _within_footprint(self, request: Request, count: int) -> int:

@@ -2,17 +2,34 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+from kvatlas.core.errors import ConfigError
 from kvatlas.core.units import parse_bytes
 from kvatlas.engine.engine import Engine
 from kvatlas.engine.llm import LLM
 from kvatlas.models.loading import LoadedModel, load_model
 from kvatlas.records.schema import Facts, ModelRole, Point, Sample
 from kvatlas.strategies.strategy import Strategy
+
+
+_COUNTS = (
+    "max_batched_tokens",
+    "repeats",
+    "prompt_tokens",
+    "concurrency",
+    "concurrency_prompt_tokens",
+    "concurrency_output_tokens",
+    "context_tokens",
+    "num_keys",
+    "num_prompts",
+    "trace_requests",
+    "trace_max_prompt_tokens",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +61,9 @@ class Settings:
         trace_max_prompt_tokens: longer prompts are cut.
         slo_ttft_s: limit of goodput on TTFT.
         slo_tpot_s: limit of goodput on TPOT.
+
+    Raises:
+        ConfigError: a strategy cannot be read, or a number is out of range.
     """
 
     strategies: tuple[str, ...] = ("full", "streaming_llm(sinks=4, recent=0.2)", "h2o(heavy=0.1, recent=0.1)")
@@ -75,6 +95,18 @@ class Settings:
         for strategy in self.strategies:
             Strategy.parse(strategy)
         parse_bytes(self.kv_memory)
+        for name in _COUNTS:
+            self._check(name, lambda value: value >= 1, "at least 1")
+        self._check("seed", lambda value: 0 <= value < 2**63, "0 or more, below 2**63")
+        self._check("budgets", lambda value: 0 < value <= 1, "fractions in (0, 1], such as 0.2")
+        self._check("trace_time_scale", lambda value: 0 <= value < math.inf, "a finite factor of at least 0")
+        for name in ("trace_length_scale", "slo_ttft_s", "slo_tpot_s"):
+            self._check(name, lambda value: 0 < value < math.inf, "a finite number above 0")
+
+    def _check(self, name: str, good: Callable[[float], bool], wanted: str) -> None:
+        value = getattr(self, name)
+        if not all(good(one) for one in (value if isinstance(value, tuple) else (value,))):
+            raise ConfigError(f"{name}={value} is out of range; write {wanted}")
 
 
 @dataclass
@@ -122,6 +154,10 @@ class Experiment(ABC):
     name: ClassVar[str]
     question: ClassVar[str]
     role: ClassVar[ModelRole]
+
+    def check(self, settings: Settings) -> None:
+        """Raise a KvatlasError for settings that could not be measured, before anything is."""
+        return
 
     @abstractmethod
     def points(self, settings: Settings, model: str) -> Iterator[Point]:

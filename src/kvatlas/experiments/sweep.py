@@ -5,16 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from kvatlas.core.errors import CapacityError, KvatlasError
 from kvatlas.core.names import unknown_name
+from kvatlas.core.units import parse_bytes
+from kvatlas.engine.memory import check_kv_memory
 from kvatlas.experiments.concurrency import Concurrency
 from kvatlas.experiments.early_fact import EarlyFact
 from kvatlas.experiments.experiment import Experiment, Lab, Settings
 from kvatlas.experiments.prompt_length import PromptLength
 from kvatlas.experiments.trace_replay import TraceReplay
+from kvatlas.models.loading import resolve_dtype
 from kvatlas.records.manifest import collect_manifest
 from kvatlas.records.schema import Point
 from kvatlas.records.store import RecordStore
@@ -62,6 +66,21 @@ def find_experiments(names: Sequence[str]) -> list[Experiment]:
         if name not in EXPERIMENTS:
             raise unknown_name("experiment", name, EXPERIMENTS)
     return [EXPERIMENTS[name] for name in names or EXPERIMENTS]
+
+
+def check_sweep(experiments: Sequence[Experiment], settings: Settings) -> None:
+    """Find out what could never run before a model is loaded or a file is made.
+
+    Raises:
+        ConfigError: the dtype or device is unknown.
+        UnsupportedError: the device is absent.
+        CapacityError: the machine has less memory than ``kv_memory``.
+        TraceError: a trace cannot be read.
+    """
+    resolve_dtype(settings.dtype, settings.device)
+    check_kv_memory(parse_bytes(settings.kv_memory), torch.device(settings.device))
+    for experiment in experiments:
+        experiment.check(settings)
 
 
 def run_sweep(

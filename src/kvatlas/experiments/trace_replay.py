@@ -26,6 +26,15 @@ class TraceReplay(Experiment):
     question = "How long do users of a real request trace wait?"
     role = "speed"
 
+    def check(self, settings: Settings) -> None:
+        """Read the traces.
+
+        Raises:
+            TraceError: a file or a line of it cannot be read.
+        """
+        for trace in settings.traces:
+            _load(trace)
+
     def points(self, settings: Settings, model: str) -> Iterator[Point]:
         """Yield every trace under every strategy."""
         slo = Slo(ttft_s=settings.slo_ttft_s, tpot_s=settings.slo_tpot_s)

@@ -33,9 +33,9 @@ def samples_text(series: Iterable[Series]) -> str:
         return ""
     number = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     methods = dict.fromkeys(interval.method for interval in intervals if interval.n > 1)
-    text = f"n = {number} per mark"
-    if methods:
-        text += f"; bars: {' / '.join(list(methods)[:3])}"
+    text = f"n\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}{number} per mark"
+    if methods:  # in the order of appearance; more than three would not fit a caption
+        text += f"; bars: {' / '.join(list(methods)[:3])}".replace(">=", "≥")
     return f"{text}; hollow marks: n = 1, no interval" if counts[0] == 1 else text
 
 

@@ -28,6 +28,7 @@ _TITLES = {
     "preemptions": "Preemptions",
     "goodput": "Goodput",
     "correct": "Early facts retained",
+    "difference": "Difference to the full cache",
 }
 
 
@@ -55,10 +56,14 @@ def significant(value: float) -> str:
 
 
 def format_range(interval: Interval, unit: str) -> str:
-    """Return ``"12.1 ms to 13.0 ms"``, with the coverage it really has where that is below 95 %."""
+    """Return ``"12.1 to 13.0 ms"``, with the coverage it really has where that is below 95 %."""
     if interval.n == 1:
         return "n=1, no interval"
-    text = f"{format_quantity(interval.low, unit)} to {format_quantity(interval.high, unit)}"
+    if interval.low == interval.high:
+        return f"equal in all {interval.n}"
+    low, high = format_quantity(interval.low, unit), format_quantity(interval.high, unit)
+    number, _, low_unit = low.partition(" ")
+    text = f"{number if low_unit == high.partition(' ')[2] else low} to {high}"
     return text if interval.level >= LEVEL else f"{text} (range of {interval.n}: {interval.level:.0%})"
 
 

@@ -29,9 +29,9 @@ AXES = {
 }
 
 _CONDITIONS = {
-    "prompt_tokens": "prompt of {:,} tokens",
-    "concurrency": "{:,} concurrent requests",
-    "context_tokens": "context of {:,} tokens",
+    "prompt_tokens": "{:,} tokens",
+    "concurrency": "{:,} at once",
+    "context_tokens": "{:,} tokens",
 }
 # Numbers of samples are not settings; a budget tells series apart, not studies.
 _NEVER_SPLIT = frozenset({BUDGET, "n"})
@@ -126,7 +126,8 @@ class Study:
     def condition(self, x: float) -> str:
         """Return x in words, with what sets this study apart."""
         if self.swept is None:
-            return describe(self.split or self.constants) or "as run"
+            trace = {name: self.constants[name] for name in ("trace",) if name in self.constants}
+            return describe(trace | self.split or self.constants) or "as run"
         words = _CONDITIONS.get(self.swept, f"{self.swept} {{:,}}").format(int(x) if x.is_integer() else x)
         return f"{words}, {describe(self.split)}" if self.split else words
 

@@ -26,46 +26,43 @@ class Criterion:
         name: in words, for a table.
         metric: what is compared, at its median or share.
         higher_is_better: False for latencies and bytes.
-        instead_of: a metric that this one makes superfluous, where both are there.
-        headline: whether the answer in one paragraph counts it.
+        short: its name in the answer of one paragraph; "" leaves it out there.
     """
 
     experiment: str
     name: str
     metric: str
     higher_is_better: bool = False
-    instead_of: str = ""
-    headline: bool = True
+    short: str = ""
 
 
-CRITERIA = (
-    Criterion(experiment="prompt_length", name="TTFT", metric="ttft"),
-    Criterion(experiment="prompt_length", name="CPU time of prefill", metric="prefill_cpu", headline=False),
-    Criterion(experiment="prompt_length", name="KV memory, peak of prefill", metric="kv_peak", headline=False),
-    Criterion(
-        experiment="prompt_length",
-        name="KV memory after prefill, with sidecars",
-        metric="cache_after_prefill",
-        instead_of="kv_after_prefill",
-    ),
-    Criterion(experiment="prompt_length", name="KV memory after prefill", metric="kv_after_prefill"),
-    Criterion(experiment="concurrency", name="Throughput", metric="output_throughput", higher_is_better=True),
-    Criterion(
-        experiment="concurrency",
-        name="Throughput per CPU second",
-        metric="output_throughput_cpu",
-        higher_is_better=True,
-        headline=False,
-    ),
-    Criterion(experiment="concurrency", name="KV memory, peak", metric="kv_peak"),
-    Criterion(experiment="concurrency", name="Throughput per GB", metric="throughput_per_gb", higher_is_better=True),
-    Criterion(experiment="early_fact", name="Retention", metric="correct", higher_is_better=True),
-    Criterion(experiment="early_fact", name="KV memory after prefill", metric="kv_after_prefill", headline=False),
-    Criterion(experiment="trace_replay", name="TTFT, median request", metric="ttft"),
-    Criterion(experiment="trace_replay", name="TPOT, median request", metric="tpot"),
-    Criterion(experiment="trace_replay", name="Goodput", metric="goodput", higher_is_better=True),
-    Criterion(experiment="trace_replay", name="Throughput", metric="output_throughput", higher_is_better=True),
-    Criterion(experiment="trace_replay", name="KV memory, peak", metric="kv_peak"),
+# experiment, name, metric, short, whether higher is better
+CRITERIA = tuple(
+    Criterion(experiment=experiment, name=name, metric=metric, short=short, higher_is_better=higher)
+    for experiment, name, metric, short, higher in (
+        ("prompt_length", "TTFT", "ttft", "TTFT", False),
+        ("prompt_length", "CPU time of prefill", "prefill_cpu", "", False),
+        ("prompt_length", "KV memory, peak of prefill", "kv_peak", "", False),
+        (
+            "prompt_length",
+            "KV memory after prefill, with sidecars",
+            "cache_after_prefill",
+            "KV memory after prefill",
+            False,
+        ),
+        ("prompt_length", "KV memory after prefill", "kv_after_prefill", "KV memory after prefill", False),
+        ("concurrency", "Throughput", "output_throughput", "throughput", True),
+        ("concurrency", "Throughput per CPU second", "output_throughput_cpu", "", True),
+        ("concurrency", "KV memory, peak", "kv_peak", "peak KV memory", False),
+        ("concurrency", "Throughput per GB", "throughput_per_gb", "throughput per GB", True),
+        ("early_fact", "Retention", "correct", "retention", True),
+        ("early_fact", "KV memory after prefill", "kv_after_prefill", "", False),
+        ("trace_replay", "TTFT, median request", "ttft", "median TTFT", False),
+        ("trace_replay", "TPOT, median request", "tpot", "median TPOT", False),
+        ("trace_replay", "Goodput", "goodput", "goodput", True),
+        ("trace_replay", "Throughput", "output_throughput", "throughput", True),
+        ("trace_replay", "KV memory, peak", "kv_peak", "peak KV memory", False),
+    )
 )
 
 
@@ -111,7 +108,7 @@ class WinnerRow:
         if self.verdict == "tie":
             return f"tie of all {len(self.names)}" if len(self.names) == len(self.candidates) > 2 else f"tie: {names}"
         if self.verdict == "n=1":
-            return f"{names} ({'equal, ' if len(self.names) > 1 else ''}n=1)"
+            return f"{'equal: ' if len(self.names) > 1 else ''}{names} (n=1)"
         return f"{names} (no other)" if self.verdict == "only one" else names
 
     @property
@@ -136,9 +133,10 @@ def winner_rows(found: Sequence[Study]) -> list[WinnerRow]:
 
 
 def _criteria(study: Study) -> list[Criterion]:
-    mine = [criterion for criterion in CRITERIA if criterion.experiment == study.experiment]
-    covered = {criterion.instead_of for criterion in mine if study.samples(criterion.metric)}
-    return [criterion for criterion in mine if criterion.metric not in covered and study.samples(criterion.metric)]
+    """Return the criteria that have samples; the memory with sidecars stands in for that without."""
+    mine = [one for one in CRITERIA if one.experiment == study.experiment and study.samples(one.metric)]
+    covered = {"kv_after_prefill"} if any(one.metric == "cache_after_prefill" for one in mine) else set()
+    return [one for one in mine if one.metric not in covered]
 
 
 def _rows(study: Study, criterion: Criterion) -> Iterator[WinnerRow]:
@@ -198,15 +196,15 @@ def judge(candidates: Mapping[str, Interval], higher_is_better: bool) -> tuple[V
 
 
 def _note(study: Study, criterion: Criterion, x: float, fair: _Candidates) -> str:
-    """Return, for retention, who is best within the budget and what that costs against the full cache."""
+    """Return the SLO beside a goodput; for retention, who is best within the budget and what that costs."""
+    if criterion.metric == "goodput":
+        slo = study.rows[0].params.get("slo")
+        return f"SLO: {slo}" if slo else ""
     limited = {name: mark.interval for name, (key, mark) in fair.items() if key.name != BASELINE}
     if criterion.metric != "correct" or not limited or len(limited) == len(fair):
         return ""
-    _, names, _ = judge(limited, criterion.higher_is_better)
+    verdict, names, _ = judge(limited, criterion.higher_is_better)
+    tie = "tie: " if verdict == "tie" else ""
+    text = f"within the budget: {tie}{listed(names)}, {format_quantity(limited[names[0]].estimate, SHARE)}"
     lost = study.paired(criterion.metric, fair[names[0]][0], x)
-    text = f"within the budget: {listed(names)}, {format_quantity(limited[names[0]].estimate, SHARE)}"
-    return (
-        text
-        if lost is None
-        else f"{text}; {names[0]}: {format_quantity(lost.estimate, POINTS)} ({format_range(lost, POINTS)}) against full on the same prompts"
-    )
+    return text if lost is None else f"{text}; {names[0]} minus full, paired: {format_range(lost, POINTS)}"

@@ -59,12 +59,12 @@ def _slots(
     Blocks that a sliding window has passed are freed whole, so up to one block more than the window is held.
     """
     total = prompt + output
-    capacity = strategy.keep.capacity(prompt)
-    held = total if capacity is None else min(total, capacity)
+    capacity, kept = strategy.keep.capacity(prompt), strategy.keep.kept_of_prompt(prompt)
+    steady = prompt if kept is None else min(prompt, kept)
+    held = steady + output if capacity is None else min(total, capacity)
     peak = prompt
-    if capacity is not None and Moment.AFTER_CHUNK in strategy.moments:
-        peak = min(prompt, capacity - 1 + chunk)
-    steady = prompt if capacity is None else min(prompt, capacity - 1)
+    if kept is not None and Moment.AFTER_CHUNK in strategy.moments:
+        peak = min(prompt, kept + chunk)
     read = held
     if layer.window is not None:
         passed = layer.window + block_size

@@ -98,6 +98,18 @@ class Keep(Stage):
         """Return the most slots of a lane that a decode step attends to, the new token included; None: all."""
         return None
 
+    def kept_of_prompt(self, prompt_tokens: int) -> int | None:
+        """Return the most tokens of a lane that survive the end of a prompt; None: all.
+
+        One less than the capacity, so that the next token has its place, unless the strategy says otherwise.
+        """
+        capacity = self.capacity(prompt_tokens)
+        return None if capacity is None else capacity - 1
+
+    def observed_queries(self, prompt_tokens: int) -> int | None:
+        """Return how many of the last prompt tokens count as queries in the column sums; None: all tokens ever."""
+        return None
+
     def recent_tokens(self, prompt_tokens: int) -> int:
         """Return how many of the newest tokens may not be evicted."""
         return 0

@@ -57,9 +57,7 @@ def fill(store, prompts=(512, 1024, 2048, 4096), requests=(1, 2, 4, 8), contexts
     for context in contexts:
         _early_fact(store, rng, context, num_prompts)
     refused = point("concurrency", "kivi(bits=2)", concurrency=8, prompt_tokens=512, output_tokens=64)
-    store.write_point(
-        refused, status="refused", reason="kivi(bits=2) needs group 32 <= block size 16; raise block_size"
-    )
+    store.write_point(refused, status="refused", reason="group 32 > block size 16; raise block_size")
     failed = point("prompt_length", "snapkv(budget=256)", prompt_tokens=8192)
     store.write_point(failed, status="failed", reason="CapacityError: 8,192 tokens <need> 3 GiB; pass --kv-memory 4GiB")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,9 +12,9 @@ from typing import Any, Literal
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
-from kvatlas.reports.figures.theme import Look, Theme, themed
+from kvatlas.reports.figures.theme import Look, themed
 from kvatlas.reports.quantities import axis_scale, significant
 from kvatlas.reports.series import Mark, Series
 
@@ -21,8 +22,8 @@ Format = Literal["png", "svg"]
 
 _WIDTH = 7.6
 _MARGIN = 0.12
-_TITLE = (68, 0.23)
-_CAPTION = (112, 0.145)
+_TITLE = (72, 0.23)
+_CAPTION = (124, 0.145)
 _LEGEND_LINE = 0.21
 _CHARACTER = 0.078
 _PNG_DPI = 150
@@ -30,7 +31,7 @@ _PNG_DPI = 150
 
 @dataclass(frozen=True, kw_only=True)
 class Plot:
-    """A figure that can be drawn in either theme.
+    """A figure that is yet to be drawn.
 
     Args:
         name: of its files, without ending; unique in a report.
@@ -38,7 +39,7 @@ class Plot:
         title: the question it answers.
         caption: model, hardware, n ...
         reading: how to read it, and what was left out.
-        tables: (heading, series) of all that is drawn, for readers who cannot see it.
+        tables: (metric, series) of all that is drawn, for readers who cannot see it.
         paint: returns a new figure, under the current matplotlib settings.
     """
 
@@ -54,11 +55,14 @@ class Plot:
         """Return the same figure under another name."""
         return replace(self, name=name)
 
-    def render(self, theme: Theme, formats: Sequence[Format]) -> dict[Format, bytes]:
-        """Return the drawing as files' contents; the same records give the same bytes."""
-        with themed(theme):
+    def render(self) -> dict[Format, bytes]:
+        """Return the drawing as files' contents, on white; the same records give the same bytes."""
+        with themed():
             figure = self.paint()
-            return {kind: _saved(figure, kind) for kind in formats}
+            drawn: dict[Format, bytes] = {"svg": _saved(figure, "svg")}
+            figure.set_layout_engine("none")  # keeps the places found; finding them again takes as long as drawing
+            drawn["png"] = _saved(figure, "png")
+            return drawn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +92,7 @@ def sheet(
     )
     figure.text(left, below / height, "\n".join(captions), fontsize=7.5, va="top", alpha=0.85, in_layout=False)
     if entries:
-        _legend(figure, entries, legend_columns, (left - 0.01, bottom / height))
+        _legend(figure, entries, legend_columns, (left - 0.004, bottom / height))
     grid = figure.subplots(rows, columns, squeeze=False)
     panels = list(grid.flat)
     for spare in panels[num_panels:]:
@@ -99,10 +103,11 @@ def sheet(
 def draw_lines(panel: Any, series: Sequence[Series], looks: Mapping[str, Look], *, log_y: bool = False) -> str:
     """Draw each series with its error bars; returns the unit of the y axis. Zeros have no place on a log axis."""
     scale, unit = axis_scale(series[0].unit, max(mark.interval.high for one in series for mark in one.marks))
+    step = min(1.05, 1.25 ** (1 / max(1, len(series) - 1)))
     for place, one in enumerate(series):
         marks = [mark for mark in one.marks if mark.interval.low > 0 or not log_y]
         if marks:
-            _line(panel, marks, looks[one.key.name], scale, 1.02 ** (place - (len(series) - 1) / 2))
+            _line(panel, marks, looks[one.key.name], scale, step ** (place - (len(series) - 1) / 2))
     if log_y:
         _log_y(panel)
     else:
@@ -121,20 +126,32 @@ def doubling_x(panel: Any, values: Iterable[float], label: str, most: int = 6) -
     panel.set_xlabel(label)
 
 
+def log_ticks(low: float, high: float) -> list[float]:
+    """Return round numbers between low and high, about three to nine of them."""
+    for steps in ((1,), (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 7)):
+        powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+        ticks = [step * 10.0**power for power in powers for step in steps]
+        inside = [tick for tick in ticks if low <= tick <= high]
+        if len(inside) > 2:
+            break
+    return inside
+
+
 def whole_y(panel: Any) -> None:
     """Keep the ticks of counts at whole numbers."""
     panel.yaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def entries_for(series: Iterable[Series], looks: Mapping[str, Look]) -> list[Entry]:
-    """Return one legend line per name; what is not measured says so."""
-    provenances: dict[str, set[str]] = {}
-    for one in series:
-        provenances.setdefault(one.key.name, set()).update(one.provenances)
-    return [
-        Entry(label=name + "".join(f" ({kind})" for kind in sorted(found - {"measured"})), look=looks[name])
-        for name, found in provenances.items()
-    ]
+    """Return one legend line per name."""
+    return [Entry(label=name, look=looks[name]) for name in dict.fromkeys(one.key.name for one in series)]
+
+
+def provenance_suffix(series: Iterable[Series]) -> str:
+    """Return "", ", estimated" or ", partly estimated": what a panel's heading must say."""
+    found = {kind for one in series for kind in one.provenances}
+    other = " and ".join(sorted(found - {"measured"}))
+    return f", {'partly ' if 'measured' in found else ''}{other}" if other else ""
 
 
 def positive(series: Iterable[Series]) -> bool:
@@ -166,10 +183,10 @@ def _line(panel: Any, marks: Sequence[Mark], look: Look, scale: float, dodge: fl
 def _log_y(panel: Any) -> None:
     panel.set_yscale("log")
     low, high = panel.get_ylim()
-    narrow = high / low < 300
     if high / low < 4:
-        panel.set_ylim(low / 1.5, high * 1.5)
-    panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if narrow else (1,)))
+        low, high = low / 1.5, high * 1.5
+    panel.yaxis.set_major_locator(FixedLocator(log_ticks(low, high)))
+    panel.set_ylim(low, high)
     panel.yaxis.set_minor_locator(NullLocator())
     panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: significant(value)))
 

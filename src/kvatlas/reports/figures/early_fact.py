@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from kvatlas.records.schema import RunManifest
 from kvatlas.reports.captions import caption
-from kvatlas.reports.figures.canvas import Plot, doubling_x, draw_lines, entries_for, sheet
+from kvatlas.reports.figures.canvas import Plot, doubling_x, draw_lines, entries_for, provenance_suffix, sheet
 from kvatlas.reports.figures.theme import Look, Palette
 from kvatlas.reports.labels import BASELINE, format_share
 from kvatlas.reports.quantities import POINTS
@@ -65,14 +65,13 @@ class _Style:
 
 def _plot(study: Study, name: str, title: str, reading: str, series: Sequence[Series], style: _Style) -> Plot:
     text = caption(study, series, style.runs)
-    what = "Difference to full" if style.difference else "Early facts retained"
     return Plot(
         name=name,
         experiment=study.experiment,
         title=title,
         caption=text,
         reading=reading,
-        tables=((what, tuple(series)),),
+        tables=(("difference" if style.difference else METRIC, tuple(series)),),
         paint=lambda: _paint(study, title, text, series, style),
     )
 
@@ -89,7 +88,8 @@ def _paint(study: Study, title: str, text: str, series: Sequence[Series], style:
             axis.set_ylim(min(lowest, 0) - 4, max(highest, 0) + 4)
         else:
             axis.set_ylim(-3, 103)
-        axis.set_title(f"budget {format_share(budget)}" if budget else "no budget")
+        heading = f"budget {format_share(budget)}" if budget else "no budget"
+        axis.set_title(heading + provenance_suffix(shown))
         if place % 2 == 0:
             axis.set_ylabel("Difference to full (points)" if style.difference else "Early facts retained (%)")
         below = place >= len(panels) - 2

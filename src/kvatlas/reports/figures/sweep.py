@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,11 +11,21 @@ from matplotlib.figure import Figure
 
 from kvatlas.records.schema import RunManifest
 from kvatlas.reports.captions import caption
-from kvatlas.reports.figures.canvas import Plot, doubling_x, draw_lines, entries_for, positive, sheet, whole_y
+from kvatlas.reports.figures.canvas import (
+    Plot,
+    doubling_x,
+    draw_lines,
+    entries_for,
+    positive,
+    provenance_suffix,
+    sheet,
+    whole_y,
+)
 from kvatlas.reports.figures.theme import Look, Palette
 from kvatlas.reports.quantities import title as metric_title
 from kvatlas.reports.series import AXES, Series, Study
 
+_SPREAD = "Marks of one setting stand a little apart, so that none hides another."
 _COUNTS = frozenset({"peak_running", "preemptions"})
 
 
@@ -55,8 +66,8 @@ def sweep_plot(
         experiment=study.experiment,
         title=title,
         caption=text,
-        reading=reading,
-        tables=tuple((metric_title(panel.metric), series) for panel, series in found),
+        reading=f"{reading} {_SPREAD}",
+        tables=tuple((panel.metric, series) for panel, series in found),
         paint=lambda: _paint(study, title, text, found, looks),
     )
 
@@ -85,14 +96,14 @@ def _paint(
             whole_y(axis)
         bottom = place >= len(found) - 2
         doubling_x(axis, values, AXES[study.swept or ""] if bottom else "", most=8 if len(found) == 1 else 5)
-        _name_y(axis, metric_title(panel.metric), unit, alone=len(found) == 1)
+        name = metric_title(panel.metric) + ("" if panel.metric in _COUNTS or not unit else f" ({unit})")
+        _name_y(axis, name + provenance_suffix(series), alone=len(found) == 1)
     return figure
 
 
-def _name_y(axis: Any, name: str, unit: str, *, alone: bool) -> None:
+def _name_y(axis: Any, name: str, *, alone: bool) -> None:
     """Name the y axis along it; above it where panels are narrow."""
-    text = f"{name} ({unit})" if unit else name
     if alone:
-        axis.set_ylabel(text)
+        axis.set_ylabel("\n".join(textwrap.wrap(name, 40)))
     else:
-        axis.set_title(text)
+        axis.set_title(name)

@@ -5,34 +5,29 @@ Colours are Okabe and Ito's without yellow (invisible on white); every series al
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import matplotlib
 from cycler import cycler
 
 from kvatlas.reports.labels import BASELINE, family
 
-Theme = Literal["light", "dark"]
-
 _MARKERS = ("s", "^", "D", "v", "P", "X", "<", ">", "h", "*")
 _LINES = ("-", "--", ":", "-.")
-# The first colour is the ink of the paper: it draws the baseline.
-_COLORS: dict[Theme, tuple[str, ...]] = {
-    "light": ("#1b1f24", "#0072b2", "#d55e00", "#008f68", "#b5528a", "#b97f00", "#3a9bd9"),
-    "dark": ("#e6e8eb", "#4aa8e8", "#f0803c", "#2fc39a", "#dd8fbd", "#efb43d", "#8fd0f7"),
-}
-_PAPER: dict[Theme, tuple[str, str, str]] = {
-    "light": ("#ffffff", "#5b636d", "#dfe3e8"),
-    "dark": ("#171b21", "#9aa4b0", "#2d343d"),
-}
+# The first colour is the ink: it draws the baseline. Paper: ground, axes, grid.
+_LIGHT = ("#1b1f24", "#0072b2", "#d55e00", "#008f68", "#b5528a", "#b97f00", "#3a9bd9")
+_DARK = ("#e6e8eb", "#4aa8e8", "#f0803c", "#2fc39a", "#dd8fbd", "#efb43d", "#8fd0f7")
+_LIGHT_PAPER = ("#ffffff", "#5b636d", "#dfe3e8")
+_DARK_PAPER = ("#171b21", "#9aa4b0", "#2d343d")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Look:
-    """How a series is drawn; ``color`` is an index into the theme's colours, such as ``"C1"``."""
+    """How a series is drawn; ``color`` is a place in the cycle of colours, such as ``"C1"``."""
 
     color: str
     marker: str
@@ -64,7 +59,7 @@ class Palette:
         if kind == BASELINE:
             return Look(color="C0", marker="o", line="-")
         place = self.families.index(kind) if kind in self.families else 0
-        color = 1 + place % (len(_COLORS["light"]) - 1)
+        color = 1 + place % (len(_LIGHT) - 1)
         return Look(
             color=f"C{color}",
             marker=_MARKERS[(place + 5 * variant) % len(_MARKERS)],
@@ -73,23 +68,29 @@ class Palette:
 
 
 @contextmanager
-def themed(theme: Theme) -> Iterator[None]:
-    """Draw with the theme's settings, whatever the user's matplotlibrc says; restores them afterwards."""
+def themed() -> Iterator[None]:
+    """Draw with these settings, whatever the user's matplotlibrc says; restores them afterwards."""
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
-        matplotlib.rcParams.update(_settings(theme))
+        matplotlib.rcParams.update(_settings())
         yield
 
 
-def _settings(theme: Theme) -> dict[str, Any]:
-    paper, quiet, grid = _PAPER[theme]
-    ink = _COLORS[theme][0]
+def darkened(svg: bytes) -> bytes:
+    """Return the drawing with every colour exchanged for its partner on dark paper."""
+    partners = dict(zip((*_LIGHT, *_LIGHT_PAPER), (*_DARK, *_DARK_PAPER), strict=True))
+    return re.sub(r"#[0-9a-f]{6}\b", lambda found: partners.get(found[0], found[0]), svg.decode()).encode()
+
+
+def _settings() -> dict[str, Any]:
+    paper, quiet, grid = _LIGHT_PAPER
+    ink = _LIGHT[0]
     return {
         "figure.facecolor": paper,
         "axes.facecolor": paper,
         "axes.edgecolor": quiet,
         "axes.labelcolor": ink,
-        "axes.prop_cycle": cycler(color=list(_COLORS[theme])),
+        "axes.prop_cycle": cycler(color=_LIGHT),
         "axes.grid": True,
         "axes.axisbelow": True,
         "axes.spines.top": False,

@@ -8,15 +8,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from kvatlas.records.schema import RunManifest
 from kvatlas.reports.captions import caption
-from kvatlas.reports.figures.canvas import Plot, entries_for, sheet
+from kvatlas.reports.figures.canvas import Plot, entries_for, log_ticks, provenance_suffix, sheet
 from kvatlas.reports.figures.theme import Look, Palette
 from kvatlas.reports.labels import SeriesKey
-from kvatlas.reports.quantities import axis_scale, significant
-from kvatlas.reports.quantities import title as metric_title
+from kvatlas.reports.quantities import axis_scale, significant, title as metric_title
 from kvatlas.reports.series import SampleId, Series, Study
 
 _LATENCIES = ("ttft", "tpot")
@@ -46,7 +45,7 @@ def _latencies(study: Study, palette: Palette, runs: Sequence[RunManifest], suff
         reading="Share of requests that were at least this fast: further left is better. The mark on each curve is its "
         "median, the bar its interval; a vertical line is a limit of the SLO. Requests of one replay queue behind each "
         "other, so they are not independent and the intervals are too narrow.",
-        tables=tuple((f"{metric_title(metric)}, median request", series) for metric, series in shown.items()),
+        tables=tuple(shown.items()),
         paint=lambda: _paint_latencies(study, title, text, shown, looks),
     )
 
@@ -63,7 +62,8 @@ def _paint_latencies(
         for order, one in enumerate(series):
             _curve(axis, cells[one.key], one, looks[one.key.name], scale, (order - (len(series) - 1) / 2) * 1.2)
         _limit(axis, study, metric, scale)
-        _latency_axes(axis, f"{metric_title(metric)} ({unit})", first=place == 0)
+        label = f"{metric_title(metric)} ({unit}){provenance_suffix(series)}"
+        _latency_axes(axis, label, first=place == 0)
     return figure
 
 
@@ -99,7 +99,8 @@ def _limit(axis: Any, study: Study, metric: str, scale: float) -> None:
 def _latency_axes(axis: Any, label: str, *, first: bool) -> None:
     axis.set_xscale("log")
     low, high = axis.get_xlim()
-    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 100 else (1,)))
+    axis.xaxis.set_major_locator(FixedLocator(log_ticks(low, high)))
+    axis.set_xlim(low, high)
     axis.xaxis.set_minor_locator(NullLocator())
     axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: significant(value)))
     axis.set_ylim(0, 102)
@@ -124,7 +125,7 @@ def _totals(study: Study, palette: Palette, runs: Sequence[RunManifest], suffix:
         reading="Rates: longer is better; KV memory: shorter is better. "
         + (f"Goodput counts the requests that meet every limit of the SLO: {slo}. " if slo else "")
         + "A bar is drawn only with its interval; a hollow mark is one replay without any.",
-        tables=tuple((metric_title(metric), series) for metric, series in shown.items()),
+        tables=tuple(shown.items()),
         paint=lambda: _paint_totals(title, text, shown, palette.looks(one.key.name for one in every)),
     )
 
@@ -136,7 +137,7 @@ def _paint_totals(title: str, text: str, shown: Mapping[str, Sequence[Series]], 
         scale, unit = axis_scale(series[0].unit, max(one.marks[0].interval.high for one in series))
         for one in series:
             _bar(axis, keys.index(one.key), one, looks[one.key.name], scale)
-        axis.set_title(f"{metric_title(metric)} ({unit})")
+        axis.set_title(f"{metric_title(metric)} ({unit}){provenance_suffix(series)}")
         axis.set_ylim(len(keys) - 0.4, -0.6)
         axis.set_xlim(left=0)
         axis.grid(visible=False, axis="y")

@@ -1,0 +1,88 @@
+"""The answer in one paragraph: only what follows from the winners' table."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from itertools import groupby
+
+from kvatlas.metrics.statistics import LEVEL
+from kvatlas.reports.labels import family, listed
+from kvatlas.reports.winners import WinnerRow
+
+QUESTION = (
+    "Which strategy for the KV cache is best on this machine: at which load, by which measure, and at what loss of "
+    "quality? Every strategy ran on the same engine, model and requests."
+)
+
+# Singular and plural of what an experiment varies.
+_PLACES = {
+    "prompt_length": ("At one prompt length", "At {} prompt lengths"),
+    "concurrency": ("At one level of concurrency", "At {} levels of concurrency"),
+    "early_fact": ("At one pair of context and budget", "At {} pairs of context and budget"),
+    "trace_replay": ("On one replayed trace", "On {} replayed traces"),
+}
+
+
+def answer(rows: Sequence[WinnerRow]) -> str:
+    """Return a sentence per experiment: who won, what tied, and what single samples cannot tell."""
+    if not rows:
+        return "No point finished, so there is nothing to compare."
+    shown = [row for row in rows if row.criterion.short]
+    sentences = [_sentence(list(found)) for _, found in groupby(shown, key=lambda row: (row.experiment, row.model))]
+    return " ".join(sentence for sentence in [*sentences, _overall(shown), _hint(rows)] if sentence)
+
+
+def _sentence(rows: Sequence[WinnerRow]) -> str:
+    groups: dict[str, list[WinnerRow]] = defaultdict(list)
+    for row in rows:
+        groups[row.criterion.short].append(row)
+    parts = [part for short, found in groups.items() for part in _parts(short, found)]
+    single = [short for short, found in groups.items() if all(row.verdict == "n=1" for row in found)]
+    if single:
+        parts.append(f"no verdict on {listed(single)}, with one sample each")
+    alone = [short for short, found in groups.items() if all(row.verdict == "only one" for row in found)]
+    if alone:
+        parts.append(f"nothing to compare {listed(rows[0].names)} with by {listed(alone)}")
+    one, several = _PLACES[rows[0].experiment]
+    count = max(map(len, groups.values()))
+    return f"{one if count == 1 else several.format(count)}: {'; '.join(parts)}." if parts else ""
+
+
+def _parts(short: str, rows: Sequence[WinnerRow]) -> list[str]:
+    """Return ``"lowest TTFT with full (3 of 4)"`` and ``"ties in TTFT (1 of 4)"``."""
+    extreme = "highest" if rows[0].criterion.higher_is_better else "lowest"
+    wins = Counter(row.names[0] for row in rows if row.verdict == "winner")
+    ties = [row for row in rows if row.verdict == "tie"]
+    parts = [f"{extreme} {short} with {_brief(name, rows)}{_of(count, rows)}" for name, count in wins.most_common()]
+    if ties:
+        always = sorted(set.intersection(*(set(row.names) for row in ties)))
+        everyone = all(len(row.names) == len(row.candidates) for row in ties)
+        among = "" if everyone or not always else f": {listed(_brief(name, rows) for name in always)} among the best"
+        kind = "all tie" if everyone else "a tie" if len(ties) == 1 else "ties"
+        parts.append(f"{kind} in {short}{_of(len(ties), rows)}{among}")
+    return parts
+
+
+def _of(count: int, rows: Sequence[WinnerRow]) -> str:
+    return "" if len(rows) == 1 else f" ({count} of {len(rows)})"
+
+
+def _brief(name: str, rows: Iterable[WinnerRow]) -> str:
+    """Return the strategy without its numbers where that names only one."""
+    alike = {other for row in rows for other in row.candidates if family(other) == family(name)}
+    return family(name) if len(alike) == 1 else name
+
+
+def _overall(rows: Sequence[WinnerRow]) -> str:
+    """Say that nobody wins everything, where at least two conditions or measures have different winners."""
+    winners = {family(row.names[0]) for row in rows if row.verdict == "winner"}
+    return "No strategy wins by every measure." if len(winners) > 1 else ""
+
+
+def _hint(rows: Sequence[WinnerRow]) -> str:
+    weak = [row for row in rows if row.verdict in ("winner", "tie") and row.level < LEVEL]
+    if not weak:
+        return ""
+    least = f"{min(row.level for row in weak):.0%}"
+    return f"{len(weak)} of the table's verdicts rest on fewer than six repeats (coverage from {least}): hints only."

@@ -1,0 +1,43 @@
+"""Writing a report whole: every file is finished beside its place before the first one moves there."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from kvatlas.core.errors import OutputError
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a folder that cannot be written before any work is done; creates nothing.
+
+    Raises:
+        OutputError: it, or what it would lie in, is not a folder or not writable.
+    """
+    present = next(path for path in (folder, *folder.parents) if path.exists() or path.is_symlink())
+    if not present.is_dir():
+        raise OutputError(f"report folder {folder} cannot be made: {present} is not a folder; choose another one")
+    if not os.access(present, os.W_OK | os.X_OK):
+        raise OutputError(f"report folder {folder} cannot be written ({present} is read-only); choose another one")
+
+
+def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Write relative path -> contents into the folder, the last one last; other files there are left alone.
+
+    Raises:
+        OutputError: a file cannot be written; then none of them is, unless moving itself fails half-way.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".report-", dir=folder) as beside:
+            for name, content in files.items():
+                path = Path(beside, name)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(content)
+            for name in files:
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                os.replace(Path(beside, name), folder / name)
+    except OSError as error:
+        raise OutputError(f"report cannot be written to {folder} ({error.strerror}); choose another folder") from error

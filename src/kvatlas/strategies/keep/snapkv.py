@@ -1,0 +1,78 @@
+"""SnapKV: keep the prompt tokens that the end of the prompt looked at (arXiv:2404.14469).
+
+Differs from the paper: votes are summed over a GQA group, whose query heads share one KV head. As in the paper, the
+prompt is cut once and tokens of the output stay; so the cache grows by the output.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from kvatlas.core.errors import ConfigError
+from kvatlas.core.vocabulary import Moment, Need, Saves
+from kvatlas.strategies.registry import register
+from kvatlas.strategies.stage import Keep, StageInfo, check_share, tokens_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from kvatlas.core.views import LayerView
+
+
+@register(
+    "snapkv",
+    StageInfo(
+        summary="prompt tokens that the last prompt tokens attended to, pooled",
+        paper="arXiv:2404.14469",
+        saves=(Saves.CAPACITY, Saves.BANDWIDTH),
+        needs=frozenset({Need.COLUMN_SUMS}),
+        moments=frozenset({Moment.AFTER_PREFILL}),
+    ),
+)
+@dataclass(frozen=True, kw_only=True)
+class SnapKV(Keep):
+    """Score each prompt token by the attention it receives from the observation window.
+
+    Args:
+        budget: prompt tokens kept per KV head, the window included; an integer counts tokens, a fraction in (0, 1]
+            is of the prompt.
+        window: observation window, in tokens, counted back from the last prompt token; never evicted.
+        pool: moving average over positions that lets neighbours survive together, in tokens; odd.
+
+    Raises:
+        ConfigError: a width is out of range, ``pool`` is even, or a budget in tokens does not exceed the window.
+    """
+
+    budget: int | float = 1024
+    window: int = 32
+    pool: int = 5
+
+    def __post_init__(self) -> None:
+        check_share("snapkv", "budget", self.budget)
+        if self.window < 1 or self.pool < 1 or self.pool % 2 == 0:
+            raise ConfigError(f"snapkv wants window >= 1 and an odd pool >= 1, got {self.window} and {self.pool}")
+        if isinstance(self.budget, int) and self.budget <= self.window:
+            raise ConfigError(f"snapkv: budget={self.budget} must exceed window={self.window}; raise it or lower window")
+
+    def kept_of_prompt(self, prompt_tokens: int) -> int | None:
+        """Return the budget in tokens, at least the window and one more."""
+        return max(tokens_of(self.budget, prompt_tokens), self.window + 1)
+
+    def observed_queries(self, prompt_tokens: int) -> int | None:
+        """Return the observation window."""
+        return self.window
+
+    def recent_tokens(self, prompt_tokens: int) -> int:
+        """Return the observation window, which is kept."""
+        return self.window
+
+    def scores(self, view: LayerView) -> Tensor:
+        """Return the pooled votes, and infinity for the window; slots come in position order."""
+        from torch.nn.functional import avg_pool1d  # strategies load without torch
+
+        assert view.column_sums_BHS is not None
+        newest = view.positions_BHS >= (view.seen_B - view.recent_B)[:, None, None]
+        votes_BHS = view.column_sums_BHS.masked_fill(newest | ~view.valid_BHS, 0.0)
+        pooled_BHS: Tensor = avg_pool1d(votes_BHS, self.pool, stride=1, padding=self.pool // 2)
+        return pooled_BHS.masked_fill(newest, float("inf"))

@@ -1,0 +1,212 @@
+"""What a request was said to need is what it takes: never more, and hardly less.
+
+The schedules are random: strategies, lengths, chunks, blocks, models with and without sliding windows, memory that
+is far too small, and cancellations in between. Every run must end, with all memory free.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+from hypothesis import assume, given, settings, strategies as st
+from tests.driving import finish, loaded
+from tests.families import tiny_model, token_ids
+
+from kvatlas.core.errors import CapacityError
+from kvatlas.core.vocabulary import Moment
+from kvatlas.engine.engine import Engine
+from kvatlas.engine.llm import LLM
+from kvatlas.engine.params import SamplingParams
+from kvatlas.engine.request import Request
+from kvatlas.models.loading import LoadedModel
+
+FAMILIES = ("llama", "mistral", "gemma2", "gemma4_text")  # no window; all; some; some, of other widths, and shared
+IDS = token_ids(128)[0].tolist()
+
+
+@cache
+def model(family: str) -> LoadedModel:
+    return loaded(tiny_model(family))
+
+
+small = st.integers(1, 30)
+share = st.one_of(st.integers(1, 30), st.floats(0.01, 1.0))
+keeps = st.one_of(
+    st.just("full"),
+    st.builds(lambda sinks, recent: f"streaming_llm(sinks={sinks}, recent={recent!r})", st.integers(0, 6), share),
+    st.builds(lambda heavy, recent: f"h2o(heavy={heavy!r}, recent={recent!r})", share, share),
+)
+strategies = st.builds("{}{}".format, keeps, st.sampled_from(["", " | fp16"]))
+
+
+def params(outputs: int) -> SamplingParams:
+    return SamplingParams(max_tokens=outputs, ignore_eos=True)
+
+
+def held(engine: Engine, request: Request) -> int:
+    return 0 if request.seq is None else engine.store.allocated_bytes(request.seq)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    family=st.sampled_from(FAMILIES), strategy=strategies, prompt=st.integers(1, 60), outputs=st.integers(1, 20),
+    chunk=st.integers(1, 70), block_size=st.integers(1, 9),
+)  # fmt: skip
+def test_bounds_hold_and_are_tight(family, strategy, prompt, outputs, chunk, block_size) -> None:
+    engine = Engine(
+        model(family), kv_memory="8MiB", max_batched_tokens=chunk, block_size=block_size, enable_prefix_caching=False
+    )
+    request = engine.add_request(IDS[:prompt], params(outputs), strategy)
+    bound = request.footprint
+    one_block_per_lane = sum(
+        len(group.lanes) * group.blocks.block_bytes
+        for group in engine.store.layout(request.strategy.format, request.strategy.sidecars).groups
+    )
+    prompt_peak = 0
+    while request.prefill_end is not None:
+        engine.step()
+        prompt_peak = request.peak_bytes
+    assert prompt_peak <= bound.prefill_peak_bytes
+    assert held(engine, request) <= bound.steady_bytes
+    if request.seq is not None:
+        assert held(engine, request) > bound.steady_bytes - 2 * one_block_per_lane
+    last = held(engine, request)
+    while engine.has_work:
+        last = max(last, held(engine, request))
+        engine.step()
+    assert last <= bound.final_bytes
+    assert request.peak_bytes <= bound.peak_bytes
+    windowed = any(layer.window for layer in model(family).adapter.shape.layers)
+    slack = 2 if windowed else 1  # a window's blocks may begin anywhere
+    assert prompt_peak >= bound.prefill_peak_bytes - slack * one_block_per_lane or (
+        # chunks of a bounded prompt fill the bound only if one begins when the cache is full
+        Moment.AFTER_CHUNK in request.strategy.moments or windowed
+    )
+    assert request.peak_bytes >= bound.final_bytes - slack * one_block_per_lane
+    assert engine.store.books().free == engine.store.books().total
+
+
+@settings(max_examples=25, deadline=None)
+@given(data=st.data(), family=st.sampled_from(FAMILIES), slabs=st.integers(1, 5))
+def test_random_schedules_end_within_their_footprints(data, family, slabs) -> None:
+    """Requests come and go under tiny memory; nobody exceeds a footprint, everything ends, no byte is lost."""
+    block_size, chunk = data.draw(st.integers(2, 5)), data.draw(st.integers(1, 40))
+    options = {
+        "block_size": block_size, "max_batched_tokens": chunk, "max_num_seqs": data.draw(st.integers(1, 6)),
+        "enable_prefix_caching": data.draw(st.booleans()),
+    }  # fmt: skip
+    slab = Engine(model(family), kv_memory="8MiB", **options).store.arena.slab_bytes
+    engine = Engine(model(family), kv_memory=slabs * slab, **options)
+    requests: list[Request] = []
+    for _ in range(data.draw(st.integers(1, 14))):
+        action = data.draw(st.sampled_from(["add", "add", "step", "step", "cancel"]))
+        if action == "add":
+            start, length = data.draw(st.sampled_from([0, 0, 3])), data.draw(st.integers(1, 60))
+            try:
+                requests.append(
+                    engine.add_request(IDS[start : start + length], params(data.draw(small)), data.draw(strategies))
+                )
+            except CapacityError:
+                continue
+        elif action == "step":
+            for _ in range(data.draw(st.integers(1, 10))):
+                step(engine, requests)
+        elif requests:
+            engine.cancel(data.draw(st.sampled_from(requests)))
+            engine.store.arena.check()
+    for _ in range(5000):
+        if not engine.has_work:
+            break
+        step(engine, requests)
+    assert not engine.has_work, "goes round in circles"
+    assert all(request.finish_reason for request in requests)
+    books = engine.store.books()
+    assert books.used == 0 and books.cached + books.free == books.total
+    assert all(len(request.output_ids) == request.params.max_tokens for request in requests
+               if request.finish_reason == "length")  # fmt: skip
+
+
+def step(engine: Engine, requests: list[Request]) -> None:
+    engine.step()
+    engine.store.arena.check()
+    for request in requests:
+        assert request.peak_bytes <= request.footprint.peak_bytes, request
+
+
+@settings(max_examples=25, deadline=None)
+@given(data=st.data(), family=st.sampled_from(FAMILIES), strategy=strategies)
+def test_sessions_keep_to_their_footprints(data, family, strategy) -> None:
+    llm = LLM(model(family), kv_memory="8MiB", block_size=3, max_batched_tokens=data.draw(st.integers(1, 20)))
+    engine = llm.engine
+    with llm.session(strategy) as session:
+        for turn in range(3):
+            prompt = IDS[turn : turn + data.draw(st.integers(1, 24))]
+            session.generate(prompt, params(data.draw(st.integers(1, 6))))
+            request = session._request
+            assert held(engine, request) <= request.footprint.final_bytes
+            assert request.peak_bytes <= request.footprint.peak_bytes
+            engine.store.arena.check()
+    assert engine.store.books().used == 0
+
+
+def test_what_can_never_fit_is_refused_at_once() -> None:
+    engine = Engine(model("llama"), kv_memory="64KiB", block_size=4)
+    with pytest.raises(CapacityError, match=r"needs .* under full, the pool has .*KiB; raise --kv-memory"):
+        engine.add_request(IDS[:100], params(20), "full")
+    assert not engine.has_work
+    engine.add_request(IDS[:100], params(20), "streaming_llm(sinks=2, recent=8)")
+    with pytest.raises(CapacityError, match="exceeds the 128 positions of llama"):
+        engine.add_request(IDS[:120], params(20), "streaming_llm(sinks=2, recent=8)")
+
+
+@pytest.mark.parametrize("kv_memory", [64, 600, 1000, 2000, 5000, 9000, 20_000, 30_000])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tiny_budgets_run_or_refuse(family: str, kv_memory: int) -> None:
+    """Where two layouts compete for few slabs, a request is refused or runs; it never waits forever."""
+    for strategy in ("full", "h2o(heavy=2, recent=2)", "full | fp16"):
+        try:
+            engine = Engine(model(family), kv_memory=kv_memory, block_size=4)
+            engine.add_request(IDS[:7], params(3), strategy)
+        except CapacityError:
+            continue
+        finish(engine)
+        engine.store.arena.check()
+
+
+def test_memory_of_few_full_requests_admits_more_of_h2o() -> None:
+    """A strategy that bounds its cache admits more requests: that is its throughput gain."""
+    most_running = {}
+    for strategy in ("full", "h2o(heavy=4, recent=4)", "streaming_llm(sinks=2, recent=6)"):
+        probe = Engine(model("llama"), kv_memory="8MiB", block_size=4)
+        budget = 3 * probe.footprint(probe_strategy("full"), 60, 10).peak_bytes
+        engine = Engine(model("llama"), kv_memory=budget, block_size=4, max_batched_tokens=60)
+        for number in range(12):
+            engine.add_request(IDS[number : number + 60], params(10), strategy)
+        most = 0
+        while engine.has_work:
+            engine.step()
+            most = max(most, len(engine.scheduler.running))
+        most_running[strategy] = most
+    full, h2o, streaming = most_running.values()
+    assert full <= 3 < h2o and streaming > 3
+
+
+def probe_strategy(text: str):
+    from kvatlas.strategies.strategy import Strategy
+
+    return Strategy.parse(text)
+
+
+@pytest.mark.slow
+@settings(max_examples=300, deadline=None)
+@given(data=st.data(), family=st.sampled_from(FAMILIES), slabs=st.integers(1, 5))
+def test_random_schedules_wide(data, family, slabs) -> None:
+    test_random_schedules_end_within_their_footprints.hypothesis.inner_test(data, family, slabs)
+
+
+def test_given_is_not_vacuous() -> None:
+    """The strategies drawn above are ones that parse."""
+    assume(True)
+    for text in ("streaming_llm(sinks=0, recent=0.5)", "h2o(heavy=0.01, recent=1.0) | fp16"):
+        assert str(probe_strategy(text)) == text

@@ -1,0 +1,75 @@
+import dataclasses
+import shlex
+
+import pytest
+import typer.main
+
+from kvatlas import __version__
+from kvatlas.cli.main import app
+from kvatlas.experiments.experiment import Settings
+from tests.unit.cli.running import kvatlas
+
+# A script that uses an option today must run tomorrow: change this list only together with the changelog.
+OPTIONS = {
+    "strategies": "--json",
+    "info": "",
+    "generate": "--prompt-file --model --strategy --kv-memory --dtype --device --max-tokens --min-tokens --temperature "
+    "--top-k --top-p --seed --stop --stream --no-stream --json",
+    "characterize": "--preset --records --strategy --repeats --seed --threads --list --speed-model --quality-model "
+    "--dtype --device --kv-memory --max-batched-tokens --prompt-tokens --concurrency --concurrency-prompt-tokens "
+    "--concurrency-output-tokens --context-tokens --budgets --num-prompts --num-keys --trace --trace-requests "
+    "--trace-time-scale --trace-length-scale --trace-max-prompt-tokens --slo-ttft --slo-tpot",
+    "report": "--records --out",
+}
+ARGUMENTS = {"generate": ["PROMPT"], "characterize": ["EXPERIMENT"]}
+
+COMMANDS = typer.main.get_command(app).commands
+
+
+@pytest.fixture(autouse=True)
+def wide(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
+
+
+def test_the_commands_are_frozen():
+    assert list(COMMANDS) == list(OPTIONS)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_the_options_are_frozen(name):
+    options = [param for param in COMMANDS[name].params if param.param_type_name == "option"]
+    assert " ".join(text for param in options for text in (*param.opts, *param.secondary_opts)) == OPTIONS[name]
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_help_lists_every_option_and_an_example(name):
+    result = kvatlas(name, "--help")
+    assert result.status == 0
+    words = result.out.replace(",", " ").split()
+    assert set(OPTIONS[name].split()) <= set(words)
+    assert set(ARGUMENTS.get(name, [])) <= set(words)
+    assert f"$ kvatlas {name}" in result.out
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_examples_can_be_parsed(name):
+    lines = kvatlas(name, "--help").out.split("Examples:")[1].strip().splitlines()
+    for line in filter(None, map(str.strip, lines)):
+        _, program, command, *arguments = shlex.split(line)
+        assert (program, command) == ("kvatlas", name)
+        COMMANDS[name].make_context(name, arguments)
+
+
+def test_every_setting_of_a_sweep_has_an_option():
+    assert {field.name for field in dataclasses.fields(Settings)} <= {p.name for p in COMMANDS["characterize"].params}
+
+
+def test_alone_it_shows_help():
+    result = kvatlas()
+    assert result.status == 0
+    assert all(name in result.out for name in OPTIONS)
+    assert "$ kvatlas generate" in result.out
+
+
+def test_version():
+    assert kvatlas("--version").out == f"kvatlas {__version__}\n"

@@ -1,0 +1,74 @@
+import subprocess
+import sys
+
+import pytest
+
+from kvatlas.cli import strategies
+from kvatlas.core.errors import ConfigError
+from tests.unit.cli.running import kvatlas
+
+
+def failing(error):
+    def stages():
+        raise error
+
+    return stages
+
+
+def test_an_error_for_users_is_one_line_and_status_2(monkeypatch):
+    monkeypatch.setattr(strategies, "stages", failing(ConfigError("a=1 is wrong;\n  write a=2")))
+    assert kvatlas("strategies").error == "a=1 is wrong; write a=2"
+
+
+def test_an_interrupt_is_status_130_without_a_traceback(monkeypatch):
+    monkeypatch.setattr(strategies, "stages", failing(KeyboardInterrupt()))
+    result = kvatlas("strategies")
+    assert (result.status, result.err) == (130, "")
+
+
+def test_an_unexpected_error_keeps_its_traceback(monkeypatch):
+    monkeypatch.setattr(strategies, "stages", failing(ZeroDivisionError("a bug")))
+    with pytest.raises(ZeroDivisionError):
+        kvatlas("strategies")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["strategees"], "strategees"),
+        (["generate", "hi", "--max-tokns", "3"], "--max-tokns"),
+        (["generate", "hi", "--max-tokens", "many"], "many"),
+        (["generate", "hi", "--stop"], "--stop"),
+        (["characterize", "--prompt-tokens", "512,big"], "512,big"),
+        (["characterize", "--budgets", "0.5;0.2"], "0.5;0.2"),
+        (["report", "surplus"], "surplus"),
+    ],
+)
+def test_a_usage_error_is_one_line_that_names_the_help(arguments, named):
+    error = kvatlas(*arguments).error
+    assert named in error
+    assert "--help" in error
+
+
+def test_a_closed_pipe_is_quiet():
+    script = "from kvatlas.cli.main import main; main(['strategies', '--json'])"
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.close()
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (1, b"")
+
+
+@pytest.mark.parametrize("arguments", [["strategies"], ["--help"], ["generate", "--help"], ["characterize", "--help"]])
+def test_what_runs_no_model_loads_no_torch(arguments):
+    script = f"""
+import sys
+from kvatlas.cli.main import main
+try:
+    main({arguments})
+except SystemExit as end:
+    assert end.code == 0, end.code
+heavy = {{"torch", "transformers", "matplotlib"}} & set(sys.modules)
+assert not heavy, heavy
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60, stdout=subprocess.DEVNULL)
