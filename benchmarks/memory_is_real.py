@@ -51,8 +51,8 @@ def prompts(model: LoadedModel, prompt_tokens: int, count: int) -> list[list[int
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompt-tokens", type=int, default=8192)
-    parser.add_argument("--output-tokens", type=int, default=240)
-    parser.add_argument("--requests", type=int, default=40)
+    parser.add_argument("--output-tokens", type=int, default=200)
+    parser.add_argument("--requests", type=int, nargs=2, default=[10, 34], help="offered to full and to h2o")
     options = parser.parse_args()
     torch.set_num_threads(1)
     model = load_model("random:llama-mini", dtype="bfloat16")
@@ -60,18 +60,19 @@ def main() -> None:
     one = sizing.footprint(Strategy.parse("full"), options.prompt_tokens, options.output_tokens).peak_bytes
     table = Table("strategy", "KV after prompt", "sidecars", "KV over full", "at once in 8 x full", "preemptions")
     result: dict[str, dict[str, float]] = {}
-    for strategy in STRATEGIES:
+    for strategy, offered in zip(STRATEGIES, options.requests, strict=True):
         kv_bytes, sidecars = held_after_prompt(model, strategy, options.prompt_tokens)
         engine = Engine(model, kv_memory=8 * one, max_batched_tokens=2048, enable_prefix_caching=False)
         arrivals = [
             Arrival(at_s=0.0, prompt_ids=ids, output_tokens=options.output_tokens)
-            for ids in prompts(model, options.prompt_tokens, options.requests)
+            for ids in prompts(model, options.prompt_tokens, offered)
         ]
         seen = drive(engine, arrivals, strategy)
         result[strategy] = {
             "kv_bytes": kv_bytes,
             "sidecar_bytes": sidecars,
             "kv_over_full": kv_bytes / result.get("full", {"kv_bytes": kv_bytes})["kv_bytes"],
+            "requests_offered": offered,
             "requests_at_once": seen.peak_running,
             "preemptions": seen.preemptions,
             "pool_bytes": engine.store.arena.total_bytes,

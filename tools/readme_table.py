@@ -1,7 +1,7 @@
 """Write README's strategy table from the registry, so that the two cannot disagree.
 
-    python tools/readme_table.py            # rewrite the table
-    python tools/readme_table.py --check    # exit with status 1 if it is out of date; change nothing
+python tools/readme_table.py            # rewrite the table
+python tools/readme_table.py --check    # exit with status 1 if it is out of date; change nothing
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""The command line: one thin module per command; nothing is computed here. Loads torch only where a command runs a model."""
+"""The command line: one thin module per command. Nothing is computed here; torch loads only where a model runs."""

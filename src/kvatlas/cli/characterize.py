@@ -158,6 +158,8 @@ def _run(experiments: Sequence[Experiment], settings: Settings, records: Path, c
         try:
             return run_sweep(experiments, settings, store, command, Console(stderr=True))
         except KeyboardInterrupt:
+            if not store.runs():  # it was still loading models
+                raise
             kept = len(store.points(status="done"))
             typer.echo(
                 f"interrupted: {records} keeps {kept} finished points; the same command continues from there", err=True

@@ -1,6 +1,7 @@
 """``kvatlas``: the entry point, and the one place where an error for users becomes a line and an exit status.
 
-0 success, 1 some points failed, 2 a request that cannot be met, 130 interrupted. Unexpected errors keep their traceback.
+0 success, 1 some points failed, 2 a request that cannot be met, 130 interrupted. Unexpected errors keep their
+traceback.
 """
 
 from __future__ import annotations

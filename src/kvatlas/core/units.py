@@ -33,9 +33,10 @@ def parse_bytes(text: str | int) -> int:
 
 def format_bytes(size: float) -> str:
     """Return ``"1.5 MiB"``: three significant digits in the largest binary unit that keeps the number above 1."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(size) < 1024 or unit == "GiB":
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.3g} {unit}"
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if abs(size) < 1024 or unit == "TiB":
+            digits = f"{size:.0f}" if unit == "B" else f"{float(f'{size:.3g}'):g}"  # 1020, not 1.02e+03
+            return f"{digits} {unit}"
         size /= 1024
     raise AssertionError("unreachable")
 

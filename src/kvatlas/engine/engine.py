@@ -13,7 +13,7 @@ from kvatlas.core.errors import CapacityError, ConfigError, UnsupportedError
 from kvatlas.core.footprint import Footprint
 from kvatlas.core.layout import DEFAULT_BLOCK_SIZE
 from kvatlas.core.units import format_bytes, parse_bytes
-from kvatlas.core.vocabulary import Format
+from kvatlas.core.vocabulary import Format, Moment
 from kvatlas.engine.detokenizer import Detokenizer
 from kvatlas.engine.memory import check_kv_memory
 from kvatlas.engine.params import SamplingParams
@@ -27,6 +27,7 @@ from kvatlas.storage.store import KVStore
 from kvatlas.strategies.footprint import footprint
 from kvatlas.strategies.strategy import Strategy
 
+_SERVED = frozenset({Moment.AFTER_CHUNK, Moment.AFTER_PREFILL, Moment.AFTER_STEP})
 _FORMATS = {torch.float32: Format.FP32, torch.bfloat16: Format.BF16, torch.float16: Format.FP16}
 
 
@@ -45,6 +46,7 @@ class Engine:
 
     Attributes:
         peak_used_bytes: most live bytes so far, sidecars included, cached prefixes left out.
+        peak_running: most requests that held memory at once so far.
 
     Raises:
         CapacityError: the budget is larger than the memory there is, or too small for one block per lane.
@@ -79,7 +81,7 @@ class Engine:
         self._runner = Runner(model.adapter, self.store)
         self._detokenizer = Detokenizer(model.tokenizer)
         self._end_ids = _end_ids(model)
-        self.peak_used_bytes = 0
+        self.peak_used_bytes = self.peak_running = 0
         self._ids = (f"request-{number}" for number in itertools.count())
 
     @property
@@ -117,6 +119,8 @@ class Engine:
         """
         params = params or SamplingParams()
         parsed = Strategy.parse(strategy)
+        if unserved := parsed.moments - _SERVED:
+            raise UnsupportedError(f"{parsed} acts {', '.join(sorted(unserved))}, which this engine does not serve yet")
         self._check_tokens(prompt_ids, params)
         request = Request(
             id=request_id or next(self._ids),
@@ -176,6 +180,7 @@ class Engine:
         if not batch.num_tokens:
             return []
         self.peak_used_bytes = max(self.peak_used_bytes, self.store.books().used)
+        self.peak_running = max(self.peak_running, len(self.scheduler.running))
         before = {request: request.computed for request, _ in batch.chunks}
         due, logits_BV = self._runner.run(batch)
         self._settle(batch, before)

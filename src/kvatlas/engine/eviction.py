@@ -26,6 +26,9 @@ def after_decode_step(store: KVStore, requests: Seq[Request]) -> None:
     """Let the strategy evict one token from each lane that is full; all requests are of one strategy."""
     strategy = requests[0].strategy
     if Moment.AFTER_STEP not in strategy.moments:
+        for request in requests:
+            if request.seq is not None and not request.seq.dense:
+                compact_windows(store, request.seq)
         return
     capacities = {request: strategy.keep.capacity(request.prompt_tokens) for request in requests}
     full = [request for request in requests if (limit := capacities[request]) and request.computed >= limit]

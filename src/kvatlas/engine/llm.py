@@ -104,7 +104,8 @@ class LLM:
             return list(prompt)
         tokenizer = self.engine.model.tokenizer
         if tokenizer is None:
-            raise ConfigError(f"{self.engine.model.name} has no tokenizer; give token ids instead of text")
+            name = self.engine.model.name
+            raise ConfigError(f"{name} has no tokenizer; choose a model that has one, or give token ids from Python")
         ids: list[int] = tokenizer(prompt)["input_ids"]
         return ids
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from kvatlas.core.units import parse_bytes
 from kvatlas.experiments.experiment import Experiment, Lab, Settings
 from kvatlas.experiments.load import Arrival, drive
+from kvatlas.metrics.latency import output_throughput
 from kvatlas.records.schema import Point, Sample
 
 
@@ -53,8 +54,8 @@ class Concurrency(Experiment):
             ]
             seen = drive(engine, arrivals, point.strategy)
             figures = {
-                ("output_throughput", "tokens/s"): seen.output_tokens / seen.wall_s,
-                ("output_throughput_cpu", "tokens/CPU-s"): seen.output_tokens / seen.cpu_s,
+                ("output_throughput", "tokens/s"): output_throughput(seen.times, seen.wall_s),
+                ("output_throughput_cpu", "tokens/CPU-s"): output_throughput(seen.times, seen.cpu_s),
                 ("kv_peak", "bytes"): seen.peak_used_bytes,
                 ("peak_running", "requests"): seen.peak_running,
                 ("preemptions", "preemptions"): seen.preemptions,

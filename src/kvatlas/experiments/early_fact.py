@@ -75,8 +75,11 @@ def at_budget(name: str, budget: float) -> str:
     sentences = {
         "full": "full",
         "h2o": f"h2o(heavy={half}, recent={half})",
+        "snapkv": f"snapkv(budget={budget}, window=16)",
         "streaming_llm": f"streaming_llm(sinks=4, recent={budget})",
     }
+    if name not in sentences:
+        raise ConfigError(f"early_fact cannot set the kept fraction of {name!r}; it knows {', '.join(sentences)}")
     return sentences[name]
 
 

@@ -16,7 +16,6 @@ from kvatlas.models.loading import LoadedModel, load_model
 from kvatlas.records.schema import Facts, ModelRole, Point, Sample
 from kvatlas.strategies.strategy import Strategy
 
-
 _COUNTS = (
     "max_batched_tokens",
     "repeats",

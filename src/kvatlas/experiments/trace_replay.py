@@ -12,7 +12,7 @@ from kvatlas.core.errors import CapacityError
 from kvatlas.core.units import parse_bytes
 from kvatlas.experiments.experiment import Experiment, Lab, Settings
 from kvatlas.experiments.load import Arrival, Observation, drive
-from kvatlas.metrics.latency import Slo, goodput
+from kvatlas.metrics.latency import Slo, goodput, output_throughput, request_throughput
 from kvatlas.records.schema import Point, Sample
 from kvatlas.workloads.excerpts import EXCERPT_NAMES, load_excerpt
 from kvatlas.workloads.materialize import prompt_ids
@@ -96,8 +96,8 @@ def _samples(seen: Observation, slo: Slo) -> list[Sample]:
     cached = sum(request.adopted_tokens for request in seen.requests)
     totals = {
         ("goodput", "requests/s"): goodput(times, slo, seen.wall_s),
-        ("request_throughput", "requests/s"): len(times) / seen.wall_s,
-        ("output_throughput", "tokens/s"): seen.output_tokens / seen.wall_s,
+        ("request_throughput", "requests/s"): request_throughput(times, seen.wall_s),
+        ("output_throughput", "tokens/s"): output_throughput(times, seen.wall_s),
         ("kv_peak", "bytes"): seen.peak_used_bytes,
         ("preemptions", "preemptions"): seen.preemptions,
         ("peak_running", "requests"): seen.peak_running,

@@ -85,6 +85,8 @@ def adapt(model: PreTrainedModel, *, name: str | None = None) -> Adapter:
     Raises:
         UnsupportedError: the family is refused; the text names it and the reason.
     """
+    dtype = str(model.dtype).removeprefix("torch.")
+    resolve_dtype(dtype if dtype in get_args(DType) else "auto", str(model.device))  # refuses what cannot work
     result = probe_model(model)
     family = model.config.model_type
     if not result.supported:

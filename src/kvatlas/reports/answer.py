@@ -12,7 +12,7 @@ from kvatlas.reports.winners import WinnerRow
 
 QUESTION = (
     "Which strategy for the KV cache is best on this machine: at which load, by which measure, and at what loss of "
-    "quality? Every strategy ran on the same engine, model and requests."
+    "quality? Strategies are compared only within one experiment, model and setting."
 )
 
 # Singular and plural of what an experiment varies.
@@ -38,7 +38,7 @@ def _sentence(rows: Sequence[WinnerRow]) -> str:
     for row in rows:
         groups[row.criterion.short].append(row)
     parts = [part for short, found in groups.items() for part in _parts(short, found)]
-    single = [short for short, found in groups.items() if all(row.verdict == "n=1" for row in found)]
+    single = [_single(short, found) for short, found in groups.items() if all(row.verdict == "n=1" for row in found)]
     if single:
         parts.append(f"no verdict on {listed(single)}, with one sample each")
     alone = [short for short, found in groups.items() if all(row.verdict == "only one" for row in found)]
@@ -62,6 +62,15 @@ def _parts(short: str, rows: Sequence[WinnerRow]) -> list[str]:
         kind = "all tie" if everyone else "a tie" if len(ties) == 1 else "ties"
         parts.append(f"{kind} in {short}{_of(len(ties), rows)}{among}")
     return parts
+
+
+def _single(short: str, rows: Sequence[WinnerRow]) -> str:
+    """Return the criterion, and who was ahead wherever it was measured."""
+    always = sorted(set.intersection(*(set(row.names) for row in rows)))
+    if not always or all(len(row.names) == len(row.candidates) for row in rows):
+        return short
+    extreme = "highest" if rows[0].criterion.higher_is_better else "lowest"
+    return f"{short} ({extreme} with {listed(_brief(name, rows) for name in always)})"
 
 
 def _of(count: int, rows: Sequence[WinnerRow]) -> str:

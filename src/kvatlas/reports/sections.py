@@ -51,7 +51,7 @@ def winners_section(rows: Sequence[WinnerRow]) -> str:
 def _group(key: tuple[str, str, str], rows: Sequence[WinnerRow]) -> str:
     experiment, model, role = key
     heading = f"{HEADINGS.get(experiment, experiment)}: {model} ({ROLES.get(role, role)})"
-    lines = [f'<tr class="group"><th colspan="6" scope="rowgroup">{text(heading)}</th></tr>']
+    lines = [f'<tr class="group"><th colspan="6" scope="rowgroup"><span>{text(heading)}</span></th></tr>']
     for criterion, found in groupby(rows, key=lambda row: row.criterion):
         same = list(found)
         first = f'<th rowspan="{len(same)}" scope="rowgroup">{text(criterion.name)}</th>'

@@ -29,9 +29,9 @@ AXES = {
 }
 
 _CONDITIONS = {
-    "prompt_tokens": "{:,} tokens",
-    "concurrency": "{:,} at once",
-    "context_tokens": "{:,} tokens",
+    "prompt_tokens": "{:,.10g} tokens",
+    "concurrency": "{:,.10g} at once",
+    "context_tokens": "{:,.10g} tokens",
 }
 # Numbers of samples are not settings; a budget tells series apart, not studies.
 _NEVER_SPLIT = frozenset({BUDGET, "n"})
@@ -128,7 +128,7 @@ class Study:
         if self.swept is None:
             trace = {name: self.constants[name] for name in ("trace",) if name in self.constants}
             return describe(trace | self.split or self.constants) or "as run"
-        words = _CONDITIONS.get(self.swept, f"{self.swept} {{:,}}").format(int(x) if x.is_integer() else x)
+        words = _CONDITIONS.get(self.swept, f"{self.swept} {{:,.10g}}").format(x)
         return f"{words}, {describe(self.split)}" if self.split else words
 
     def samples(self, metric: str) -> Table:

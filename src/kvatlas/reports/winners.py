@@ -50,7 +50,7 @@ CRITERIA = tuple(
             "KV memory after prefill",
             False,
         ),
-        ("prompt_length", "KV memory after prefill", "kv_after_prefill", "KV memory after prefill", False),
+        ("prompt_length", "KV memory after prefill", "kv_after_prefill", "KV memory", False),
         ("concurrency", "Throughput", "output_throughput", "throughput", True),
         ("concurrency", "Throughput per CPU second", "output_throughput_cpu", "", True),
         ("concurrency", "KV memory, peak", "kv_peak", "peak KV memory", False),
@@ -108,6 +108,8 @@ class WinnerRow:
         if self.verdict == "tie":
             return f"tie of all {len(self.names)}" if len(self.names) == len(self.candidates) > 2 else f"tie: {names}"
         if self.verdict == "n=1":
+            if len(self.names) == len(self.candidates):
+                return f"all {len(self.names)} equal (n=1)"
             return f"{'equal: ' if len(self.names) > 1 else ''}{names} (n=1)"
         return f"{names} (no other)" if self.verdict == "only one" else names
 

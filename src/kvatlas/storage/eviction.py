@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kvatlas.core.views import LayerView
 from kvatlas.storage.arena import BlockClass
-from kvatlas.storage.lanes import NO_WINDOW, LaneGroup
+from kvatlas.storage.lanes import LaneGroup
 from kvatlas.storage.store import KVStore, Sequence
 
 
@@ -104,9 +104,13 @@ def drop_passed_windows(store: KVStore, seq: Sequence) -> None:
 
 
 def compact_windows(store: KVStore, seq: Sequence) -> None:
-    """Cut the lanes of sliding-window layers to what a later query can see, where slots are in any order."""
+    """Cut lanes of sliding-window layers to what a later query can see, where slots are in any order and no hole is.
+
+    Waits until a lane holds a whole block too many, as `drop_passed_windows` does where slots are in order.
+    """
     for group in seq.layout.groups:
-        lanes = group.lanes[store.lanes.window_of_lane[group.lanes] < NO_WINDOW]
+        windows = store.lanes.window_of_lane[group.lanes]
+        lanes = group.lanes[store.length[seq.row, group.lanes] >= windows + store.block_size]
         if not len(lanes):
             continue
         windowed = LaneGroup(blocks=group.blocks, lanes=lanes)

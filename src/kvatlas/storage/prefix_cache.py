@@ -1,7 +1,7 @@
 """Equal prefixes share blocks: one entry per run of ``block_size`` tokens, found by a chained hash.
 
 An entry holds one block of every lane and one reference to each. Its key covers the layout (format and sidecars),
-a salt (strategy, RoPE regime) and all tokens before it, so an entry serves only sequences that would have computed
+a salt (the RoPE regime) and all tokens before it, so an entry serves only sequences that would have computed
 the very same bytes. Strategies that evict, or that need sums over the prefix's own queries, neither publish nor
 look up: their prefix is recomputed.
 """

@@ -17,8 +17,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from kvatlas.core.errors import CapacityError
 from kvatlas.core.layout import DEFAULT_BLOCK_SIZE, BlockLayout, layout_of
 from kvatlas.core.shapes import ModelShape
+from kvatlas.core.units import format_bytes
 from kvatlas.core.vocabulary import Format, Sidecar
 from kvatlas.storage.arena import Arena, Books
 from kvatlas.storage.lanes import LaneGroup, LaneMap, SequenceLayout
@@ -82,6 +84,14 @@ class KVStore:
         self.block_size = block_size
         self.arena = Arena(budget_bytes, _possible_layouts(shape, format, block_size), device)
         self._layouts: dict[object, SequenceLayout] = {}
+        least = sum(
+            len(group.lanes) * group.blocks.block_bytes for group in self.layout(None, (Sidecar.POSITIONS,)).groups
+        )
+        if least > self.arena.total_bytes:
+            raise CapacityError(
+                f"KV memory of {format_bytes(budget_bytes)} does not hold one block of each of the "
+                f"{self.lanes.count} lanes ({format_bytes(least)}); give more memory (--kv-memory)"
+            )
         self.table = torch.zeros((4, self.lanes.count, 4), dtype=torch.int32)
         self.length = torch.zeros((4, self.lanes.count), dtype=torch.int64)
         self.hole = torch.full((4, self.lanes.count), -1, dtype=torch.int64)

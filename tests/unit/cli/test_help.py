@@ -3,11 +3,11 @@ import shlex
 
 import pytest
 import typer.main
+from tests.unit.cli.running import kvatlas
 
 from kvatlas import __version__
 from kvatlas.cli.main import app
 from kvatlas.experiments.experiment import Settings
-from tests.unit.cli.running import kvatlas
 
 # A script that uses an option today must run tomorrow: change this list only together with the changelog.
 OPTIONS = {

@@ -1,10 +1,10 @@
 import sys
-
-import pytest
 from importlib.metadata import version
 
-from kvatlas.cli import info
+import pytest
 from tests.unit.cli.running import kvatlas
+
+from kvatlas.cli import info
 
 
 @pytest.fixture(autouse=True)

@@ -2,10 +2,10 @@ import subprocess
 import sys
 
 import pytest
+from tests.unit.cli.running import kvatlas
 
 from kvatlas.cli import strategies
 from kvatlas.core.errors import ConfigError
-from tests.unit.cli.running import kvatlas
 
 
 def failing(error):
@@ -59,16 +59,26 @@ def test_a_closed_pipe_is_quiet():
     assert (process.returncode, err) == (1, b"")
 
 
-@pytest.mark.parametrize("arguments", [["strategies"], ["--help"], ["generate", "--help"], ["characterize", "--help"]])
-def test_what_runs_no_model_loads_no_torch(arguments):
+@pytest.mark.parametrize(
+    ("arguments", "status", "heavy"),
+    [
+        (["strategies"], 0, {"torch", "transformers", "matplotlib"}),
+        (["--help"], 0, {"torch", "transformers", "matplotlib"}),
+        (["characterize", "--help"], 0, {"torch", "transformers", "matplotlib"}),
+        (["generate", "hi", "--strategy", "h3o"], 2, {"torch", "transformers", "matplotlib"}),
+        (["report", "--records", "gone.duckdb"], 2, {"torch", "transformers"}),
+    ],
+)
+def test_what_runs_no_model_loads_no_torch(arguments, status, heavy):
     script = f"""
 import sys
 from kvatlas.cli.main import main
 try:
     main({arguments})
 except SystemExit as end:
-    assert end.code == 0, end.code
-heavy = {{"torch", "transformers", "matplotlib"}} & set(sys.modules)
-assert not heavy, heavy
+    assert end.code == {status}, end.code
+loaded = {heavy} & set(sys.modules)
+assert not loaded, loaded
 """
-    subprocess.run([sys.executable, "-c", script], check=True, timeout=60, stdout=subprocess.DEVNULL)
+    done = subprocess.run([sys.executable, "-c", script], check=False, timeout=60, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

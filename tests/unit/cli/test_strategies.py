@@ -1,9 +1,10 @@
 import json
 
+from tests.unit.cli.running import kvatlas
+
 from kvatlas.cli.strategies import facts
 from kvatlas.strategies.registry import stages
 from kvatlas.strategies.strategy import Strategy
-from tests.unit.cli.running import kvatlas
 
 
 def test_json_equals_the_registry():

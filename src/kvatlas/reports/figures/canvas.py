@@ -20,11 +20,14 @@ from kvatlas.reports.series import Mark, Series
 
 Format = Literal["png", "svg"]
 
+# Writes 20,000 where matplotlib would write 20000, or 2 with an exponent in a corner.
+PLAIN = FuncFormatter(lambda value, _: significant(value))
+
 _WIDTH = 7.6
 _MARGIN = 0.12
 _TITLE = (72, 0.23)
 _CAPTION = (124, 0.145)
-_LEGEND_LINE = 0.21
+_LEGEND_LINE = 0.19
 _CHARACTER = 0.078
 _PNG_DPI = 150
 
@@ -102,7 +105,8 @@ def sheet(
 
 def draw_lines(panel: Any, series: Sequence[Series], looks: Mapping[str, Look], *, log_y: bool = False) -> str:
     """Draw each series with its error bars; returns the unit of the y axis. Zeros have no place on a log axis."""
-    scale, unit = axis_scale(series[0].unit, max(mark.interval.high for one in series for mark in one.marks))
+    highest = max(mark.interval.high for one in series for mark in one.marks)
+    scale, unit = axis_scale(series[0].unit, highest)
     step = min(1.05, 1.25 ** (1 / max(1, len(series) - 1)))
     for place, one in enumerate(series):
         marks = [mark for mark in one.marks if mark.interval.low > 0 or not log_y]
@@ -111,7 +115,8 @@ def draw_lines(panel: Any, series: Sequence[Series], looks: Mapping[str, Look], 
     if log_y:
         _log_y(panel)
     else:
-        panel.set_ylim(bottom=0)
+        panel.set_ylim(0, highest / scale * 1.08 or 1)
+        panel.yaxis.set_major_formatter(PLAIN)
     return unit
 
 
@@ -128,13 +133,13 @@ def doubling_x(panel: Any, values: Iterable[float], label: str, most: int = 6) -
 
 def log_ticks(low: float, high: float) -> list[float]:
     """Return round numbers between low and high, about three to nine of them."""
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     for steps in ((1,), (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 7)):
-        powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
         ticks = [step * 10.0**power for power in powers for step in steps]
         inside = [tick for tick in ticks if low <= tick <= high]
         if len(inside) > 2:
-            break
-    return inside
+            return inside
+    return [float(tick) for tick in MaxNLocator(4).tick_values(low, high) if low <= tick <= high]
 
 
 def whole_y(panel: Any) -> None:
@@ -188,7 +193,7 @@ def _log_y(panel: Any) -> None:
     panel.yaxis.set_major_locator(FixedLocator(log_ticks(low, high)))
     panel.set_ylim(low, high)
     panel.yaxis.set_minor_locator(NullLocator())
-    panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: significant(value)))
+    panel.yaxis.set_major_formatter(PLAIN)
 
 
 def _legend_columns(entries: Sequence[Entry]) -> int:

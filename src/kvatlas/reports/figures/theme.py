@@ -46,7 +46,7 @@ class Palette:
         return cls(families=tuple(sorted({family(one) for one in strategies} - {BASELINE})))
 
     def looks(self, names: Iterable[str]) -> dict[str, Look]:
-        """Return name -> look: colour and marker by family, line style by variant; the baseline in ink."""
+        """Return name -> look: colour and marker by family, the baseline in ink; line style by variant and round."""
         found: dict[str, Look] = {}
         variants: dict[str, int] = {}
         for name in dict.fromkeys(names):
@@ -63,7 +63,7 @@ class Palette:
         return Look(
             color=f"C{color}",
             marker=_MARKERS[(place + 5 * variant) % len(_MARKERS)],
-            line=_LINES[variant % len(_LINES)],
+            line=_LINES[(variant + place // (len(_LIGHT) - 1)) % len(_LINES)],
         )
 
 

@@ -8,14 +8,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
 from kvatlas.records.schema import RunManifest
 from kvatlas.reports.captions import caption
-from kvatlas.reports.figures.canvas import Plot, entries_for, log_ticks, provenance_suffix, sheet
+from kvatlas.reports.figures.canvas import PLAIN, Plot, entries_for, log_ticks, provenance_suffix, sheet
 from kvatlas.reports.figures.theme import Look, Palette
 from kvatlas.reports.labels import SeriesKey
-from kvatlas.reports.quantities import axis_scale, significant, title as metric_title
+from kvatlas.reports.quantities import axis_scale, title as metric_title
 from kvatlas.reports.series import SampleId, Series, Study
 
 _LATENCIES = ("ttft", "tpot")
@@ -43,8 +43,8 @@ def _latencies(study: Study, palette: Palette, runs: Sequence[RunManifest], suff
         title=title,
         caption=text,
         reading="Share of requests that were at least this fast: further left is better. The mark on each curve is its "
-        "median, the bar its interval; a vertical line is a limit of the SLO. Requests of one replay queue behind each "
-        "other, so they are not independent and the intervals are too narrow.",
+        "median, the bar its interval; a vertical line is a limit of the SLO, where it lies near. Requests of one "
+        "replay queue behind each other, so they are not independent and the intervals are too narrow.",
         tables=tuple(shown.items()),
         paint=lambda: _paint_latencies(study, title, text, shown, looks),
     )
@@ -61,6 +61,7 @@ def _paint_latencies(
         scale, unit = axis_scale("s", largest)
         for order, one in enumerate(series):
             _curve(axis, cells[one.key], one, looks[one.key.name], scale, (order - (len(series) - 1) / 2) * 1.2)
+        axis.set_xscale("log")
         _limit(axis, study, metric, scale)
         label = f"{metric_title(metric)} ({unit}){provenance_suffix(series)}"
         _latency_axes(axis, label, first=place == 0)
@@ -90,19 +91,20 @@ def _curve(
 
 
 def _limit(axis: Any, study: Study, metric: str, scale: float) -> None:
-    """Draw the SLO's limit for this latency, where it has one."""
+    """Draw the SLO's limit for this latency, where it lies near what was measured."""
+    low, high = axis.get_xlim()
     for name, number, unit in _LIMIT.findall(str(study.rows[0].params.get("slo", ""))):
-        if name.lower() == metric:
-            axis.axvline(float(number) * (1e-3 if unit == "ms" else 1) / scale, color="C0", linestyle=":", linewidth=1)
+        limit = float(number) * (1e-3 if unit == "ms" else 1) / scale
+        if name.lower() == metric and low / 2 < limit < high * 4:
+            axis.axvline(limit, color="C0", linestyle=":", linewidth=1)
 
 
 def _latency_axes(axis: Any, label: str, *, first: bool) -> None:
-    axis.set_xscale("log")
     low, high = axis.get_xlim()
     axis.xaxis.set_major_locator(FixedLocator(log_ticks(low, high)))
     axis.set_xlim(low, high)
     axis.xaxis.set_minor_locator(NullLocator())
-    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: significant(value)))
+    axis.xaxis.set_major_formatter(PLAIN)
     axis.set_ylim(0, 102)
     axis.set_xlabel(label)
     if first:
@@ -115,7 +117,7 @@ def _totals(study: Study, palette: Palette, runs: Sequence[RunManifest], suffix:
         return None
     title = "How many requests and tokens per second, and how much KV memory for them?"
     every = [one for series in shown.values() for one in series]
-    text = caption(study, every, runs).replace("per mark", "replays per bar")
+    text = caption(study, every, runs).replace("per mark", "per bar")
     slo = study.rows[0].params.get("slo")
     return Plot(
         name=f"trace_totals{suffix}",
@@ -140,6 +142,8 @@ def _paint_totals(title: str, text: str, shown: Mapping[str, Sequence[Series]], 
         axis.set_title(f"{metric_title(metric)} ({unit}){provenance_suffix(series)}")
         axis.set_ylim(len(keys) - 0.4, -0.6)
         axis.set_xlim(left=0)
+        axis.xaxis.set_major_locator(MaxNLocator(5))
+        axis.xaxis.set_major_formatter(PLAIN)
         axis.grid(visible=False, axis="y")
         axis.set_yticks(range(len(keys)), [_short(key) if place % 2 == 0 else "" for key in keys])
     return figure

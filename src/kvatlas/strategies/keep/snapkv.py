@@ -53,7 +53,7 @@ class SnapKV(Keep):
         if self.window < 1 or self.pool < 1 or self.pool % 2 == 0:
             raise ConfigError(f"snapkv wants window >= 1 and an odd pool >= 1, got {self.window} and {self.pool}")
         if isinstance(self.budget, int) and self.budget <= self.window:
-            raise ConfigError(f"snapkv: budget={self.budget} must exceed window={self.window}; raise it or lower window")
+            raise ConfigError(f"snapkv: budget={self.budget} must exceed window={self.window}; raise it")
 
     def kept_of_prompt(self, prompt_tokens: int) -> int | None:
         """Return the budget in tokens, at least the window and one more."""
