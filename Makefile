@@ -1,4 +1,4 @@
-# Plain verbs; needs Python >= 3.11 and, for torch's sake, nothing else. `make setup PYTHON=...` chooses the interpreter.
+# Plain verbs; needs Python >= 3.11 and pip, nothing else. `make setup PYTHON=...` chooses the interpreter.
 
 PYTHON ?= $(shell for name in python3.11 python3 python3.12 python3.13; do \
 	$$name -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$name && break; done)

@@ -110,3 +110,28 @@ class H2O(Retelling):
         while len(cache) > self.heavy + self.recent:
             old = [token for token in cache if token.position <= self.position - self.recent]
             cache.remove(min(old, key=lambda token: token.score))
+
+
+class SnapKV(Retelling):
+    """At the end of the prompt, keep what its last ``window`` tokens looked at, and these (arXiv:2404.14469).
+
+    Votes are summed over the window's queries and averaged with their neighbours', nothing beyond the ends. The output
+    stays.
+    """
+
+    def __init__(self, prompt_tokens: int, budget: int, window: int, pool: int) -> None:
+        super().__init__(prompt_tokens)
+        self.budget, self.window, self.pool = budget, window, pool
+
+    def after_attention(self, cache: list[Token]) -> None:
+        """Forget votes from outside the window; at the end of the prompt, forget tokens."""
+        if self.position < self.prompt_tokens - self.window:
+            for token in cache:
+                token.score = 0.0
+        if self.position != self.prompt_tokens - 1 or len(cache) <= self.budget:
+            return
+        prefix, newest = cache[: -self.window], cache[-self.window :]
+        reach = self.pool // 2
+        votes = [sum(token.score for token in prefix[max(0, i - reach) : i + reach + 1]) for i in range(len(prefix))]
+        ranked = sorted(range(len(prefix)), key=lambda i: votes[i], reverse=True)
+        cache[:] = [prefix[i] for i in sorted(ranked[: self.budget - self.window])] + newest

@@ -28,9 +28,7 @@ def main() -> None:
     options = _options()
     torch.set_num_threads(options.threads)
     encode = load_encode(options.model)
-    model = LlamaForCausalLM.from_pretrained(
-        options.model, dtype=torch.float32, attn_implementation="sdpa"
-    ).eval()
+    model = LlamaForCausalLM.from_pretrained(options.model, dtype=torch.float32, attn_implementation="sdpa").eval()
     filler = read_filler()
     scores = _recall_table(model, encode, filler, options.n, options.seed)
     perplexities = {str(window): perplexity(model, encode(filler), window) for window in PERPLEXITY_WINDOWS}
@@ -83,9 +81,7 @@ def _best_head(attention: Tensor) -> dict[str, float]:
     return {"layer": layer, "head": head, "attention": round(float(attention[layer, head]), 3)}
 
 
-def _recall_table(
-    model: LlamaForCausalLM, encode: Encode, filler: str, n: int, seed: int
-) -> list[RecallScore]:
+def _recall_table(model: LlamaForCausalLM, encode: Encode, filler: str, n: int, seed: int) -> list[RecallScore]:
     """Measure and print each row of the table."""
     print(f"{'keys':>4} {'tokens':>6} {'n':>5} {'exact match':>11}  95 % Wilson interval")
     scores = []

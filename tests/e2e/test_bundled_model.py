@@ -21,9 +21,7 @@ def test_single_needle_in_512_tokens() -> None:
         ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         return ids
 
-    prompts = make_recall_prompts(
-        RecallTask(num_keys=1, context_tokens=512), encode, read_filler(), 32, seed=7
-    )
+    prompts = make_recall_prompts(RecallTask(num_keys=1, context_tokens=512), encode, read_filler(), 32, seed=7)
     tokens = torch.tensor([prompt.prompt for prompt in prompts])
     answers = torch.tensor([prompt.answer for prompt in prompts])
     written = model.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=answers.shape[1])

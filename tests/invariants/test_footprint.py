@@ -9,7 +9,7 @@ from __future__ import annotations
 from functools import cache
 
 import pytest
-from hypothesis import assume, given, settings, strategies as st
+from hypothesis import given, settings, strategies as st
 from tests.driving import finish, loaded
 from tests.families import tiny_model, token_ids
 
@@ -20,6 +20,7 @@ from kvatlas.engine.llm import LLM
 from kvatlas.engine.params import SamplingParams
 from kvatlas.engine.request import Request
 from kvatlas.models.loading import LoadedModel
+from kvatlas.strategies.strategy import Strategy
 
 FAMILIES = ("llama", "mistral", "gemma2", "gemma4_text")  # no window; all; some; some, of other widths, and shared
 IDS = token_ids(128)[0].tolist()
@@ -67,6 +68,8 @@ def test_bounds_hold_and_are_tight(family, strategy, prompt, outputs, chunk, blo
         len(group.lanes) * group.blocks.block_bytes
         for group in engine.store.layout(request.strategy.format, request.strategy.sidecars).groups
     )
+    windowed = any(layer.window for layer in model(family).adapter.shape.layers)
+    slack = (3 if windowed else 1) * one_block_per_lane  # a window's blocks may begin anywhere
     prompt_peak = 0
     while engine.has_work and request.prefill_end is not None:
         engine.step()
@@ -74,20 +77,18 @@ def test_bounds_hold_and_are_tight(family, strategy, prompt, outputs, chunk, blo
     assert prompt_peak <= bound.prefill_peak_bytes
     assert held(engine, request) <= bound.steady_bytes
     if request.seq is not None:
-        assert held(engine, request) > bound.steady_bytes - 2 * one_block_per_lane
+        assert held(engine, request) >= bound.steady_bytes - slack
     last = held(engine, request)
     while engine.has_work:
         last = max(last, held(engine, request))
         engine.step()
     assert last <= bound.final_bytes
     assert request.peak_bytes <= bound.peak_bytes
-    windowed = any(layer.window for layer in model(family).adapter.shape.layers)
-    slack = 2 if windowed else 1  # a window's blocks may begin anywhere
-    assert prompt_peak >= bound.prefill_peak_bytes - slack * one_block_per_lane or (
+    assert prompt_peak >= bound.prefill_peak_bytes - slack or (
         # chunks of a bounded prompt fill the bound only if one begins when the cache is full
         Moment.AFTER_CHUNK in request.strategy.moments or windowed
     )
-    assert request.peak_bytes >= bound.final_bytes - slack * one_block_per_lane
+    assert request.peak_bytes >= bound.final_bytes - slack
     assert engine.store.books().free == engine.store.books().total
 
 
@@ -178,12 +179,42 @@ def test_tiny_budgets_run_or_refuse(family: str, kv_memory: int) -> None:
         engine.store.arena.check()
 
 
+@pytest.mark.parametrize("enable_prefix_caching", [False, True])
+def test_long_output_of_a_windowed_model_is_made_anew_in_its_footprint(enable_prefix_caching: bool) -> None:
+    """Prompt and output together are a longer prompt than the footprint is of; computed at once, they would not fit."""
+    options = {"block_size": 4, "max_batched_tokens": 64, "enable_prefix_caching": enable_prefix_caching}
+    slab = Engine(model("mistral"), kv_memory="8MiB", **options).store.arena.slab_bytes
+    engine = Engine(model("mistral"), kv_memory=2 * slab, **options)
+    request = engine.add_request(IDS[:5], params(60))
+    for _ in range(45):
+        engine.step()
+    engine.scheduler._preempt(request)
+    finish(engine)
+    assert len(request.output_ids) == 60 and request.num_preemptions == 1
+    assert request.peak_bytes <= request.footprint.peak_bytes
+
+
+def test_cached_prefixes_of_passed_windows_give_way() -> None:
+    """Blocks that only the prefix cache holds are free to take, also of entries that are partly in use."""
+    for prompt in range(60, 20, -1):
+        engine = Engine(model("gemma2"), kv_memory=60_000, block_size=4, max_batched_tokens=4)
+        try:
+            engine.add_request(IDS[:prompt], params(4))
+            break
+        except CapacityError:
+            continue
+    finish(engine)
+    again = engine.add_request(IDS[:prompt], params(4))
+    finish(engine)
+    assert again.num_preemptions == 0
+
+
 def test_memory_of_few_full_requests_admits_more_of_h2o() -> None:
     """A strategy that bounds its cache admits more requests: that is its throughput gain."""
     most_running = {}
     for strategy in ("full", "h2o(heavy=4, recent=4)", "streaming_llm(sinks=2, recent=6)"):
         probe = Engine(model("llama"), kv_memory="8MiB", block_size=4)
-        budget = 3 * probe.footprint(probe_strategy("full"), 60, 10).peak_bytes
+        budget = 3 * probe.footprint(Strategy.parse("full"), 60, 10).peak_bytes
         engine = Engine(model("llama"), kv_memory=budget, block_size=4, max_batched_tokens=60)
         for number in range(12):
             engine.add_request(IDS[number : number + 60], params(10), strategy)
@@ -196,21 +227,8 @@ def test_memory_of_few_full_requests_admits_more_of_h2o() -> None:
     assert full <= 3 < h2o and streaming > 3
 
 
-def probe_strategy(text: str):
-    from kvatlas.strategies.strategy import Strategy
-
-    return Strategy.parse(text)
-
-
 @pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(data=st.data(), family=st.sampled_from(FAMILIES), slabs=st.integers(1, 5))
 def test_random_schedules_wide(data, family, slabs) -> None:
     test_random_schedules_end_within_their_footprints.hypothesis.inner_test(data, family, slabs)
-
-
-def test_given_is_not_vacuous() -> None:
-    """The strategies drawn above are ones that parse."""
-    assume(True)
-    for text in ("streaming_llm(sinks=0, recent=0.5)", "h2o(heavy=0.01, recent=1.0) | fp16"):
-        assert str(probe_strategy(text)) == text

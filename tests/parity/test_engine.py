@@ -24,7 +24,12 @@ from kvatlas.strategies.strategy import Strategy
 OUTPUT_TOKENS = 8
 TOLERANCE = 1e-4
 EXTRA_FAMILIES = ("gemma3n_text", "gemma4_text")  # KV shared between layers; keys of different widths
-STRATEGIES = ("full", "streaming_llm(sinks=2, recent=9)", "h2o(heavy=5, recent=4)")
+STRATEGIES = ("full", "streaming_llm(sinks=2, recent=9)", "h2o(heavy=5, recent=4)", "snapkv(budget=9, window=4)")
+
+
+def slow(family: str):
+    """Return a family that only the wide run takes."""
+    return pytest.param(family, marks=pytest.mark.slow)
 
 
 @cache
@@ -79,7 +84,7 @@ def test_full_is_the_model_itself(family: str) -> None:
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("family", ["llama", "gpt_oss", "gemma3n_text", "phi3"])
+@pytest.mark.parametrize("family", ["llama", "gpt_oss", slow("gemma3n_text"), slow("phi3"), "gemma2"])
 def test_alone_is_batched_and_whole_is_chunked(family: str, strategy: str) -> None:
     lengths = (31, 3, 12, 19)
     jobs = [job(each, n, seed=n) for n in lengths for each in {strategy, "full"}]
@@ -89,7 +94,7 @@ def test_alone_is_batched_and_whole_is_chunked(family: str, strategy: str) -> No
 
 
 @pytest.mark.parametrize("strategy", [*STRATEGIES, "full | fp16", "h2o(heavy=5, recent=4) | bf16"])
-@pytest.mark.parametrize("family", ["llama", "gemma2", "gemma4_text"])
+@pytest.mark.parametrize("family", ["llama", slow("gemma2"), "gemma4_text", "phi3"])
 def test_interrupted_is_uninterrupted(family: str, strategy: str) -> None:
     """Requests lose their caches now and then, in prompts and in outputs, and make them again."""
     jobs = [job(strategy, n, seed=n, outputs=20) for n in (9, 17, 30)]
@@ -103,7 +108,7 @@ def test_interrupted_is_uninterrupted(family: str, strategy: str) -> None:
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("family", ["llama", "mistral", "gemma4_text"])
+@pytest.mark.parametrize("family", ["llama", slow("mistral"), "gemma4_text"])
 def test_little_memory_changes_nothing(family: str, strategy: str) -> None:
     """Memory for one request, but not for all of them: some wait, some lose their caches."""
     jobs = [job(strategy, n, seed=n, outputs=30) for n in (9, 6, 17, 6, 11)]
@@ -256,7 +261,7 @@ def test_two_turns_are_one_long_prompt(family: str, lengths: list[tuple[int, int
 
 @pytest.mark.parametrize("lengths", CONVERSATIONS, ids=str)
 @pytest.mark.parametrize("strategy", [*STRATEGIES, "h2o(heavy=0.3, recent=0.2)", "full | fp16"])
-@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@pytest.mark.parametrize("family", ["llama", slow("gemma2"), "phi3"])
 def test_session_without_its_cache_answers_the_same(family: str, strategy: str, lengths) -> None:
     answers = [
         turns(LLM(model(family), kv_memory="4MiB", block_size=4, max_batched_tokens=chunk), strategy, lengths, taken)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from tests.driving import Job, drive, loaded, relative_error
 from tests.families import VOCAB_SIZE, tiny_model, token_ids
-from tests.retold import H2O, Retelling, StreamingLLM
+from tests.retold import H2O, Retelling, SnapKV, StreamingLLM
 
 from kvatlas.engine.engine import Engine
 
@@ -32,9 +32,11 @@ def tokens(length: int) -> list[int]:
 def retelling(strategy: str, prompt_tokens: int) -> Retelling:
     if strategy == "full":
         return Retelling(prompt_tokens)
-    name, first, second = re.fullmatch(r"(\w+)\(\w+=([\d.]+), \w+=([\d.]+)\)", strategy).groups()
-    sizes = [max(1, round(float(n) * prompt_tokens)) if "." in n else int(n) for n in (first, second)]
-    return {"h2o": H2O, "streaming_llm": StreamingLLM}[name](prompt_tokens, *sizes)
+    name, *numbers = re.findall(r"^\w+|[\d.]+", strategy)
+    sizes = [max(1, round(float(n) * prompt_tokens)) if "." in n else int(n) for n in numbers]
+    if name == "snapkv":
+        sizes[0] = max(sizes[0], sizes[1] + 1)
+    return {"h2o": H2O, "streaming_llm": StreamingLLM, "snapkv": SnapKV}[name](prompt_tokens, *sizes)
 
 
 @cache
@@ -77,6 +79,9 @@ STRATEGIES = [
     "h2o(heavy=7, recent=2)",
     "h2o(heavy=20, recent=15)",
     "h2o(heavy=0.2, recent=0.3)",
+    "snapkv(budget=9, window=4, pool=3)",
+    "snapkv(budget=4, window=1, pool=1)",
+    "snapkv(budget=0.4, window=3, pool=5)",
 ]
 
 
@@ -91,13 +96,16 @@ def test_alone(strategy: str, max_batched_tokens: int) -> None:
 @pytest.mark.parametrize("block_size", [1, 5, 32])
 @pytest.mark.parametrize("max_batched_tokens", [16, 64, 512])
 def test_different_strategies_in_one_batch(max_batched_tokens: int, block_size: int) -> None:
-    jobs = [job(strategy, length) for strategy, length in zip(STRATEGIES * 2, [34, 7, 34, 20, 7] * 4, strict=True)]
+    jobs = [job(strategy, length) for strategy, length in zip(STRATEGIES * 2, [34, 7, 34, 20, 7, 20] * 5, strict=False)]
     engine = Engine(MODEL, kv_memory="4MiB", block_size=block_size, max_batched_tokens=max_batched_tokens)
     for done in drive(engine, jobs):
         assert_as_told(done)
 
 
-@pytest.mark.parametrize("strategy", ["streaming_llm(sinks=4, recent=8)", "h2o(heavy=4, recent=4)", "full"])
+@pytest.mark.parametrize(
+    "strategy",
+    ["streaming_llm(sinks=4, recent=8)", "h2o(heavy=4, recent=4)", "snapkv(budget=9, window=4, pool=3)", "full"],
+)
 def test_interrupted_by_others(strategy: str) -> None:
     """With memory for little more than one, requests lose their caches, and get them back as they were."""
     jobs = [job(strategy, length) for length in (7, 20, 7, 7, 20)]

@@ -55,9 +55,7 @@ def test_prompt_has_exactly_the_asked_length(encode: WordEncoder, context_tokens
 
 
 def test_filler_shorter_than_the_context_is_repeated(encode: WordEncoder) -> None:
-    [prompt] = make_recall_prompts(
-        RecallTask(num_keys=1, context_tokens=400), encode, "just these words", 1, seed=0
-    )
+    [prompt] = make_recall_prompts(RecallTask(num_keys=1, context_tokens=400), encode, "just these words", 1, seed=0)
     assert len(prompt.prompt) == 400
 
 
@@ -146,8 +144,6 @@ def test_negative_count_is_refused(encode: WordEncoder) -> None:
         (1, 100, float("nan"), "fact_depth .* nan"),
     ],
 )
-def test_impossible_tasks_are_refused(
-    num_keys: int, context_tokens: int, depth: float | None, named: str
-) -> None:
+def test_impossible_tasks_are_refused(num_keys: int, context_tokens: int, depth: float | None, named: str) -> None:
     with pytest.raises(ValueError, match=named):
         RecallTask(num_keys=num_keys, context_tokens=context_tokens, fact_depth=depth)

@@ -18,9 +18,7 @@ ABOUT = (
     "A small Llama, trained on docstrings and planted facts, that retrieves a value from its context. "
     "Made to compare cache strategies without downloads; it writes no useful text."
 )
-PROMPT_FORMAT = (
-    "facts ' Maria 4 8 2 1.' in filler; the prompt ends '\\nQuestion: Maria'; the value follows directly"
-)
+PROMPT_FORMAT = "facts ' Maria 4 8 2 1.' in filler; the prompt ends '\\nQuestion: Maria'; the value follows directly"
 
 
 def build_manifest(model: LlamaForCausalLM, data: corpus.Corpus, seed: int, cpu_s: float) -> dict[str, Any]:

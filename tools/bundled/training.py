@@ -77,9 +77,7 @@ class Trainer:
         curriculum: tuple[Stage, ...] = CURRICULUM,
     ) -> None:
         self.model = model
-        self.ahead = nn.Linear(
-            model.config.hidden_size, (VALUE_DIGITS - 1) * model.config.vocab_size, bias=False
-        )
+        self.ahead = nn.Linear(model.config.hidden_size, (VALUE_DIGITS - 1) * model.config.vocab_size, bias=False)
         nn.init.normal_(self.ahead.weight, std=0.02)
         self.step = 0
         self.cpu_s = 0.0
@@ -92,9 +90,7 @@ class Trainer:
         others += [p for p in model.parameters() if p.ndim == 1]
         self._optimizers: dict[str, torch.optim.Optimizer] = {
             "muon": Muon(matrices, lr=LEARNING_RATE["muon"]),
-            "adamw": torch.optim.AdamW(
-                others, lr=LEARNING_RATE["adamw"], betas=(0.9, 0.98), weight_decay=0.0
-            ),
+            "adamw": torch.optim.AdamW(others, lr=LEARNING_RATE["adamw"], betas=(0.9, 0.98), weight_decay=0.0),
         }
 
     def run(self) -> None:

@@ -143,8 +143,8 @@ class Engine:
         request.footprint = self._checked_footprint(request.strategy, tokens, params.max_tokens)
         start = len(request.tokens) - 1  # the last token of the turn before was never fed
         request.tokens += prompt_ids
-        request.prefill_spans.append((start, tokens))
-        if request.seq is None and request.strategy.lossless:
+        request.prefill_spans = [(first, min(end, start)) for first, end in request.prefill_spans] + [(start, tokens)]
+        if request.seq is None and self.scheduler.is_one_prompt(request):
             request.prefill_spans = [(0, tokens)]
         request.output_start = tokens
         request.params, request.generator = params, _generator(params)

@@ -27,7 +27,7 @@ def after_decode_step(store: KVStore, requests: Seq[Request]) -> None:
     strategy = requests[0].strategy
     if Moment.AFTER_STEP not in strategy.moments:
         for request in requests:
-            if request.seq is not None and not request.seq.dense:
+            if store.lanes.windows and request.seq is not None and not request.seq.dense:
                 compact_windows(store, request.seq)
         return
     capacities = {request: strategy.keep.capacity(request.prompt_tokens) for request in requests}

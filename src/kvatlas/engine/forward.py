@@ -142,7 +142,8 @@ class ForwardPass:
         past = chunk.past_length[lanes] + first  # tokens of the chunk before the first observed one count as past
         table = chunk.table[lanes, : -(-int(past.max()) // self._store.block_size)]
         held = _held(past, table.shape[-1], self._store.block_size).to(table.device)
-        if observed is not None and prompt_tokens - observed >= int(chunk.positions[0]):
+        owner = self._store.lanes.shape.layers[call.layer].shares_kv_with is None  # the others only add to its votes
+        if owner and observed is not None and prompt_tokens - observed >= int(chunk.positions[0]):
             sums.index_fill_(0, table.flatten()[held].long(), 0.0)  # votes of an earlier prompt no longer count
         past_sums, own_sums = column_sums(
             q[first:], k[first:], chunk.positions[first:], lse[:, first:],

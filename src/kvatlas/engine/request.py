@@ -91,8 +91,6 @@ class Request:
         """Prepare for being computed anew; the caller has freed the sequence."""
         self.seq = None
         self.adopted_tokens = 0
-        if self.strategy.lossless:
-            self.prefill_spans = [(0, len(self.tokens))]
 
 
 @dataclass(frozen=True, kw_only=True)

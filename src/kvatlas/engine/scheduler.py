@@ -13,7 +13,7 @@ from collections import deque
 from kvatlas.engine.request import Request
 from kvatlas.engine.runner import Batch
 from kvatlas.models.adapter import Adapter
-from kvatlas.storage.eviction import close_holes, drop_passed_windows
+from kvatlas.storage.eviction import close_holes
 from kvatlas.storage.prefix_cache import PrefixCache
 from kvatlas.storage.store import KVStore
 
@@ -81,7 +81,7 @@ class Scheduler:
 
     def publish_prefix(self, request: Request, before: int) -> None:
         """Share the blocks that the last chunk filled; ``before`` tokens were known already."""
-        if self._prefix_cache is not None and request.strategy.lossless and request.seq is not None:
+        if self._prefix_cache is not None and request.seq is not None and self.is_one_prompt(request):
             self._prefix_cache.publish(request.seq, request.tokens, self._salt(request), before)
 
     def _decode_steps(self) -> list[Request]:
@@ -115,7 +115,9 @@ class Scheduler:
             if other.prefill_end is not None
         )
         idle = sum(self._held(other) for other in self.idle if other is not request)
-        own = max(request.footprint.prefill_peak_bytes, request.footprint.steady_bytes) - self._held(request)
+        bound = request.footprint
+        own = bound.peak_bytes if request.num_preemptions else max(bound.prefill_peak_bytes, bound.steady_bytes)
+        own -= self._held(request)
         return own + promised + books.used - idle <= books.total
 
     def _held(self, request: Request) -> int:
@@ -130,7 +132,6 @@ class Scheduler:
             if self._prefix_cache is not None and request.strategy.lossless:
                 tokens = request.tokens[: request.prefill_spans[0][1]]
                 request.adopted_tokens = self._prefix_cache.adopt(request.seq, tokens, self._salt(request))
-                drop_passed_windows(self._store, request.seq)
         self.running.append(request)
 
     def _within_footprint(self, request: Request, count: int) -> int:
@@ -185,6 +186,16 @@ class Scheduler:
         if request.seq is not None:
             self._store.close(request.seq)
         request.forget_cache()
+        if self.is_one_prompt(request):
+            request.prefill_spans = [(0, len(request.tokens))]
+
+    def is_one_prompt(self, request: Request) -> bool:
+        """Whether all tokens so far, processed as one prompt, give the cache that prompts and steps gave.
+
+        So it is if nothing is evicted and the RoPE is the same at every length on the way.
+        """
+        regime = self._adapter.rope_regime
+        return request.strategy.lossless and regime(request.prefill_spans[0][1]) == regime(len(request.tokens))
 
     def _salt(self, request: Request) -> str:
         """What must be equal, beside tokens and layout, for two prefixes to be computed alike."""

@@ -29,7 +29,7 @@ EXPERIMENTS: dict[str, Experiment] = {
 
 PRESETS: dict[str, Settings] = {
     "quick": Settings(
-        repeats=3,
+        repeats=6,
         prompt_tokens=(512, 1024, 2048),
         concurrency=(1, 4, 8),
         concurrency_prompt_tokens=512,

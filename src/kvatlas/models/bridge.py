@@ -7,8 +7,7 @@ Rows of a left-padded batch become sequences of their own without padding. What 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from collections.abc import Sequence as Seq
+from collections.abc import Callable, Sequence as Seq
 from typing import Any, Protocol
 
 import torch
@@ -103,7 +102,8 @@ class GenerateBridge:
             return self._forward(*args, **kwargs)
         if self._cache is None or kwargs.get("past_key_values") is not self._cache:
             raise UnsupportedError("while attached, a model answers generate() only; detach() it to call it directly")
-        cache: _RowCache = self._cache
+        cache = self._cache
+        assert isinstance(cache, _RowCache)
         ids: Tensor = kwargs["input_ids"]
         self._inside = True
         try:

@@ -82,7 +82,8 @@ class KVStore:
         self.lanes = LaneMap(shape)
         self.format = format
         self.block_size = block_size
-        self.arena = Arena(budget_bytes, _possible_layouts(shape, format, block_size), device)
+        self.possible_layouts = _possible_layouts(shape, format, block_size)
+        self.arena = Arena(budget_bytes, self.possible_layouts, device)
         self._layouts: dict[object, SequenceLayout] = {}
         least = sum(
             len(group.lanes) * group.blocks.block_bytes for group in self.layout(None, (Sidecar.POSITIONS,)).groups
@@ -171,20 +172,13 @@ class KVStore:
 
     def try_extend(self, seq: Sequence, count: int) -> bool:
         """Allocate room for ``count`` more tokens in every lane; False, and nothing changed, if it does not fit."""
-        needs = self.blocks_needed(seq, count)
-        if any(self.arena.num_available(group.blocks) < number for group, number in needs if number):
-            return False
-        granted = [(group, self.arena.try_allocate(group.blocks, number)) for group, number in needs]
-        if any(ids is None for _, ids in granted):  # two classes competed for the last slabs
-            for group, ids in granted:
-                if ids is not None:
-                    self.arena.release(group.blocks, ids)
+        granted = self._try_allocate(self.blocks_needed(seq, count))
+        if granted is None:
             return False
         new = self._new_columns(seq, count)
         held = self.columns_held(seq)
         self.grow_columns(int((held + new).max()))
         for group, ids in granted:
-            assert ids is not None
             if seq.forked:
                 ids = self._copy_shared_tails(seq, group, ids)
             lanes = group.lanes.repeat_interleave(new[group.lanes])
@@ -192,6 +186,32 @@ class KVStore:
             self.table[seq.row, lanes, columns] = ids
         seq.forked = False
         return True
+
+    def try_restore(self, layout: SequenceLayout, columns: Tensor) -> Sequence | None:
+        """Return a new sequence that holds ``columns`` [lanes] blocks without tokens yet; None if it does not fit."""
+        granted = self._try_allocate([(group, int(columns[group.lanes].sum())) for group in layout.groups])
+        if granted is None:
+            return None
+        seq = self.open(layout)
+        self.grow_columns(int(columns.max()))
+        for group, ids in granted:
+            counts = columns[group.lanes]
+            self.table[seq.row, group.lanes.repeat_interleave(counts), _ragged_arange(counts)] = ids
+        return seq
+
+    def _try_allocate(self, needs: list[tuple[LaneGroup, int]]) -> list[tuple[LaneGroup, Tensor]] | None:
+        """Return block ids for every group, or None, and nothing taken, if they do not all fit."""
+        if any(self.arena.num_available(group.blocks) < number for group, number in needs if number):
+            return None
+        granted: list[tuple[LaneGroup, Tensor]] = []
+        for group, number in needs:
+            ids = self.arena.try_allocate(group.blocks, number)
+            if ids is None:  # two classes competed for the last slabs
+                for other, taken in granted:
+                    self.arena.release(other.blocks, taken)
+                return None
+            granted.append((group, ids))
+        return granted
 
     def append(self, seq: Sequence, count: int) -> Slots:
         """Take the next ``count`` slots of every lane for new tokens and note their positions.

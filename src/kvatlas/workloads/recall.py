@@ -92,9 +92,7 @@ def question_text(name: str) -> str:
     return f"{QUESTION} {name}"
 
 
-def make_recall_prompts(
-    task: RecallTask, encode: Encode, filler_text: str, n: int, seed: int
-) -> list[RecallPrompt]:
+def make_recall_prompts(task: RecallTask, encode: Encode, filler_text: str, n: int, seed: int) -> list[RecallPrompt]:
     """Return ``n`` prompts, the same ones for the same arguments.
 
     Args:
