@@ -29,8 +29,8 @@ demo: setup ## compare all strategies on this machine in minutes: tables here, a
 	$(BIN)/kvatlas characterize --preset quick --records $(DEMO_RECORDS)
 	$(BIN)/kvatlas report --records $(DEMO_RECORDS) --out $(DEMO_REPORT)
 
-test: setup ## run the fast tests
-	$(BIN)/python -m pytest
+test: setup ## run the fast tests, two at a time
+	$(BIN)/python -m pytest -n 2
 
 check: setup ## lint, check format, types and import layers
 	$(BIN)/ruff check

@@ -139,6 +139,16 @@ def test_a_family_that_is_not_supported():
     AutoModelForCausalLM.from_config(config).save_pretrained("bloom")
     line = refused("generate", "hi", "--model", "bloom")
     assert "model family 'bloom' cannot run here: " in line
+    assert "use another" in line
+
+
+def test_a_whole_process_prints_nothing_beside_the_line():
+    """Libraries that log to the standard error are caught only here."""
+    command = [sys.executable, "-m", "kvatlas", "generate", "one two three " * 3000]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: prompt of 12001 tokens")
+    assert len(done.stderr.splitlines()) == 1
 
 
 @pytest.mark.parametrize("command", [SWEEP, ["report"]])

@@ -335,4 +335,4 @@ TestStore.settings = settings(max_examples=80, stateful_step_count=40, deadline=
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_store_long() -> None:
-    run_state_machine_as_test(StoreMachine, settings=settings(max_examples=1000, stateful_step_count=80, deadline=None))
+    run_state_machine_as_test(StoreMachine, settings=settings(max_examples=300, stateful_step_count=80, deadline=None))

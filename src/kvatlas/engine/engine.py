@@ -18,7 +18,7 @@ from kvatlas.engine.detokenizer import Detokenizer
 from kvatlas.engine.memory import check_kv_memory
 from kvatlas.engine.params import SamplingParams
 from kvatlas.engine.request import FinishReason, NewToken, Request
-from kvatlas.engine.runner import Batch, Runner
+from kvatlas.engine.runner import Runner
 from kvatlas.engine.sampler import sample
 from kvatlas.engine.scheduler import Scheduler
 from kvatlas.models.loading import LoadedModel
@@ -78,7 +78,7 @@ class Engine:
         self.store = KVStore(model.adapter.shape, self.format, budget, model.adapter.device, block_size)
         prefix_cache = PrefixCache(self.store) if enable_prefix_caching else None
         self.scheduler = Scheduler(self.store, prefix_cache, model.adapter, max_num_seqs, max_batched_tokens)
-        self._runner = Runner(model.adapter, self.store)
+        self._runner = Runner(model.adapter, self.store, self.scheduler.publish_prefix)
         self._detokenizer = Detokenizer(model.tokenizer)
         self._end_ids = _end_ids(model)
         self.peak_used_bytes = self.peak_running = 0
@@ -181,9 +181,7 @@ class Engine:
             return []
         self.peak_used_bytes = max(self.peak_used_bytes, self.store.books().used)
         self.peak_running = max(self.peak_running, len(self.scheduler.running))
-        before = {request: request.computed for request, _ in batch.chunks}
         due, logits_BV = self._runner.run(batch)
-        self._settle(batch, before)
         token_ids = sample(logits_BV, due, self._end_ids)
         return self._commit(due, token_ids)
 
@@ -197,10 +195,6 @@ class Engine:
     def release(self, request: Request) -> None:
         """Give back what a session's request still holds."""
         self.scheduler.release(request)
-
-    def _settle(self, batch: Batch, before: dict[Request, int]) -> None:
-        for request, known in before.items():
-            self.scheduler.publish_prefix(request, known)
 
     def _commit(self, due: Seq[Request], token_ids: Seq[int]) -> list[NewToken]:
         now = self.clock()

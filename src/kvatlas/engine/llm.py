@@ -106,7 +106,7 @@ class LLM:
         if tokenizer is None:
             name = self.engine.model.name
             raise ConfigError(f"{name} has no tokenizer; choose a model that has one, or give token ids from Python")
-        ids: list[int] = tokenizer(prompt)["input_ids"]
+        ids: list[int] = tokenizer(prompt, verbose=False)["input_ids"]  # the engine refuses what is too long
         return ids
 
     def _as_batch(self, prompts: Prompt | Seq[Prompt]) -> list[Prompt]:

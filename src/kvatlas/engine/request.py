@@ -52,7 +52,6 @@ class Request:
     adopted_tokens: int = 0
     finish_reason: FinishReason | None = None
     num_preemptions: int = 0
-    first_scheduled_s: float | None = None
     token_times_s: list[float] = field(default_factory=list)
     generator: torch.Generator | None = None
     text: str = ""

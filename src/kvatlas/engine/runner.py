@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence as Seq
+from collections.abc import Callable, Hashable, Sequence as Seq
 from dataclasses import dataclass
 
 import torch
@@ -40,11 +40,13 @@ class Runner:
     Args:
         adapter: the model.
         store: where keys and values lie.
+        publish: called with a request and the tokens it had before a chunk, while all the chunk's blocks are there.
     """
 
-    def __init__(self, adapter: Adapter, store: KVStore) -> None:
+    def __init__(self, adapter: Adapter, store: KVStore, publish: Callable[[Request, int], None] | None = None) -> None:
         self._adapter = adapter
         self._store = store
+        self._publish = publish
 
     def run(self, batch: Batch) -> tuple[list[Request], Tensor]:
         """Return the requests whose next token is due, and their logits [B, V].
@@ -101,6 +103,9 @@ class Runner:
         return chunks, groups
 
     def _evict(self, chunks: Seq[Chunk], groups: Seq[DecodeGroup]) -> None:
+        if self._publish is not None:  # before windows let go of blocks that others could share
+            for chunk in chunks:
+                self._publish(chunk.request, chunk.request.computed - chunk.count)
         for chunk in chunks:
             span_done = any(end == chunk.request.computed for _, end in chunk.request.prefill_spans)
             after_prompt_chunk(self._store, chunk.request, span_done=span_done)

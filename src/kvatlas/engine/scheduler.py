@@ -43,7 +43,7 @@ class Scheduler:
         self._store = store
         self._prefix_cache = prefix_cache
         self._adapter = adapter
-        self._max_num_seqs = max_num_seqs
+        self._max_num_seqs = min(max_num_seqs, max_batched_tokens)  # each may decode in the same step
         self._max_batched_tokens = max_batched_tokens
 
     def next_batch(self) -> Batch:

@@ -90,7 +90,7 @@ def adapt(model: PreTrainedModel, *, name: str | None = None) -> Adapter:
     result = probe_model(model)
     family = model.config.model_type
     if not result.supported:
-        raise UnsupportedError(f"model family {family!r} cannot run here: {result.reason}")
+        raise UnsupportedError(f"model family {family!r} cannot run here: {result.reason}; use another one")
     with quiet():
         adapter = Adapter(model, name=name)
     untested = (layer_kinds(adapter.shape) | module_kinds(model)) - result.kinds

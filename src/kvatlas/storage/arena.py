@@ -49,8 +49,7 @@ class BlockClass:
     """All blocks of one layout: views into the arena, a free stack, and reference counts.
 
     ``keys`` [N, bs, Dk], ``values`` [N, bs, Dv], ``positions`` [N, bs] int32 and ``column_sums`` [N, bs] float32 (or
-    None) are strided views whose rows overlap: only the rows of lent block ids mean something. ``raw``
-    [N, block bytes] uint8 is a whole block as bytes. Counts are kept by
+    None) are strided views whose rows overlap: only the rows of lent block ids mean something. Counts are kept by
     *ordinal*, slab * blocks per slab + index in the slab.
     """
 
@@ -59,8 +58,6 @@ class BlockClass:
         self.block_bytes = layout.block_bytes
         self.per_slab = slab_bytes // self.block_bytes
         self._slab_bytes = slab_bytes
-        rows = max(0, (memory.numel() - self.block_bytes) // GRANULE + 1)
-        self.raw = memory.as_strided((rows, self.block_bytes), (GRANULE, 1))
         dtype = TORCH_DTYPES[layout.format]
         self.keys = self._view(memory, dtype, 0, layout.key_dim)
         self.values = self._view(memory, dtype, layout.key_bytes, layout.value_dim)

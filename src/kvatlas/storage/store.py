@@ -82,8 +82,7 @@ class KVStore:
         self.lanes = LaneMap(shape)
         self.format = format
         self.block_size = block_size
-        self.possible_layouts = _possible_layouts(shape, format, block_size)
-        self.arena = Arena(budget_bytes, self.possible_layouts, device)
+        self.arena = Arena(budget_bytes, _possible_layouts(shape, format, block_size), device)
         self._layouts: dict[object, SequenceLayout] = {}
         least = sum(
             len(group.lanes) * group.blocks.block_bytes for group in self.layout(None, (Sidecar.POSITIONS,)).groups
@@ -186,18 +185,6 @@ class KVStore:
             self.table[seq.row, lanes, columns] = ids
         seq.forked = False
         return True
-
-    def try_restore(self, layout: SequenceLayout, columns: Tensor) -> Sequence | None:
-        """Return a new sequence that holds ``columns`` [lanes] blocks without tokens yet; None if it does not fit."""
-        granted = self._try_allocate([(group, int(columns[group.lanes].sum())) for group in layout.groups])
-        if granted is None:
-            return None
-        seq = self.open(layout)
-        self.grow_columns(int(columns.max()))
-        for group, ids in granted:
-            counts = columns[group.lanes]
-            self.table[seq.row, group.lanes.repeat_interleave(counts), _ragged_arange(counts)] = ids
-        return seq
 
     def _try_allocate(self, needs: list[tuple[LaneGroup, int]]) -> list[tuple[LaneGroup, Tensor]] | None:
         """Return block ids for every group, or None, and nothing taken, if they do not all fit."""
