@@ -17,6 +17,8 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -40,22 +42,51 @@ CASES = [
 ]
 
 
-def measure(run: Callable[[], None]) -> tuple[float, float]:
+def measure(run: Callable[[], list[list[int]]]) -> tuple[list[list[int]], float, float]:
+    """Return the answers, CPU-seconds and wall seconds of one run."""
     cpu, wall = time.process_time(), time.perf_counter()
-    run()
-    return time.process_time() - cpu, time.perf_counter() - wall
+    answers = run()
+    return answers, time.process_time() - cpu, time.perf_counter() - wall
 
 
-def generate(model: torch.nn.Module, prompts: list[list[int]], output_tokens: int) -> list[list[int]]:
+def generate(model: Any, prompts: list[list[int]], output_tokens: int) -> list[list[int]]:
     longest = max(len(prompt) for prompt in prompts)
     ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    lengths = {"max_new_tokens": output_tokens, "min_new_tokens": output_tokens}
     with torch.inference_mode():
-        out = model.generate(
-            ids, attention_mask=mask, max_new_tokens=output_tokens, min_new_tokens=output_tokens, do_sample=False,
-            pad_token_id=0,
-        )  # fmt: skip
-    return out[:, longest:].tolist()
+        out = model.generate(ids, attention_mask=mask, do_sample=False, pad_token_id=0, **lengths)
+    answers: list[list[int]] = out[:, longest:].tolist()
+    return answers
+
+
+def engine(llm: LLM, prompts: list[list[int]], output_tokens: int) -> list[list[int]]:
+    params = SamplingParams(max_tokens=output_tokens, ignore_eos=True)
+    return [list(output.outputs[0].token_ids) for output in llm.generate(prompts, params)]
+
+
+def compare(case: Case, llm: LLM, plain: Any, repeats: int) -> dict[str, Any]:
+    """Return the figures of one case: medians over interleaved repeats, the first run being a warm-up."""
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = llm.engine.store.lanes.shape.vocab_size
+    prompts = [torch.randint(vocabulary, (n,), generator=generator).tolist() for n in case.prompt_tokens]
+    runs = []
+    for _ in range(repeats + 1):
+        ours = measure(partial(engine, llm, prompts, case.output_tokens))
+        theirs = measure(partial(generate, plain, prompts, case.output_tokens))
+        runs.append((ours, theirs))
+    timed, tokens = runs[1:], len(prompts) * case.output_tokens
+    cpu = [theirs[1] / ours[1] for ours, theirs in timed]
+    return {
+        "case": case.name,
+        "engine_tokens_per_cpu_s": tokens / statistics.median(ours[1] for ours, _ in timed),
+        "generate_tokens_per_cpu_s": tokens / statistics.median(theirs[1] for _, theirs in timed),
+        "ratio_cpu": statistics.median(cpu),
+        "ratio_cpu_range": [min(cpu), max(cpu)],
+        "ratio_wall": statistics.median(theirs[2] / ours[2] for ours, theirs in timed),
+        "same_requests": sum(a == b for a, b in zip(runs[0][0][0], runs[0][1][0], strict=True)),
+        "requests": len(prompts),
+    }
 
 
 def main() -> None:
@@ -70,44 +101,20 @@ def main() -> None:
     plain.set_attn_implementation("sdpa")
     llm = LLM(loaded, kv_memory="1GiB", enable_prefix_caching=False)
     table = Table("case", "engine tok/CPU-s", "generate tok/CPU-s", "ratio CPU", "ratio wall", "same tokens")
-    results = []
-    for case in CASES:
-        generator = torch.Generator().manual_seed(0)
-        vocabulary = loaded.adapter.shape.vocab_size
-        prompts = [torch.randint(vocabulary, (n,), generator=generator).tolist() for n in case.prompt_tokens]
-        params = SamplingParams(max_tokens=case.output_tokens, ignore_eos=True)
-        ours: list[tuple[float, float]] = []
-        theirs: list[tuple[float, float]] = []
-        answers: dict[str, list[list[int]]] = {}
-        for repeat in range(options.repeats + 1):  # the first warms up
-            mine = measure(lambda p=prompts, s=params: answers.update(  # type: ignore[misc]
-                ours=[list(o.outputs[0].token_ids) for o in llm.generate(p, s)]))  # fmt: skip
-            other = measure(lambda p=prompts, c=case: answers.update(  # type: ignore[misc]
-                theirs=generate(plain, p, c.output_tokens)))  # fmt: skip
-            if repeat:
-                ours.append(mine)
-                theirs.append(other)
-        tokens = len(prompts) * case.output_tokens
-        ratios = [[t[k] / o[k] for o, t in zip(ours, theirs, strict=True)] for k in (0, 1)]
-        result = {
-            "case": case.name,
-            "model": options.model,
-            "threads": options.threads,
-            "engine_tokens_per_cpu_s": tokens / statistics.median(o[0] for o in ours),
-            "generate_tokens_per_cpu_s": tokens / statistics.median(t[0] for t in theirs),
-            "ratio_cpu": statistics.median(ratios[0]),
-            "ratio_cpu_range": [min(ratios[0]), max(ratios[0])],
-            "ratio_wall": statistics.median(ratios[1]),
-            "same_requests": sum(a == b for a, b in zip(answers["ours"], answers["theirs"], strict=True)),
-        }
-        results.append(result)
+    results = [compare(case, llm, plain, options.repeats) for case in CASES]
+    for row in results:
+        low, high = row["ratio_cpu_range"]
         table.add_row(
-            case.name, f"{result['engine_tokens_per_cpu_s']:.1f}", f"{result['generate_tokens_per_cpu_s']:.1f}",
-            f"{result['ratio_cpu']:.2f} ({min(ratios[0]):.2f}-{max(ratios[0]):.2f})", f"{result['ratio_wall']:.2f}",
-            f"{result['same_requests']}/{len(prompts)}",
-        )  # fmt: skip
+            row["case"],
+            f"{row['engine_tokens_per_cpu_s']:.1f}",
+            f"{row['generate_tokens_per_cpu_s']:.1f}",
+            f"{row['ratio_cpu']:.2f} ({low:.2f}-{high:.2f})",
+            f"{row['ratio_wall']:.2f}",
+            f"{row['same_requests']}/{row['requests']}",
+        )
     Console().print(table)
-    print(json.dumps({"benchmark": "engine_vs_generate", "results": results}))
+    facts = {"model": options.model, "threads": options.threads, "repeats": options.repeats}
+    print(json.dumps({"benchmark": "engine_vs_generate", **facts, "results": results}))
 
 
 if __name__ == "__main__":

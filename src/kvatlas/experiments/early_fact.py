@@ -29,13 +29,14 @@ class EarlyFact(Experiment):
 
     def points(self, settings: Settings, model: str) -> Iterator[Point]:
         """Yield `full` once per context, and each other strategy at each kept fraction."""
-        names = [Strategy.parse(strategy).keep.name for strategy in settings.strategies]
+        strategies = dict.fromkeys(Strategy.parse(strategy) for strategy in settings.strategies)
+        named = {(strategy.keep.name, *map(str, strategy.stages[1:])) for strategy in strategies}
         for context_tokens in settings.context_tokens:
-            for name in dict.fromkeys(names):
+            for name, *others in sorted(named, key=lambda stages: (stages[0] != "full", stages)):
                 for budget in (1.0,) if name == "full" else settings.budgets:
                     yield self.point(
                         model,
-                        at_budget(name, budget),
+                        " | ".join([at_budget(name, budget), *others]),
                         context_tokens=context_tokens,
                         budget=budget,
                         num_keys=settings.num_keys,

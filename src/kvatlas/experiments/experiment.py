@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+import torch
+
 from kvatlas.core.errors import ConfigError
 from kvatlas.core.units import parse_bytes
 from kvatlas.engine.engine import Engine
@@ -144,6 +146,7 @@ class Lab:
             "kv_heads": layer.num_kv_heads,
             "head_dim": layer.key_dim,
             "dtype": str(model.adapter.dtype).removeprefix("torch."),
+            "threads": torch.get_num_threads(),
         }
 
 

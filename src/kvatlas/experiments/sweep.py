@@ -36,8 +36,8 @@ PRESETS: dict[str, Settings] = {
         concurrency_output_tokens=16,
         context_tokens=(512, 1024),
         budgets=(0.5, 0.2),
-        num_prompts=100,
-        trace_requests=24,
+        num_prompts=50,
+        trace_requests=16,
         trace_time_scale=0.2,
         trace_length_scale=0.125,
         trace_max_prompt_tokens=1024,
@@ -108,6 +108,8 @@ def run_sweep(
             progress.update(task, description=f"{experiment.name} {_short(point)}")
             statuses.append(_run_point(experiment, point, lab, store, progress.console.print))
             progress.advance(task)
+            if not console.is_terminal:  # a log shows no bar
+                console.print(f"{statuses[-1]}: {experiment.name} {_short(point)}", highlight=False, soft_wrap=True)
     return Outcome(
         measured=statuses.count("done"),
         resumed=len(todo) - len(fresh),

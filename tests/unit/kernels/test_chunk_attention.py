@@ -5,8 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from tests.unit.kernels.lanes import Lanes, close, make_lanes, peak_bytes, read
 
 from kvatlas.kernels import tiles

@@ -4,8 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from tests.unit.kernels.lanes import Lanes, close, make_lanes, peak_bytes
 from tests.unit.kernels.test_chunk_attention import LIMITS, chunk, make_lanes_of, split, stored
 

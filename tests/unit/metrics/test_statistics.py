@@ -2,8 +2,7 @@ from statistics import fmean
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from kvatlas.core.errors import ConfigError
 from kvatlas.metrics.statistics import (

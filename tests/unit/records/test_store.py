@@ -5,8 +5,7 @@ import sys
 import textwrap
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 from tests.unit.records.building import manifest, point, samples
 
 from kvatlas.core.errors import OutputError, RecordsError

@@ -2,8 +2,7 @@ import gzip
 from itertools import pairwise
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from kvatlas.core.errors import ConfigError, TraceError
 from kvatlas.workloads.excerpts import load_excerpt
