@@ -24,7 +24,7 @@ class Bytes:
         assert skip_special_tokens
         return b"".join(PIECES[token % len(PIECES)] for token in ids).decode(errors="replace")
 
-    def __call__(self, text: str) -> dict[str, list[int]]:
+    def __call__(self, text: str, verbose: bool = True) -> dict[str, list[int]]:
         return {"input_ids": [PIECES.index(letter.encode()) for letter in text]}
 
 
