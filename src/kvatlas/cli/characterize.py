@@ -185,6 +185,11 @@ def _opened(records: Path) -> Iterator[RecordStore]:
 def _tell(outcome: Outcome, records: Path) -> None:
     counts = f"{outcome.measured} measured, {outcome.resumed} found done, {outcome.refused} refused"
     typer.echo(f"points: {counts}, {outcome.failed} failed; in {records}")
+    if outcome.resumed:
+        typer.echo("points found done keep the repeats they were measured with; for more, name another --records file")
+    if outcome.refused and not outcome.measured and not outcome.resumed:
+        typer.echo("error: every point was refused, for the reasons above; change the settings", err=True)
+        raise typer.Exit(2)
     typer.echo(f"next: kvatlas report --records {shlex.quote(str(records))} --out {DEFAULT_REPORT}")
     if outcome.failed:
         typer.echo(

@@ -130,7 +130,7 @@ class _Rows:
             tokens=prompt,
             params=SamplingParams(),
             strategy=self._strategy,
-            footprint=self._engine.footprint(self._strategy, len(prompt), 1),
+            footprint=self._engine.checked_footprint(self._strategy, len(prompt), 1),
             arrival_s=self._engine.clock(),
             prefill_spans=[(0, len(prompt))],
             output_start=len(prompt),

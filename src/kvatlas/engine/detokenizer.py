@@ -54,9 +54,8 @@ class Detokenizer:
     @staticmethod
     def _stop(request: Request, known: int) -> bool:
         """Cut the text at the first stop string; it may have begun in text that was known before."""
-        for stop in request.params.stop:
-            found = request.text.find(stop, max(0, known - len(stop) + 1))
-            if found >= 0:
-                request.text = request.text[:found]
-                return True
-        return False
+        starts = (request.text.find(stop, max(0, known - len(stop) + 1)) for stop in request.params.stop)
+        first = min((start for start in starts if start >= 0), default=None)
+        if first is not None:
+            request.text = request.text[:first]
+        return first is not None

@@ -127,7 +127,7 @@ class Engine:
             tokens=list(prompt_ids),
             params=params,
             strategy=parsed,
-            footprint=self._checked_footprint(parsed, len(prompt_ids), params.max_tokens),
+            footprint=self.checked_footprint(parsed, len(prompt_ids), params.max_tokens),
             arrival_s=self.clock() if arrival_s is None else arrival_s,
             prefill_spans=[(0, len(prompt_ids))],
             output_start=len(prompt_ids),
@@ -140,7 +140,7 @@ class Engine:
         """Queue a further turn of a finished request that a session holds, on the cache it has."""
         self._check_tokens(prompt_ids, params)
         tokens = len(request.tokens) + len(prompt_ids)
-        request.footprint = self._checked_footprint(request.strategy, tokens, params.max_tokens)
+        request.footprint = self.checked_footprint(request.strategy, tokens, params.max_tokens)
         start = len(request.tokens) - 1  # the last token of the turn before was never fed
         request.tokens += prompt_ids
         request.prefill_spans = [(first, min(end, start)) for first, end in request.prefill_spans] + [(start, tokens)]
@@ -209,6 +209,8 @@ class Engine:
             if finished:
                 self._finish(request)
             news.append(NewToken(request=request, token_id=token_id, text=text, finished=finished))
+            if request.unread is not None:
+                request.unread.append(news[-1])
         return news
 
     def _finish(self, request: Request) -> None:
@@ -226,6 +228,8 @@ class Engine:
         return FinishReason.LENGTH if count >= params.max_tokens else None
 
     def _check_tokens(self, prompt_ids: Seq[int], params: SamplingParams) -> None:
+        if params.stop and self.model.tokenizer is None:
+            raise ConfigError(f"{self.model.name} has no tokenizer to look for stop strings; use stop_token_ids")
         if not prompt_ids:
             raise ConfigError("the prompt is empty; give at least one token")
         vocabulary = self.store.lanes.shape.vocab_size
@@ -233,7 +237,12 @@ class Engine:
         if wrong is not None:
             raise ConfigError(f"token id {wrong} is outside the vocabulary of {vocabulary} tokens")
 
-    def _checked_footprint(self, strategy: Strategy, prompt_tokens: int, output_tokens: int) -> Footprint:
+    def checked_footprint(self, strategy: Strategy, prompt_tokens: int, output_tokens: int) -> Footprint:
+        """Return the bounds on a request's bytes.
+
+        Raises:
+            CapacityError: the request exceeds the model's positions, or could never fit, even alone.
+        """
         bound = self.footprint(strategy, prompt_tokens, output_tokens)
         longest = self.store.lanes.shape.max_positions
         if prompt_tokens + output_tokens > longest:

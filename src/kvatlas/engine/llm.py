@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence as Seq
 from pathlib import Path
 from typing import Any
@@ -71,8 +72,10 @@ class LLM:
             CapacityError: a prompt can never fit; no prompt has run then.
         """
         batch = self._as_batch(prompts)
-        params = _per_prompt(sampling_params or SamplingParams(), len(batch), "sampling_params")
-        chosen = _per_prompt(strategy or self.strategy, len(batch), "strategy")
+        params = _per_prompt(
+            SamplingParams() if sampling_params is None else sampling_params, len(batch), "sampling_params"
+        )
+        chosen = _per_prompt(self.strategy if strategy is None else strategy, len(batch), "strategy")
         requests: list[Request] = []
         try:
             for prompt, each, one in zip(batch, params, chosen, strict=True):
@@ -87,16 +90,22 @@ class LLM:
         self, prompt: Prompt, sampling_params: SamplingParams | None = None, *, strategy: str | None = None
     ) -> Iterator[NewToken]:
         """Yield the tokens of one prompt as they come; leaving the loop early cancels the request."""
-        request = self.engine.add_request(self.encode(prompt), sampling_params, strategy or self.strategy)
+        request = self.engine.add_request(
+            self.encode(prompt), sampling_params, self.strategy if strategy is None else strategy
+        )
+        request.unread = deque()  # other streams and calls may make its tokens in steps of theirs
         try:
-            while request.finish_reason is None:
-                yield from (new for new in self.engine.step() if new.request is request)
+            while request.unread or request.finish_reason is None:
+                if request.unread:
+                    yield request.unread.popleft()
+                else:
+                    self.engine.step()
         finally:
             self.engine.cancel(request)
 
     def session(self, strategy: str | Strategy | None = None) -> Session:
         """Return a conversation that continues on its own cache."""
-        return Session(self, Strategy.parse(strategy or self.strategy))
+        return Session(self, Strategy.parse(self.strategy if strategy is None else strategy))
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Return the token ids of a prompt; ids are passed through."""
@@ -110,6 +119,8 @@ class LLM:
         return ids
 
     def _as_batch(self, prompts: Prompt | Seq[Prompt]) -> list[Prompt]:
+        if hasattr(prompts, "tolist"):  # a tensor or array of token ids
+            prompts = prompts.tolist()
         if isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int)):
             return [prompts]  # type: ignore[list-item]  # a text or one list of ids, checked just above
         if len(prompts) == 0:

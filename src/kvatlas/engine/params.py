@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from kvatlas.core.errors import ConfigError
@@ -38,12 +39,17 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+        counts = (self.max_tokens, self.min_tokens, self.top_k)
+        _check(
+            all(isinstance(n, int) for n in counts), f"max_tokens, min_tokens and top_k are whole numbers, got {counts}"
+        )
         _check(self.max_tokens >= 1, f"max_tokens must be at least 1, got {self.max_tokens}")
         _check(
             0 <= self.min_tokens <= self.max_tokens,
             f"min_tokens must be between 0 and max_tokens={self.max_tokens}, got {self.min_tokens}",
         )
-        _check(self.temperature >= 0, f"temperature must be at least 0, got {self.temperature}")
+        _check(0 <= self.temperature < math.inf, f"temperature must be finite and at least 0, got {self.temperature}")
+        _check(self.seed is None or 0 <= self.seed < 2**63, f"seed must be in [0, 2**63), got {self.seed}")
         _check(self.top_k >= 0, f"top_k must be at least 0 (0: all tokens), got {self.top_k}")
         _check(0 < self.top_p <= 1, f"top_p must be in (0, 1], got {self.top_p}")
         _check(all(self.stop), "a stop string is empty; leave it out")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -38,6 +39,7 @@ class Request:
         arrival_s: when it arrived, on the engine's clock.
         prefill_spans: ranges [start, end) of ``tokens`` that are prompts.
         output_start: index of the first token that this request generates.
+        unread: tokens that a stream has not given out yet; None where nobody streams.
     """
 
     id: str
@@ -56,6 +58,7 @@ class Request:
     generator: torch.Generator | None = None
     text: str = ""
     held_by_session: bool = False
+    unread: deque[NewToken] | None = None
     peak_bytes: int = 0
 
     @property

@@ -33,7 +33,8 @@ def sample(logits_BV: Tensor, requests: Seq[Request], end_ids: frozenset[int]) -
 def _draw(logits_V: Tensor, request: Request) -> int:
     """Return a token drawn at the request's temperature among its top-k and top-p tokens."""
     params = request.params
-    values, order = (logits_V / params.temperature).sort(descending=True)
+    values, order = logits_V.sort(descending=True)
+    values = (values - values[0]) / params.temperature  # a tiny temperature must not overflow
     if params.top_k:
         values[params.top_k :] = -torch.inf
     probabilities = values.softmax(dim=-1)

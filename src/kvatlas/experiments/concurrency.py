@@ -38,7 +38,8 @@ class Concurrency(Experiment):
 
     def measure(self, point: Point, lab: Lab) -> list[Sample]:
         """Return throughput and memory of each repeat."""
-        params = {name: int(value) for name, value in point.params.items()}
+        wanted = ("concurrency", "prompt_tokens", "output_tokens", "kv_memory_bytes")
+        params = {name: int(point.params[name]) for name in wanted}
         samples: list[Sample] = []
         for repeat in range(lab.settings.repeats):
             engine = lab.engine("speed", params["kv_memory_bytes"])

@@ -20,7 +20,7 @@ from kvatlas.experiments.prompt_length import PromptLength
 from kvatlas.experiments.trace_replay import TraceReplay
 from kvatlas.models.loading import resolve_dtype
 from kvatlas.records.manifest import collect_manifest
-from kvatlas.records.schema import Point
+from kvatlas.records.schema import Params, Point
 from kvatlas.records.store import RecordStore
 
 EXPERIMENTS: dict[str, Experiment] = {
@@ -96,7 +96,7 @@ def run_sweep(
         facts = dict(lab.facts(role) for role in roles)
     store.begin_run(collect_manifest(command, settings.seed, device=settings.device, models=facts))
     todo = [
-        (experiment, point)
+        (experiment, _conditioned(point, settings))
         for experiment in experiments
         for point in experiment.points(settings, lab.model(experiment.role).name)
     ]
@@ -118,20 +118,32 @@ def run_sweep(
     )
 
 
-def _run_point(experiment: Experiment, point: Point, lab: Lab, store: RecordStore, say: Callable[[str], None]) -> str:
+def _run_point(experiment: Experiment, point: Point, lab: Lab, store: RecordStore, say: Callable[..., None]) -> str:
     try:
         samples = experiment.measure(point, lab)
     except CapacityError as error:
         store.write_point(point, status="refused", reason=str(error))
-        say(f"[yellow]refused[/] {experiment.name} {_short(point)}: {error}")
+        say(f"[yellow]refused[/] {experiment.name} {_short(point)}: {error}", soft_wrap=True)
         return "refused"
     except (KvatlasError, MemoryError, RuntimeError) as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         store.write_point(point, status="failed", reason=reason)
-        say(f"[red]failed[/] {experiment.name} {_short(point)}: {reason}")
+        say(f"[red]failed[/] {experiment.name} {_short(point)}: {reason}", soft_wrap=True)
         return "failed"
     store.write_point(point, samples)
     return "done"
+
+
+def _conditioned(point: Point, settings: Settings) -> Point:
+    """Return the point with everything that changes its samples, so that a resumed sweep mixes no settings."""
+    conditions: Params = {
+        "dtype": settings.dtype,
+        "device": settings.device,
+        "threads": torch.get_num_threads(),
+        "kv_memory_bytes": parse_bytes(settings.kv_memory),
+        "max_batched_tokens": settings.max_batched_tokens,
+    }
+    return point.model_copy(update={"params": point.params | conditions})
 
 
 def _short(point: Point) -> str:

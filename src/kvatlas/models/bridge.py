@@ -74,17 +74,20 @@ class GenerateBridge:
         self._generate = model.generate
         self._cache: Any = None  # the live generation's _RowCache
         self._inside = False
+        self._own = {name: vars(model)[name] for name in ("forward", "generate") if name in vars(model)}
         model.forward = _with_signature_of(self._forward, self._step)
         model.generate = _with_signature_of(self._generate, self._run)
 
     def restore(self) -> None:
-        """Give the model its own ``forward`` and ``generate`` back."""
+        """Give the model its own ``forward`` and ``generate`` back, also those set on the object by others."""
         del self._model.forward, self._model.generate
+        vars(self._model).update(self._own)
 
     def _run(self, inputs: Tensor | None = None, generation_config: Any = None, **options: Any) -> Any:
         if self._cache is not None:
             raise UnsupportedError("an attached model runs one generation at a time; wait for the other to end")
-        for source in (getattr(generation_config, "__dict__", {}), options):
+        config = self._model.generation_config if generation_config is None else generation_config
+        for source in (vars(config), options):
             for name, (off, reason) in _REFUSED.items():
                 if source.get(name, off) not in (off, None):
                     raise UnsupportedError(f"{name}={source[name]!r} cannot be used while attached: {reason}")

@@ -40,12 +40,12 @@ def samples_text(series: Iterable[Series]) -> str:
 
 
 def hardware(facts: Facts) -> str:
-    """Return the processor, the threads in use, the memory and the device, as far as recorded."""
+    """Return the processor, the threads it offers, the memory and the device, as far as recorded."""
     threads = facts.get("usable_threads") or facts.get("threads")
     memory = facts.get("memory_bytes")
     parts = [
         str(facts.get("cpu_model") or "CPU not recorded"),
-        f"{threads} threads" if threads else "",
+        f"{threads} hardware threads" if threads else "",
         format_bytes(float(memory)) if isinstance(memory, int | float) else "",
         f"device {facts['device']}" if facts.get("device") else "",
     ]

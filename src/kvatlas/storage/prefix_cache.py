@@ -47,7 +47,7 @@ class PrefixCache:
         The last token is never adopted: its logits must be computed.
         """
         store, hits = self._store, []
-        for digest in self._digests(seq.layout, tokens[: len(tokens) - 1], salt):
+        for digest in self._hash_blocks(seq, tokens, len(tokens) - 1, salt):
             if digest not in self._entries:
                 break
             hits.append(digest)
@@ -67,7 +67,7 @@ class PrefixCache:
     def publish(self, seq: Sequence, tokens: Seq[int], salt: str, done: int) -> None:
         """Add the full blocks of the first ``seq.seen`` tokens; those before ``done`` tokens are known already."""
         store, size = self._store, self._store.block_size
-        digests = self._digests(seq.layout, tokens[: seq.seen], salt)
+        digests = self._hash_blocks(seq, tokens, seq.seen, salt)
         for index in range(done // size, len(digests)):
             if digests[index] in self._entries:
                 continue
@@ -118,12 +118,12 @@ class PrefixCache:
             if digest in self._entries:
                 self._entries.move_to_end(digest)
 
-    def _digests(self, layout: SequenceLayout, tokens: Seq[int], salt: str) -> list[bytes]:
-        digest = hashlib.blake2b(f"{layout.key}{salt}".encode(), digest_size=16).digest()
-        chain = []
+    def _hash_blocks(self, seq: Sequence, tokens: Seq[int], end: int, salt: str) -> list[bytes]:
+        """Return the chained hashes of the full blocks of ``tokens[:end]``; those known are not computed again."""
         size = self._store.block_size
-        for start in range(0, len(tokens) - size + 1, size):
+        for start in range(len(seq.digests) * size, end - size + 1, size):
+            root = f"{seq.layout.key}{salt}".encode()
+            before = seq.digests[-1] if seq.digests else hashlib.blake2b(root, digest_size=16).digest()
             block = b"".join(int(token).to_bytes(4, "little") for token in tokens[start : start + size])
-            digest = hashlib.blake2b(digest + block, digest_size=16).digest()
-            chain.append(digest)
-        return chain
+            seq.digests.append(hashlib.blake2b(before + block, digest_size=16).digest())
+        return seq.digests[: end // size]

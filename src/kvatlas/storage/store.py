@@ -38,6 +38,7 @@ class Sequence:
         shared: some of its blocks may have other owners, so it may not be cut.
         forked: its partly filled last blocks may have other owners, and are copied before the next write.
         starts: position of slot 0 per sliding window, while dense.
+        digests: hashes of its full blocks, as far as the prefix cache has needed them.
     """
 
     row: int
@@ -47,6 +48,7 @@ class Sequence:
     shared: bool = False
     forked: bool = False
     starts: dict[int, int] = field(default_factory=dict)
+    digests: list[bytes] = field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +135,7 @@ class KVStore:
         columns = int(self.columns_held(seq).max())
         self.table[child.row, :, :columns] = self.table[seq.row, :, :columns]
         self.length[child.row] = self.length[seq.row]
-        child.seen, child.starts = seq.seen, dict(seq.starts)
+        child.seen, child.starts, child.digests = seq.seen, dict(seq.starts), list(seq.digests)
         for group, ids in self.ids_between(seq, torch.zeros(self.lanes.count), self.columns_held(seq)):
             self.arena.add_reference(group.blocks, ids)
         seq.shared = child.shared = seq.forked = child.forked = True
