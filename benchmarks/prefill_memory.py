@@ -1,7 +1,8 @@
 """Is prefill linear in memory: what does it take outside the pool, at a fixed chunk, as the prompt doubles?
 
 One process per measurement: the pool is touched first, then the peak resident memory above that is read while a
-prompt is processed in chunks. The study's H2O kept the whole attention matrix and ran out of memory at 10-12K tokens.
+prompt is processed in chunks. The C allocator is told to give large blocks back at once, so that the figure is what is
+live and not what it hoards, which varies by tens of MiB from run to run. The study's H2O kept the whole attention matrix and ran out of memory at 10-12K tokens.
 Expected: no growth, since attention and its column sums run over tiles of the past.
 
     python benchmarks/prefill_memory.py --strategy "h2o(heavy=0.1, recent=0.1)" --prompt-tokens 16384 32768
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import re
 import subprocess
@@ -69,7 +71,8 @@ def main() -> None:
     for tokens in options.prompt_tokens:
         command = [sys.executable, __file__, "--one", "--strategy", options.strategy, "--prompt-tokens", str(tokens)]
         command += ["--chunk-tokens", str(options.chunk_tokens)]
-        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_ARENA_MAX": "1"}
+        output = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
         results[tokens] = json.loads(output.splitlines()[-1])
         row = results[tokens]
         table.add_row(str(tokens), format_bytes(row["outside_pool_bytes"]), format_bytes(row["pool_peak_bytes"]))
