@@ -2,7 +2,8 @@
 
 One process per measurement: the pool is touched first, then the peak resident memory above that is read while a
 prompt is processed in chunks. The C allocator is told to give large blocks back at once, so that the figure is what is
-live and not what it hoards, which varies by tens of MiB from run to run. The study's H2O kept the whole attention matrix and ran out of memory at 10-12K tokens.
+live and not what it hoards, which varies by tens of MiB from run to run. The study's H2O kept the whole attention
+matrix and ran out of memory at 10-12K tokens.
 Expected: no growth, since attention and its column sums run over tiles of the past.
 
     python benchmarks/prefill_memory.py --strategy "h2o(heavy=0.1, recent=0.1)" --prompt-tokens 16384 32768
