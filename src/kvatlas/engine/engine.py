@@ -115,6 +115,7 @@ class Engine:
         Raises:
             ConfigError: the prompt is empty or holds a token id outside the vocabulary, or the strategy is not
                 understood.
+            UnsupportedError: a stage acts at a moment that this engine does not serve.
             CapacityError: the request could never fit, even alone.
         """
         params = params or SamplingParams()

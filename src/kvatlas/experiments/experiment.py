@@ -14,7 +14,7 @@ from kvatlas.core.errors import ConfigError
 from kvatlas.core.units import parse_bytes
 from kvatlas.engine.engine import Engine
 from kvatlas.engine.llm import LLM
-from kvatlas.models.loading import LoadedModel, load_model
+from kvatlas.models.loading import DType, LoadedModel, load_model
 from kvatlas.records.schema import Facts, ModelRole, Point, Sample
 from kvatlas.strategies.strategy import Strategy
 
@@ -70,7 +70,7 @@ class Settings:
     strategies: tuple[str, ...] = ("full", "streaming_llm(sinks=4, recent=0.2)", "h2o(heavy=0.1, recent=0.1)")
     quality_model: str | None = None
     speed_model: str = "random:llama-mini"
-    dtype: str = "auto"
+    dtype: DType = "auto"
     device: str = "cpu"
     kv_memory: str = "1GiB"
     max_batched_tokens: int = 512
@@ -122,7 +122,7 @@ class Lab:
         source = self.settings.quality_model if role == "quality" else self.settings.speed_model
         key = str(source)
         if key not in self._models:
-            self._models[key] = load_model(source, dtype=self.settings.dtype, device=self.settings.device)  # type: ignore[arg-type]  # load_model checks the name
+            self._models[key] = load_model(source, dtype=self.settings.dtype, device=self.settings.device)
         return self._models[key]
 
     def engine(self, role: ModelRole, kv_memory: str | int | None = None) -> Engine:
