@@ -39,7 +39,8 @@ from kvatlas.storage.eviction import (
 )
 from kvatlas.storage.lanes import LaneGroup
 from kvatlas.storage.prefix_cache import PrefixCache
-from kvatlas.storage.store import KVStore, Sequence, Slots
+from kvatlas.storage.sequence import Sequence, Slots
+from kvatlas.storage.store import KVStore
 
 BLOCK = 3
 WINDOW = 4

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Footprint:
-    """Bounds for one request on the device tier, bytes; allocations never exceed them.
+    """Bounds for one request, bytes; allocations never exceed them. On the device tier unless said otherwise.
 
     Args:
         prefill_peak_bytes: most that is held while the prompt is processed, sidecars included.
@@ -15,6 +15,8 @@ class Footprint:
         final_bytes: most that is held while the output is generated.
         read_bytes_per_step: keys and values that the last decode step reads, sidecars left out.
         sidecar_fraction: share of the held bytes that are sidecars.
+        host_bytes: most that is ever held on the host tier.
+        moved_bytes_per_step: most that the last decode step moves from the host tier to the device.
     """
 
     prefill_peak_bytes: int
@@ -22,6 +24,8 @@ class Footprint:
     final_bytes: int
     read_bytes_per_step: int
     sidecar_fraction: float
+    host_bytes: int = 0
+    moved_bytes_per_step: int = 0
 
     @property
     def peak_bytes(self) -> int:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
 
-from kvatlas.core.shapes import LayerShape
+from kvatlas.core.shapes import LayerShape, ModelShape
 from kvatlas.core.vocabulary import SIDECAR_SLOT_BYTES, Format, Sidecar
 
 DEFAULT_BLOCK_SIZE = 32
@@ -63,6 +64,37 @@ class BlockLayout:
     @property
     def _sidecar_span(self) -> int:
         return len(self.sidecars) * self.block_size * SIDECAR_SLOT_BYTES
+
+
+def sketch_layout_of(layer: LayerShape, format: Format, block_size: int, share: float) -> BlockLayout:
+    """Return the block layout of partial keys: a ``share`` of the columns of each key, and no values."""
+    return BlockLayout(
+        key_dim=max(1, round(share * layer.key_dim)), value_dim=0, format=format, block_size=block_size, sidecars=()
+    )
+
+
+def staging_buffers(shape: ModelShape, host_layers: Collection[int]) -> dict[int, int]:
+    """Return for each layer that reads lanes on the host the layer whose lanes name its buffer on the device.
+
+    Layers whose lanes are alike take turns with two buffers: one is filled while the other is read.
+
+    Args:
+        shape: the model.
+        host_layers: layers that own lanes on the host.
+    """
+    owners: dict[tuple[int, int, int], list[int]] = {}
+    readers: dict[tuple[int, int, int], list[int]] = {}
+    for index, layer in enumerate(shape.layers):
+        kind = (layer.num_kv_heads, layer.key_dim, layer.value_dim)
+        if index in host_layers:
+            owners.setdefault(kind, []).append(index)
+        if (index if layer.shares_kv_with is None else layer.shares_kv_with) in host_layers:
+            readers.setdefault(kind, []).append(index)
+    return {
+        index: owners[kind][:2][turn % len(owners[kind][:2])]
+        for kind, indices in readers.items()
+        for turn, index in enumerate(indices)
+    }
 
 
 def layout_of(layer: LayerShape, format: Format, block_size: int, sidecars: tuple[Sidecar, ...]) -> BlockLayout:

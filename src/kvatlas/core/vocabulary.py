@@ -32,6 +32,14 @@ class Need(StrEnum):
     """Something that must be computed for a stage while queries and keys are at hand; gone later."""
 
     COLUMN_SUMS = "column_sums"
+    ROTATION = "rotation"
+
+
+class Tier(StrEnum):
+    """Where bytes live. Without an accelerator both tiers are RAM, and a move between them is a copy."""
+
+    DEVICE = "device"
+    HOST = "host"
 
 
 class Sidecar(StrEnum):

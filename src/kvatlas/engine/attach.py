@@ -11,9 +11,11 @@ from torch import Tensor
 from kvatlas.core.errors import CapacityError
 from kvatlas.core.units import format_bytes
 from kvatlas.engine.engine import Engine
+from kvatlas.engine.eviction import staged_slots
 from kvatlas.engine.params import SamplingParams
 from kvatlas.engine.request import Request
 from kvatlas.engine.runner import Batch, Runner
+from kvatlas.engine.scheduler import layout_under
 from kvatlas.models.bridge import GenerateBridge
 from kvatlas.models.loading import LoadedModel, adapt
 from kvatlas.strategies.strategy import Strategy
@@ -51,6 +53,7 @@ def attach(
     try:
         loaded = LoadedModel(adapter=adapter, tokenizer=None, name=adapter.shape.name)
         engine = Engine(loaded, kv_memory=kv_memory, **engine_options)
+        engine.prepare(parsed)
     except BaseException:
         adapter.restore()
         raise
@@ -90,7 +93,7 @@ class _Rows:
     def __init__(self, engine: Engine, strategy: Strategy) -> None:
         self._engine = engine
         self._strategy = strategy
-        self._runner = Runner(engine.model.adapter, engine.store)
+        self._runner = Runner(engine.model.adapter, engine.store, engine.transport)
         self._requests: list[Request] = []
 
     def begin(self, prompts: Seq[list[int]]) -> Tensor:
@@ -135,13 +138,15 @@ class _Rows:
             prefill_spans=[(0, len(prompt))],
             output_start=len(prompt),
         )
-        request.seq = store.open(store.layout(self._strategy.format, self._strategy.sidecars))
+        request.seq = store.open(layout_under(store, self._strategy))
         return request
 
     def _extend(self, request: Request, count: int) -> None:
         assert request.seq is not None
-        if not self._engine.store.try_extend(request.seq, count):
-            total = format_bytes(self._engine.store.arena.total_bytes)
+        store, staged = self._engine.store, staged_slots(self._engine.store, request, count)
+        if not store.try_extend(request.seq, count, staged):
+            tier = store.short_of(store.blocks_needed(request.seq, count, staged)) or store.arena
+            total = format_bytes(tier.total_bytes)
             raise CapacityError(
                 f"KV memory of {total} is full after {request.computed} tokens of one of {len(self._requests)} rows; "
                 "attach with more kv_memory, a smaller batch or a strategy that holds less"

@@ -12,22 +12,27 @@ import torch
 from kvatlas.core.errors import CapacityError, ConfigError, UnsupportedError
 from kvatlas.core.footprint import Footprint
 from kvatlas.core.layout import DEFAULT_BLOCK_SIZE
+from kvatlas.core.timeline import Event, Timeline
 from kvatlas.core.units import format_bytes, parse_bytes
-from kvatlas.core.vocabulary import Format, Moment
+from kvatlas.core.vocabulary import Format, Moment, Need
 from kvatlas.engine.detokenizer import Detokenizer
+from kvatlas.engine.forward import Transport
 from kvatlas.engine.memory import check_kv_memory
 from kvatlas.engine.params import SamplingParams
 from kvatlas.engine.request import FinishReason, NewToken, Request
 from kvatlas.engine.runner import Runner
 from kvatlas.engine.sampler import sample
-from kvatlas.engine.scheduler import Scheduler
+from kvatlas.engine.scheduler import Scheduler, layout_under
+from kvatlas.engine.speculation import Account, make_speculator
 from kvatlas.models.loading import LoadedModel
+from kvatlas.storage.link import Link, LinkRate
 from kvatlas.storage.prefix_cache import PrefixCache
 from kvatlas.storage.store import KVStore
+from kvatlas.storage.swap import Swapper
 from kvatlas.strategies.footprint import footprint
 from kvatlas.strategies.strategy import Strategy
 
-_SERVED = frozenset({Moment.AFTER_CHUNK, Moment.AFTER_PREFILL, Moment.AFTER_STEP})
+_SERVED = frozenset({Moment.BEFORE_LAYER, Moment.SELECT, Moment.AFTER_CHUNK, Moment.AFTER_PREFILL, Moment.AFTER_STEP})
 _FORMATS = {torch.float32: Format.FP32, torch.bfloat16: Format.BF16, torch.float16: Format.FP16}
 
 
@@ -37,6 +42,10 @@ class Engine:
     Args:
         model: a loaded model.
         kv_memory: byte budget of keys, values and sidecars, such as ``"512MiB"``.
+        host_memory: byte budget of the host tier, for strategies that offload and for caches that are swapped out;
+            0: there is none.
+        link: rate of an *emulated* link between the tiers, such as ``"16GB/s,10us"``; None: moves are as fast as they
+            are.
         max_num_seqs: most requests that run at once.
         max_batched_tokens: step token limit; also the most prompt tokens of one chunk.
         block_size: slots per block.
@@ -46,6 +55,7 @@ class Engine:
 
     Attributes:
         peak_used_bytes: most live bytes so far, sidecars included, cached prefixes left out.
+        peak_host_bytes: most bytes of the host tier in use so far.
         peak_running: most requests that held memory at once so far.
 
     Raises:
@@ -57,6 +67,8 @@ class Engine:
         model: LoadedModel,
         *,
         kv_memory: str | int = "512MiB",
+        host_memory: str | int = "1GiB",
+        link: str | LinkRate | None = None,
         max_num_seqs: int = 256,
         max_batched_tokens: int = 512,
         block_size: int = DEFAULT_BLOCK_SIZE,
@@ -73,21 +85,68 @@ class Engine:
         self.clock = clock
         self.max_batched_tokens = max_batched_tokens
         self.format = kv_format or _FORMATS[model.adapter.dtype]
-        budget = parse_bytes(kv_memory)
+        budget, host_budget = parse_bytes(kv_memory), _host_bytes(host_memory)
         check_kv_memory(budget, model.adapter.device)
-        self.store = KVStore(model.adapter.shape, self.format, budget, model.adapter.device, block_size)
+        self.store = KVStore(model.adapter.shape, self.format, budget, model.adapter.device, block_size, host_budget)
+        self.transport = Transport(link=Link(None if link is None else LinkRate.parse(link)))
         prefix_cache = PrefixCache(self.store) if enable_prefix_caching else None
-        self.scheduler = Scheduler(self.store, prefix_cache, model.adapter, max_num_seqs, max_batched_tokens)
-        self._runner = Runner(model.adapter, self.store, self.scheduler.publish_prefix)
+        self.scheduler = Scheduler(
+            self.store,
+            prefix_cache,
+            model.adapter,
+            max_num_seqs,
+            max_batched_tokens,
+            Swapper(self.store, self.transport.link),
+        )
+        self._runner = Runner(model.adapter, self.store, self.transport, self.scheduler.publish_prefix)
         self._detokenizer = Detokenizer(model.tokenizer)
         self._end_ids = _end_ids(model)
-        self.peak_used_bytes = self.peak_running = 0
+        self.peak_used_bytes = self.peak_host_bytes = self.peak_running = 0
         self._ids = (f"request-{number}" for number in itertools.count())
 
     @property
     def has_work(self) -> bool:
         """Whether a request waits or runs."""
         return bool(self.scheduler.waiting or self.scheduler.running)
+
+    @property
+    def link(self) -> Link:
+        """The way between the tiers, with what it has moved."""
+        return self.transport.link
+
+    @property
+    def timeline(self) -> list[Event] | None:
+        """What happened when, since `record_timeline`."""
+        return None if self.transport.timeline is None else self.transport.timeline.events
+
+    @property
+    def speculation(self) -> Account | None:
+        """How good the guesses were, since `observe_speculation`."""
+        return None if self.transport.speculator is None else self.transport.speculator.account
+
+    def record_timeline(self) -> None:
+        """Note from now on what happens when in each forward, beginning with an empty list."""
+        self.transport.timeline = Timeline()
+
+    def observe_speculation(self) -> None:
+        """Compare from now on every guess with the exact scores; slows speculating strategies down a lot."""
+        self.transport.speculator = self.transport.speculator or make_speculator(self.model)
+        self.transport.speculator.account = Account()
+
+    def prepare(self, strategy: Strategy) -> None:
+        """Make ready what a strategy needs beside memory.
+
+        Raises:
+            UnsupportedError: a stage acts at a moment that this engine does not serve, or the model cannot serve it.
+            CapacityError: it places keys and values on the host, and there is no host tier.
+        """
+        if unserved := strategy.moments - _SERVED:
+            raise UnsupportedError(
+                f"{strategy} acts {', '.join(sorted(unserved))}, which this engine does not serve yet"
+            )
+        layout_under(self.store, strategy)
+        if Need.ROTATION in strategy.needs and self.transport.speculator is None:
+            self.transport.speculator = make_speculator(self.model)
 
     def footprint(self, strategy: Strategy, prompt_tokens: int, output_tokens: int) -> Footprint:
         """Return the bounds on one request's bytes in this engine."""
@@ -115,13 +174,12 @@ class Engine:
         Raises:
             ConfigError: the prompt is empty or holds a token id outside the vocabulary, or the strategy is not
                 understood.
-            UnsupportedError: a stage acts at a moment that this engine does not serve.
+            UnsupportedError: a stage acts at a moment that this engine does not serve, or the model cannot serve it.
             CapacityError: the request could never fit, even alone.
         """
         params = params or SamplingParams()
         parsed = Strategy.parse(strategy)
-        if unserved := parsed.moments - _SERVED:
-            raise UnsupportedError(f"{parsed} acts {', '.join(sorted(unserved))}, which this engine does not serve yet")
+        self.prepare(parsed)
         self._check_tokens(prompt_ids, params)
         request = Request(
             id=request_id or next(self._ids),
@@ -181,6 +239,8 @@ class Engine:
         if not batch.num_tokens:
             return []
         self.peak_used_bytes = max(self.peak_used_bytes, self.store.books().used)
+        if self.store.host is not None:
+            self.peak_host_bytes = max(self.peak_host_bytes, self.store.host.books().used)
         self.peak_running = max(self.peak_running, len(self.scheduler.running))
         due, logits_BV = self._runner.run(batch)
         token_ids = sample(logits_BV, due, self._end_ids)
@@ -251,14 +311,24 @@ class Engine:
                 f"prompt of {prompt_tokens} tokens + max_tokens {output_tokens} exceeds the {longest} positions of "
                 f"{self.model.name}; shorten the prompt or lower max_tokens"
             )
-        capacity = self.store.capacity_bytes(self.store.layout(strategy.format, strategy.sidecars))
-        if bound.peak_bytes > capacity:
-            raise CapacityError(
-                f"prompt of {prompt_tokens} tokens + max_tokens {output_tokens} needs "
-                f"{format_bytes(bound.peak_bytes)} under {strategy}, the pool has {format_bytes(capacity)}; "
-                "raise --kv-memory or choose another strategy"
-            )
+        layout = layout_under(self.store, strategy)
+        tiers = [(bound.peak_bytes, self.store.arena, "pool", "--kv-memory")]
+        if self.store.host is not None:
+            tiers.append((bound.host_bytes, self.store.host, "host tier", "--host-memory"))
+        for needed, tier, name, option in tiers:
+            capacity = self.store.capacity_bytes(layout, tier)
+            if needed > capacity:
+                raise CapacityError(
+                    f"prompt of {prompt_tokens} tokens + max_tokens {output_tokens} needs "
+                    f"{format_bytes(needed)} under {strategy}, the {name} has {format_bytes(capacity)}; "
+                    f"raise {option} or choose another strategy"
+                )
         return bound
+
+
+def _host_bytes(text: str | int) -> int:
+    """Return the budget of the host tier; 0 means none, which no other budget may be."""
+    return 0 if str(text).strip() == "0" else parse_bytes(text)
 
 
 def _end_ids(model: LoadedModel) -> frozenset[int]:

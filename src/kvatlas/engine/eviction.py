@@ -20,18 +20,28 @@ def after_prompt_chunk(store: KVStore, request: Request, span_done: bool) -> Non
         _cut(store, request)
     elif request.seq is not None and not request.seq.dense:
         compact_windows(store, request.seq)
+    if span_done and request.seq is not None:
+        store.shrink_staging(request.seq, staged_slots(store, request, 1))
+
+
+def staged_slots(store: KVStore, request: Request, count: int) -> int:
+    """Return how many slots of each lane a step of ``count`` tokens reads through a staging buffer."""
+    assert request.seq is not None
+    slots, attend = store.longest_on_host(request.seq), request.strategy.attend
+    if attend is not None and request.prefill_end is None:
+        slots = attend.most_read(slots)
+    return slots + count
 
 
 def after_decode_step(store: KVStore, requests: Seq[Request]) -> None:
     """Let the strategy evict one token from each lane that is full; all requests are of one strategy."""
-    strategy = requests[0].strategy
-    if Moment.AFTER_STEP not in strategy.moments:
-        for request in requests:
-            if store.lanes.windows and request.seq is not None and not request.seq.dense:
-                compact_windows(store, request.seq)
-        return
-    capacities = {request: strategy.keep.capacity(request.prompt_tokens) for request in requests}
-    full = [request for request in requests if (limit := capacities[request]) and request.computed >= limit]
+    strategy, full = requests[0].strategy, []
+    if Moment.AFTER_STEP in strategy.moments:
+        capacities = {request: strategy.keep.capacity(request.prompt_tokens) for request in requests}
+        full = [request for request in requests if (limit := capacities[request]) and request.computed >= limit]
+    for request in requests if store.lanes.windows else ():
+        if request not in full and request.seq is not None and not request.seq.dense:
+            compact_windows(store, request.seq)
     if not full:
         return
     seqs = [request.seq for request in full if request.seq is not None]
@@ -59,7 +69,7 @@ def _cut(store: KVStore, request: Request) -> None:
     recent = [keep.recent_tokens(request.prompt_tokens)]
     for index in store.lanes.shape.owners:
         lanes = store.lanes.slices[index]
-        group = LaneGroup(blocks=seq.layout.class_of_layer[index], lanes=torch.arange(lanes.start, lanes.stop))
+        group = LaneGroup(blocks=seq.layout.of_layer(index), lanes=torch.arange(lanes.start, lanes.stop))
         view, _ = lane_view(store, [seq], group, recent)
         window = store.lanes.shape.layers[index].window
         limit = most_kept if window is None else min(most_kept, window - 1)

@@ -8,63 +8,54 @@ Shapes: T packed tokens, n tokens of a chunk, R sequences of a group, H KV heads
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence as Seq
+from dataclasses import dataclass
 from typing import TypedDict
 
 import torch
 from torch import Tensor
 
+from kvatlas.core.timeline import EventKind, Timeline
 from kvatlas.core.vocabulary import Need
-from kvatlas.engine.request import Request
+from kvatlas.engine.segments import Chunk, DecodeGroup, sequence_of
+from kvatlas.engine.speculation import Choice, Foresee, Sketch, Speculator, by_kv_head, choose
+from kvatlas.engine.staging import Staging, Transfer, Visitors
 from kvatlas.kernels.chunk_attention import chunk_attention
 from kvatlas.kernels.column_sums import column_sums
 from kvatlas.kernels.decode_attention import decode_attention
+from kvatlas.kernels.gather import gather_slots
 from kvatlas.kernels.visibility import slot_mask
 from kvatlas.models.adapter import AttentionCall
 from kvatlas.storage.arena import BlockClass
-from kvatlas.storage.store import KVStore, Sequence, Slots
-from kvatlas.strategies.strategy import Strategy
+from kvatlas.storage.link import Link
+from kvatlas.storage.sequence import Sequence, Slots
+from kvatlas.storage.store import KVStore
+
+_SKETCH_SLOTS = 4096  # past keys that enter a sketch at a time; a multiple of every block size in use
+
+
+@dataclass(kw_only=True)
+class Transport:
+    """What forwards use to read the host; one per engine.
+
+    Args:
+        link: the way between the tiers.
+        timeline: notes what happens when, or None.
+        speculator: foresees what a layer reads; None until a strategy asks for it.
+    """
+
+    link: Link
+    timeline: Timeline | None = None
+    speculator: Speculator | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
-class Chunk:
-    """The next ``count`` prompt tokens of one request, at row ``start`` of the batch.
+class _Source:
+    """Where a segment reads one layer: blocks, the table [.., H, C] into them, and whether they only visit."""
 
-    ``table`` [lanes, C] covers the chunk too; ``past_length`` [lanes], on the CPU, is what was
-    cached before it; ``dense_starts`` gives the
-    position of slot 0 per window (0: no window) while slots are in position order, else None.
-    """
-
-    request: Request
-    start: int
-    count: int
-    positions: Tensor
+    blocks: BlockClass
     table: Tensor
-    past_length: Tensor
-    slots: Slots
-    dense_starts: dict[int, int] | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class DecodeGroup:
-    """One new token for each of R requests of one strategy, from row ``start`` of the batch on.
-
-    ``table`` [R, lanes, C] and ``length`` [R, lanes] include the new tokens; ``host_length`` is the latter on the CPU.
-    """
-
-    strategy: Strategy
-    requests: list[Request]
-    start: int
-    positions: Tensor
-    table: Tensor
-    length: Tensor
-    columns: list[int]
-    slots: Slots
-    dense: bool
-    host_length: Tensor
-    masks: dict[object, Tensor | None] = field(default_factory=dict)
-    held: dict[object, Tensor] = field(default_factory=dict)
+    visiting: bool
 
 
 class _Limits(TypedDict):
@@ -84,15 +75,46 @@ class ForwardPass:
         store: where keys and values lie.
         chunks: prompt chunks, in order of their rows.
         groups: decode groups, in order of their rows.
+        transport: how to read what lies on the host.
     """
 
-    def __init__(self, store: KVStore, chunks: Seq[Chunk], groups: Seq[DecodeGroup]) -> None:
+    def __init__(self, store: KVStore, chunks: Seq[Chunk], groups: Seq[DecodeGroup], transport: Transport) -> None:
         self._store = store
         self._chunks = chunks
         self._groups = groups
+        self._transport = transport
+        parts = [chunk.visitors for chunk in chunks] + [group.visitors for group in groups]
+        visitors = [each for each in parts if each is not None]
+        self._staging = Staging(transport.link, visitors, len(store.lanes.shape.layers), transport.timeline)
+
+    def finish(self) -> None:
+        """Return when all new keys and values are where they belong."""
+        self._staging.finish()
+
+    def before_layer(self, layer: int, foresee: Foresee) -> None:
+        """Choose and fetch what the next layer will read, for groups whose strategy speculates."""
+        speculator, target = self._transport.speculator, layer + 1
+        for group in self._groups:
+            visitors, attend = group.visitors, group.strategy.attend
+            if visitors is None or attend is None or not visitors.reads_host(target):
+                continue
+            assert speculator is not None
+            with self._staging.noted(EventKind.SPECULATE, target):
+                query = foresee(target, slice(group.start, group.start + len(group.requests)))
+                cached = group.host_length[:, self._store.lanes.slices[target].start] - 1
+                sketch = Sketch(self._store, speculator.rotations[target], target)
+                most = torch.tensor([attend.most_read(count) for count in cached.tolist()])
+                choice = choose(sketch.relative(group.seqs, query, cached), attend.margin, most)
+                group.choices[target] = choice
+                self._staging.bring(target, visitors, visitors.chosen(target, choice.slots, choice.wanted))
 
     def attend(self, call: AttentionCall, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Write this layer's keys and values to their slots and return what the queries read [1, T, Hq, Dv]."""
+        self._staging.enter(call.layer)
+        with self._staging.noted(EventKind.ATTEND, call.layer):
+            return self._attend_rows(call, query, key, value)
+
+    def _attend_rows(self, call: AttentionCall, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         q_THD, k_THD, v_THD = query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1)
         out = q_THD.new_empty((q_THD.shape[0], q_THD.shape[1], v_THD.shape[2]))
         for chunk in self._chunks:
@@ -104,12 +126,12 @@ class ForwardPass:
         return out[None]
 
     def _attend_chunk(self, call: AttentionCall, chunk: Chunk, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        seq, strategy = chunk.request.seq, chunk.request.strategy
-        assert seq is not None
-        blocks, lanes = seq.layout.class_of_layer[call.layer], self._store.lanes.slices[call.layer]
-        k, v = self._write(call, blocks, chunk.slots, k, v)
+        seq, strategy = sequence_of(chunk.request), chunk.request.strategy
+        lanes = self._store.lanes.slices[call.layer]
         past = chunk.past_length[lanes]
         columns = -(-int(past.max()) // self._store.block_size)
+        source = self._source(call, seq, chunk.visitors, chunk.table[lanes][None])
+        k, v = self._write(call, seq.layout.of_layer(call.layer), chunk.slots, k, v, source.visiting)
         reach = strategy.keep.reach(chunk.request.prompt_tokens)
         starts = chunk.dense_starts
         limits = _Limits(
@@ -119,68 +141,168 @@ class ForwardPass:
             reach=None if reach is None else (reach.sinks, reach.recent),
             dense_start=None if starts is None else starts[call.window or 0],
         )
-        table = chunk.table[lanes, :columns]
+        blocks, table = source.blocks, source.table[0, :, :columns]
         out, lse = chunk_attention(
             q, k, v, chunk.positions, blocks.keys, blocks.values, blocks.positions, table, past.to(q.device),
             sinks=call.sinks, **limits,
         )  # fmt: skip
         if Need.COLUMN_SUMS in strategy.needs:
-            self._add_column_sums(call, chunk, blocks, q, k, lse, limits)
+            self._add_column_sums(call, chunk, source, q, k, lse, limits)
+        if seq.sketch is not None and source.visiting:
+            self._extend_sketch(call, chunk, source, q, k)
         return out
 
+    def _source(self, call: AttentionCall, seq: Sequence, visitors: Visitors | None, table: Tensor) -> _Source:
+        """Return where a segment reads a layer; ``table`` [R, H, C] holds where its blocks live."""
+        if visitors is None or not visitors.reads_host(call.layer):
+            return _Source(blocks=seq.layout.of_layer(call.layer), table=table, visiting=False)
+        blocks, stage = visitors.stage(call.layer)
+        return _Source(blocks=blocks, table=stage.to(blocks.device), visiting=True)
+
     def _add_column_sums(
-        self, call: AttentionCall, chunk: Chunk, blocks: BlockClass, q: Tensor, k: Tensor, lse: Tensor, limits: _Limits
+        self, call: AttentionCall, chunk: Chunk, source: _Source, q: Tensor, k: Tensor, lse: Tensor, limits: _Limits
     ) -> None:
         """Add to each cached token the attention that the chunk's observed queries pay it."""
-        prompt_tokens = chunk.request.prompt_tokens
+        prompt_tokens, seq = chunk.request.prompt_tokens, sequence_of(chunk.request)
         observed = chunk.request.strategy.keep.observed_queries(prompt_tokens)
         first = 0 if observed is None else max(0, prompt_tokens - observed - int(chunk.positions[0]))
-        sums, lanes = blocks.column_sums, self._store.lanes.slices[call.layer]
+        home, lanes = seq.layout.of_layer(call.layer), self._store.lanes.slices[call.layer]
+        sums = home.column_sums
         assert sums is not None
         if first >= chunk.count:
             return
-        past = chunk.past_length[lanes] + first  # tokens of the chunk before the first observed one count as past
-        table = chunk.table[lanes, : -(-int(past.max()) // self._store.block_size)]
+        before = chunk.past_length[lanes]
+        past = before + first  # tokens of the chunk before the first observed one count as past
+        columns = -(-int(past.max()) // self._store.block_size)
+        table = chunk.table[lanes, :columns]
         held = _held(past, table.shape[-1], self._store.block_size).to(table.device)
         owner = self._store.lanes.shape.layers[call.layer].shares_kv_with is None  # the others only add to its votes
-        if owner and observed is not None and prompt_tokens - observed >= int(chunk.positions[0]):
-            sums.index_fill_(0, table.flatten()[held].long(), 0.0)  # votes of an earlier prompt no longer count
+        fresh = owner and observed is not None and prompt_tokens - observed >= int(chunk.positions[0])
+        if source.visiting and first:  # the buffer has the past, but not yet the chunk's own unobserved tokens
+            self._write_visiting(source, chunk.slots.index[:first, lanes], k[:first], None)
+            self._write_positions(source, chunk.slots.index[:first, lanes], chunk.positions[:first])
         past_sums, own_sums = column_sums(
             q[first:], k[first:], chunk.positions[first:], lse[:, first:],
-            blocks.keys, blocks.positions, table, past.to(q.device), **limits,
+            source.blocks.keys, source.blocks.positions, source.table[0, :, :columns] if source.visiting else table,
+            past.to(q.device), **limits,
         )  # fmt: skip
-        _add_to_blocks(sums, table, held, past_sums)
-        sums[chunk.slots.block[first:, lanes], chunk.slots.offset[first:, lanes]] += own_sums.T
+        own_slots = chunk.slots.block[first:, lanes], chunk.slots.offset[first:, lanes]
+
+        def credit() -> None:
+            if fresh:
+                sums.index_fill_(0, table.flatten()[held].long(), 0.0)  # votes of an earlier prompt no longer count
+            _add_to_blocks(sums, table, held, past_sums.to(sums.device))
+            sums[own_slots] += own_sums.T.to(sums.device)
+
+        self._at_home(call, source.visiting, credit, (past_sums.numel() + own_sums.numel()) * sums.itemsize)
+
+    def _extend_sketch(self, call: AttentionCall, chunk: Chunk, source: _Source, q: Tensor, k: Tensor) -> None:
+        """Give the sketch the chunk's keys; at the end of the first prompt, choose its columns and fill it."""
+        assert self._transport.speculator is not None
+        seq, lanes = sequence_of(chunk.request), self._store.lanes.slices[call.layer]
+        sketch = Sketch(self._store, self._transport.speculator.rotations[call.layer], call.layer)
+        past = int(chunk.past_length[lanes.start])
+        if not sketch.has_columns(seq):
+            sketch.weigh(seq, q, k)
+            if chunk.request.prefill_end is not None:
+                return
+            sketch.choose_columns(seq)
+            for first in range(0, past, _SKETCH_SLOTS):
+                columns = slice(first // self._store.block_size, -(-past // self._store.block_size))
+                table = source.table[0, :, columns][:, : _SKETCH_SLOTS // self._store.block_size]
+                keys = gather_slots(source.blocks.keys, table)[:, : past - first]
+                sketch.write(seq, first, keys)
+        sketch.write(seq, past, k.transpose(0, 1))
 
     def _attend_group(self, call: AttentionCall, group: DecodeGroup, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        seq = group.requests[0].seq
-        assert seq is not None
-        blocks, lanes = seq.layout.class_of_layer[call.layer], self._store.lanes.slices[call.layer]
-        self._write(call, blocks, group.slots, k, v)
-        table, length = group.table[:, lanes, : group.columns[call.layer]], group.length[:, lanes]
-        keep = group.strategy.keep
+        lanes, seqs, keep = self._store.lanes.slices[call.layer], group.seqs, group.strategy.keep
+        home = seqs[0].layout.of_layer(call.layer)
+        source = self._source(call, seqs[0], group.visitors, group.table[:, lanes])
+        stored_k, stored_v = self._write(call, home, group.slots, k, v, source.visiting)
+        choice = group.choices.get(call.layer)
+        length, slot = group.length[:, lanes], group.slots.index[:, lanes]
+        columns = group.columns[call.layer]
+        if choice is not None:
+            slot = choice.count[:, None].expand_as(slot)
+            length, columns = (slot + 1).to(q.device), int(choice.count.max()) // self._store.block_size + 1
+        if source.visiting:
+            self._write_visiting(source, slot, stored_k, stored_v)
+        blocks, table = source.blocks, source.table[..., :columns]
         need_mass = Need.COLUMN_SUMS in group.strategy.needs and keep.observed_queries(1) is None
         out, mass = decode_attention(
             q, blocks.keys, blocks.values, table, length,
             scale=call.scale, softcap=call.softcap, sinks=call.sinks,
-            mask=self._mask(call, group, blocks, table, length), need_mass=need_mass,
+            mask=self._mask(call, group, blocks, table, length) if choice is None
+            else slot_mask(length, columns, self._store.block_size),
+            need_mass=need_mass,
         )  # fmt: skip
         if need_mass:
-            assert blocks.column_sums is not None and mass is not None
-            _add_to_blocks(blocks.column_sums, table, self._held_blocks(call, group, table), mass)
+            assert home.column_sums is not None and mass is not None
+            sums, amounts, where = home.column_sums, mass, group.table[:, lanes, :columns]
+            held = self._held_blocks(call, group, where)
+            self._at_home(
+                call,
+                source.visiting,
+                lambda: _add_to_blocks(sums, where, held, amounts.to(sums.device)),
+                amounts.numel() * amounts.itemsize,
+            )
+        if choice is not None:
+            self._follow_up(call, group, choice, q, stored_k)
         return out
 
+    def _follow_up(self, call: AttentionCall, group: DecodeGroup, choice: Choice, q: Tensor, k: Tensor) -> None:
+        """Give the sketch the new token's key; account for the choice, if anybody asks."""
+        speculator, visitors = self._transport.speculator, group.visitors
+        assert speculator is not None and visitors is not None
+        rotation, first = speculator.rotations[call.layer], self._store.lanes.slices[call.layer].start
+        cached = group.host_length[:, first] - 1
+        Sketch(self._store, rotation, call.layer).write_step(group.seqs, cached, k)
+        if speculator.account is not None:
+            home, table = visitors.home(call.layer)
+            keys = gather_slots(home.keys, table, torch.float32).to(q.device)
+            for row, length in enumerate(cached.tolist()):  # the new key may still be on its way
+                keys[row, :, length] = k[row]
+            queries = by_kv_head(q.float(), k.shape[1])
+            speculator.account.note(queries, keys, choice, cached, rotation)
+
     def _write(
-        self, call: AttentionCall, blocks: BlockClass, slots: Slots, k: Tensor, v: Tensor
+        self, call: AttentionCall, blocks: BlockClass, slots: Slots, k: Tensor, v: Tensor, visiting: bool
     ) -> tuple[Tensor, Tensor]:
-        """Store keys and values [n, H, D] and return them as a later read will see them."""
+        """Store keys and values [n, H, D] where they live and return them as a later read will see them."""
         lanes = self._store.lanes.slices[call.layer]
         stored_k, stored_v = k.to(blocks.keys.dtype), v.to(blocks.values.dtype)
         if self._store.lanes.shape.layers[call.layer].shares_kv_with is None:
-            block, offset = slots.block[:, lanes], slots.offset[:, lanes]
-            blocks.keys[block, offset] = stored_k
-            blocks.values[block, offset] = stored_v
+            block, offset = slots.block[:, lanes].to(blocks.device), slots.offset[:, lanes].to(blocks.device)
+
+            def put() -> None:
+                blocks.keys[block, offset] = stored_k.to(blocks.device)
+                blocks.values[block, offset] = stored_v.to(blocks.device)
+
+            self._at_home(call, visiting, put, stored_k.nbytes + stored_v.nbytes)
         return stored_k.to(k.dtype), stored_v.to(v.dtype)
+
+    def _at_home(self, call: AttentionCall, on_host: bool, write: Callable[[], None], num_bytes: int) -> None:
+        """Write now where a layer's blocks live on the device, in the background where they live on the host."""
+        if on_host:
+            self._staging.store(call.layer, Transfer(copy=write, num_bytes=num_bytes))
+        else:
+            write()
+
+    def _write_visiting(self, source: _Source, slot: Tensor, k: Tensor, v: Tensor | None) -> None:
+        """Write new tokens [n, H, D] to slots [n, H] of the buffer; a chunk's table is the same for all its tokens."""
+        block, offset = self._locate(source, slot)
+        source.blocks.keys[block, offset] = k.to(source.blocks.keys.dtype)
+        if v is not None:
+            source.blocks.values[block, offset] = v.to(source.blocks.values.dtype)
+
+    def _write_positions(self, source: _Source, slot: Tensor, positions: Tensor) -> None:
+        block, offset = self._locate(source, slot)
+        source.blocks.positions[block, offset] = positions.int()[:, None].expand_as(block)
+
+    def _locate(self, source: _Source, slot: Tensor) -> tuple[Tensor, Tensor]:
+        table, slot = source.table.long(), slot.to(source.table.device)
+        table = table.expand(len(slot), -1, -1)
+        return table.gather(-1, (slot // self._store.block_size)[..., None]).squeeze(-1), slot % self._store.block_size
 
     def _held_blocks(self, call: AttentionCall, group: DecodeGroup, table: Tensor) -> Tensor:
         """Return the indices of the group's own blocks in ``table``, once for all layers whose lanes are equal."""
@@ -220,61 +342,3 @@ def _held(length: Tensor, columns: int, block_size: int) -> Tensor:
 def _add_to_blocks(sums: Tensor, table: Tensor, held: Tensor, amounts: Tensor) -> None:
     """Add ``amounts`` [..., C * bs] to the slots of the blocks in ``table`` [..., C]; see `_held`."""
     sums.index_add_(0, table.flatten()[held], amounts.reshape(-1, sums.shape[1])[held])
-
-
-def make_chunk(store: KVStore, request: Request, count: int, start: int) -> Chunk:
-    """Take slots for the next ``count`` prompt tokens; room for them must have been allocated."""
-    seq = request.seq
-    assert seq is not None
-    device = seq.layout.groups[0].blocks.keys.device
-    past_length = store.length[seq.row].clone()
-    dense_starts = {0: 0, **seq.starts} if seq.dense else None
-    slots = _on_device(store.append(seq, count), device)
-    columns = int(store.columns_held(seq).max())
-    return Chunk(
-        request=request,
-        start=start,
-        count=count,
-        positions=torch.arange(seq.seen - count, seq.seen, device=device),
-        table=store.table[seq.row, :, :columns].to(device),
-        past_length=past_length,
-        slots=slots,
-        dense_starts=dense_starts,
-    )
-
-
-def make_group(store: KVStore, requests: list[Request], start: int) -> DecodeGroup:
-    """Take a slot for the next token of each request; all are of one strategy."""
-    seqs = [_sequence(request) for request in requests]
-    device = seqs[0].layout.groups[0].blocks.keys.device
-    slots = store.append_step(seqs)
-    rows = torch.tensor([seq.row for seq in seqs])
-    length = store.length[rows]
-    per_lane = (-(-length.amax(dim=0) // store.block_size)).tolist()
-    columns = [max(per_lane[lanes]) for lanes in store.lanes.slices]
-    return DecodeGroup(
-        strategy=requests[0].strategy,
-        requests=requests,
-        start=start,
-        positions=torch.tensor([seq.seen - 1 for seq in seqs], device=device),
-        table=store.table[rows, :, : max(columns)].to(device),
-        length=length.to(device),
-        host_length=length,
-        columns=columns,
-        slots=_on_device(slots, device),
-        dense=all(seq.dense for seq in seqs) or _alike(store, length),
-    )
-
-
-def _alike(store: KVStore, length: Tensor) -> bool:
-    """Whether all lanes of each sequence are equally long, and no window asks for positions."""
-    return not store.lanes.windows and bool((length == length[:, :1]).all())
-
-
-def _sequence(request: Request) -> Sequence:
-    assert request.seq is not None
-    return request.seq
-
-
-def _on_device(slots: Slots, device: torch.device) -> Slots:
-    return Slots(block=slots.block.to(device), offset=slots.offset.to(device))

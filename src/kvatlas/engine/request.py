@@ -10,7 +10,8 @@ import torch
 
 from kvatlas.core.footprint import Footprint
 from kvatlas.engine.params import SamplingParams
-from kvatlas.storage.store import Sequence
+from kvatlas.storage.sequence import Sequence
+from kvatlas.storage.swap import SwappedSequence
 from kvatlas.strategies.strategy import Strategy
 
 
@@ -20,6 +21,21 @@ class FinishReason(StrEnum):
     STOP = "stop"
     LENGTH = "length"
     CANCELLED = "cancelled"
+
+
+@dataclass(kw_only=True)
+class ForcedOutput:
+    """An output decided beforehand, and what the model thought of each of its tokens when it was due.
+
+    Args:
+        tokens: what comes out, whatever the logits say; at least one.
+        logprobs: natural log-probability of each token so far, under the plain softmax of its logits.
+        greedy: whether each was the most likely token.
+    """
+
+    tokens: tuple[int, ...]
+    logprobs: list[float] = field(default_factory=list)
+    greedy: list[bool] = field(default_factory=list)
 
 
 @dataclass(eq=False)
@@ -40,6 +56,7 @@ class Request:
         prefill_spans: ranges [start, end) of ``tokens`` that are prompts.
         output_start: index of the first token that this request generates.
         unread: tokens that a stream has not given out yet; None where nobody streams.
+        forced: the output, where it is scored instead of chosen; see `kvatlas.engine.scoring`.
     """
 
     id: str
@@ -51,6 +68,7 @@ class Request:
     prefill_spans: list[tuple[int, int]]
     output_start: int
     seq: Sequence | None = None
+    swapped: SwappedSequence | None = None
     adopted_tokens: int = 0
     finish_reason: FinishReason | None = None
     num_preemptions: int = 0
@@ -60,11 +78,14 @@ class Request:
     held_by_session: bool = False
     unread: deque[NewToken] | None = None
     peak_bytes: int = 0
+    forced: ForcedOutput | None = None
 
     @property
     def computed(self) -> int:
         """Tokens whose keys and values are in the cache, or were before a strategy evicted them."""
-        return 0 if self.seq is None else self.seq.seen
+        if self.seq is not None:
+            return self.seq.seen
+        return 0 if self.swapped is None else self.swapped.seq.seen
 
     @property
     def output_ids(self) -> list[int]:

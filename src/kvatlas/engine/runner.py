@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Hashable, Sequence as Seq
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from kvatlas.core.timeline import EventKind
 from kvatlas.engine.eviction import after_decode_step, after_prompt_chunk
-from kvatlas.engine.forward import Chunk, DecodeGroup, ForwardPass, make_chunk, make_group
+from kvatlas.engine.forward import ForwardPass, Transport
 from kvatlas.engine.request import Request
+from kvatlas.engine.segments import Chunk, DecodeGroup, make_chunk, make_group
 from kvatlas.models.adapter import Adapter
 from kvatlas.storage.eviction import drop_passed_windows
 from kvatlas.storage.store import KVStore
@@ -40,12 +43,20 @@ class Runner:
     Args:
         adapter: the model.
         store: where keys and values lie.
+        transport: how what lies on the host is read.
         publish: called with a request and the tokens it had before a chunk, while all the chunk's blocks are there.
     """
 
-    def __init__(self, adapter: Adapter, store: KVStore, publish: Callable[[Request, int], None] | None = None) -> None:
+    def __init__(
+        self,
+        adapter: Adapter,
+        store: KVStore,
+        transport: Transport,
+        publish: Callable[[Request, int], None] | None = None,
+    ) -> None:
         self._adapter = adapter
         self._store = store
+        self._transport = transport
         self._publish = publish
 
     def run(self, batch: Batch) -> tuple[list[Request], Tensor]:
@@ -76,13 +87,18 @@ class Runner:
                 last_rows.append(len(tokens) - 1)
         device = self._adapter.device
         positions = torch.cat([chunk.positions for chunk in chunks] + [group.positions for group in groups])
+        start = time.perf_counter()
+        context = ForwardPass(self._store, chunks, groups, self._transport)
         logits = self._adapter.forward(
             torch.tensor(tokens, device=device),
             positions,
-            ForwardPass(self._store, chunks, groups),
+            context,
             torch.tensor(last_rows, dtype=torch.int64, device=device),
             rope_tokens=rope_tokens,
         )
+        context.finish()
+        if self._transport.timeline is not None:
+            self._transport.timeline.add(EventKind.STEP, -1, start, time.perf_counter())
         for request, _ in order:
             assert request.seq is not None
             request.peak_bytes = max(request.peak_bytes, self._store.allocated_bytes(request.seq))

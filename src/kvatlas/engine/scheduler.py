@@ -3,19 +3,35 @@
 Admission compares footprints with free bytes: what a prompt may still need at its peak is set aside until the
 prompt is done, so requests with a large prefill peak go one after another, while a strategy that bounds its cache
 admits more of them. When blocks run out nevertheless, memory is taken back in this order: cached prefixes, idle
-sessions, the request that arrived last.
+sessions, the request that arrived last. Where the host has room, what is taken is swapped there; else it is computed
+or replayed anew. Both tiers are budgeted alike; what is merely swapped to the host gives way to what lives there.
 """
 
 from __future__ import annotations
 
 from collections import deque
 
+from kvatlas.engine.eviction import staged_slots
 from kvatlas.engine.request import Request
 from kvatlas.engine.runner import Batch
 from kvatlas.models.adapter import Adapter
+from kvatlas.storage.arena import Arena
 from kvatlas.storage.eviction import close_holes
+from kvatlas.storage.lanes import LaneGroup, SequenceLayout
 from kvatlas.storage.prefix_cache import PrefixCache
 from kvatlas.storage.store import KVStore
+from kvatlas.storage.swap import Swapper
+from kvatlas.strategies.strategy import Strategy
+
+
+def layout_under(store: KVStore, strategy: Strategy) -> SequenceLayout:
+    """Return the lane layout of a strategy's sequences.
+
+    Raises:
+        CapacityError: it places keys and values on the host, and there is no host tier.
+    """
+    host_layers = strategy.host_layers(store.lanes.shape)
+    return store.layout(strategy.format, strategy.sidecars, host_layers, strategy.sketch_share if host_layers else 0.0)
 
 
 class Scheduler:
@@ -27,6 +43,10 @@ class Scheduler:
         adapter: tells which sequences may share computed prefixes.
         max_num_seqs: most requests that run at once.
         max_batched_tokens: step token limit.
+        swapper: takes caches to the host and back.
+
+    Attributes:
+        num_swaps: how often a cache was taken to the host.
     """
 
     def __init__(
@@ -36,6 +56,7 @@ class Scheduler:
         adapter: Adapter,
         max_num_seqs: int,
         max_batched_tokens: int,
+        swapper: Swapper,
     ) -> None:
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
@@ -45,6 +66,8 @@ class Scheduler:
         self._adapter = adapter
         self._max_num_seqs = min(max_num_seqs, max_batched_tokens)  # each may decode in the same step
         self._max_batched_tokens = max_batched_tokens
+        self._swapper = swapper
+        self.num_swaps = 0
 
     def next_batch(self) -> Batch:
         """Return what the next step runs, with room allocated for every token of it."""
@@ -73,6 +96,7 @@ class Scheduler:
         if request.seq is not None:
             self._store.close(request.seq)
             request.seq = None
+        self._drop_swapped(request)
 
     def park(self, request: Request) -> None:
         """Let a finished turn of a session keep its cache until memory is short."""
@@ -103,11 +127,27 @@ class Scheduler:
             request = self.waiting[0]
             if self.running and not self._fits(request):
                 return
+            if not self._start(request):
+                return
             self.waiting.popleft()
-            self._start(request)
 
     def _fits(self, request: Request) -> bool:
-        """Whether the peak of ``request`` fits beside what is held and what running prompts may still take."""
+        """Whether the peak of ``request`` fits on each tier beside what is held and what running prompts may take."""
+        return self._fits_device(request) and self._fits_host(request)
+
+    def _fits_host(self, request: Request) -> bool:
+        """Whether all that ``request`` will ever hold on the host fits: a running request must not run out of it."""
+        host = self._store.host
+        if host is None or not request.footprint.host_bytes:
+            return True
+        promised = sum(max(0, other.footprint.host_bytes - self._held(other, host)) for other in self.running)
+        books = host.books()
+        reclaimable = sum(self._held(other, host) for other in self.idle if other is not request)
+        reclaimable += sum(other.swapped.host_bytes for other in self._all_swapped() if other.swapped is not None)
+        own = request.footprint.host_bytes - self._held(request, host)
+        return own + promised + books.used - reclaimable <= books.total
+
+    def _fits_device(self, request: Request) -> bool:
         books = self._store.books()
         promised = sum(
             max(0, other.footprint.prefill_peak_bytes - self._held(other))
@@ -120,19 +160,48 @@ class Scheduler:
         own -= self._held(request)
         return own + promised + books.used - idle <= books.total
 
-    def _held(self, request: Request) -> int:
-        return 0 if request.seq is None else self._store.allocated_bytes(request.seq)
+    def _held(self, request: Request, tier: Arena | None = None) -> int:
+        return 0 if request.seq is None else self._store.allocated_bytes(request.seq, tier)
 
-    def _start(self, request: Request) -> None:
+    def _start(self, request: Request) -> bool:
+        """Let a request run; False if it must wait for room to be swapped back in."""
         if request in self.idle:
             self.idle.remove(request)
+        if request.swapped is not None and not self._swap_in(request):
+            return False
         if request.seq is None:
-            layout = self._store.layout(request.strategy.format, request.strategy.sidecars)
-            request.seq = self._store.open(layout)
+            request.seq = self._store.open(layout_under(self._store, request.strategy))
             if self._prefix_cache is not None and request.strategy.lossless:
                 tokens = request.tokens[: request.prefill_spans[0][1]]
                 request.adopted_tokens = self._prefix_cache.adopt(request.seq, tokens, self._salt(request))
         self.running.append(request)
+        return True
+
+    def _swap_in(self, request: Request) -> bool:
+        """Bring a cache back; if it cannot be while nothing else runs, forget it, so that it is made anew."""
+        assert request.swapped is not None
+        request.seq = self._swapper.try_swap_in(request.swapped)
+        if request.seq is None and self._prefix_cache is not None:
+            self._prefix_cache.reclaim(request.footprint.peak_bytes)
+            request.seq = self._swapper.try_swap_in(request.swapped)
+        if request.seq is not None:
+            request.swapped = None
+            return True
+        if self.running:
+            return False
+        self._drop_swapped(request)
+        return True
+
+    def _all_swapped(self) -> list[Request]:
+        """Return the requests whose cache is swapped out, those that need it last first."""
+        return [request for request in reversed(self.waiting) if request.swapped is not None]
+
+    def _drop_swapped(self, request: Request) -> None:
+        """Give up a swapped cache: it will be computed or replayed anew."""
+        if request.swapped is not None:
+            self._swapper.drop(request.swapped)
+            request.swapped = None
+            self._forget(request)
 
     def _within_footprint(self, request: Request, count: int) -> int:
         """Return a chunk of at most ``count`` tokens that keeps to the request's footprint.
@@ -144,10 +213,13 @@ class Scheduler:
             count = -(-count // 2)
         return count
 
-    def _wanted(self, request: Request, count: int) -> int:
+    def _wanted(self, request: Request, count: int, tier: Arena | None = None) -> int:
+        tier, needed = tier or self._store.arena, self._needed(request, count)
+        return sum(number * group.blocks.block_bytes for group, number in needed if group.blocks.arena is tier)
+
+    def _needed(self, request: Request, count: int) -> list[tuple[LaneGroup, int]]:
         assert request.seq is not None
-        needed = self._store.blocks_needed(request.seq, count)
-        return sum(number * group.blocks.block_bytes for group, number in needed)
+        return self._store.blocks_needed(request.seq, count, staged_slots(self._store, request, count))
 
     def _make_room(self, request: Request, count: int, protect: list[Request]) -> bool:
         """Allocate ``count`` slots, taking memory back from others if need be; False: not in this step.
@@ -156,25 +228,30 @@ class Scheduler:
         nothing from anybody later than itself is preempted.
         """
         assert request.seq is not None
-        while not self._store.try_extend(request.seq, count):
-            if self._prefix_cache is not None and self._prefix_cache.reclaim(self._wanted(request, count)):
+        while not self._store.try_extend(request.seq, count, staged_slots(self._store, request, count)):
+            tier = self._store.short_of(self._needed(request, count)) or self._store.arena
+            wanted = self._wanted(request, count, tier)
+            if self._prefix_cache is not None and self._prefix_cache.reclaim(wanted, tier):
                 continue
-            if self.idle:
-                self._take_cache(self.idle[0])
+            if tier is self._store.host and (swapped := self._all_swapped()):
+                self._drop_swapped(swapped[0])
                 continue
-            victim = self._latest_but(protect)
+            if idle := [other for other in self.idle if self._held(other, tier)]:
+                self._take_cache(idle[0])
+                continue
+            victim = self._latest_holder(tier, request, protect)
             self._preempt(victim)
             if victim is request:
                 return False
         return True
 
-    def _latest_but(self, protect: list[Request]) -> Request:
-        return max(
-            (request for request in self.running if request not in protect), key=lambda request: request.arrival_s
-        )
+    def _latest_holder(self, tier: Arena, taker: Request, protect: list[Request]) -> Request:
+        """Return the latest request that holds memory of a tier, or the taker itself, if that is later."""
+        holders = (request for request in self.running if request is taker or self._held(request, tier))
+        return max((request for request in holders if request not in protect), key=lambda request: request.arrival_s)
 
     def _preempt(self, request: Request) -> None:
-        """Take the cache of a running request and queue it first; it will be computed or replayed anew."""
+        """Take the cache of a running request and queue it first; it will be swapped in, computed or replayed anew."""
         self.running.remove(request)
         self._take_cache(request)
         request.num_preemptions += 1
@@ -184,7 +261,15 @@ class Scheduler:
         if request in self.idle:
             self.idle.remove(request)
         if request.seq is not None:
+            request.swapped = self._swapper.try_swap_out(request.seq)
+            if request.swapped is not None:
+                request.seq = None
+                self.num_swaps += 1
+                return
             self._store.close(request.seq)
+        self._forget(request)
+
+    def _forget(self, request: Request) -> None:
         request.forget_cache()
         if self.is_one_prompt(request):
             request.prefill_spans = [(0, len(request.tokens))]

@@ -27,6 +27,7 @@ from kvatlas.models.attention import (
     register,
     running,
 )
+from kvatlas.models.foresight import Foresight
 from kvatlas.models.rope import LengthRope
 
 __all__ = ["Adapter", "AttentionCall", "AttentionContext"]
@@ -57,6 +58,7 @@ class Adapter:
         self._implementations = _current_implementations(model)
         self._rope = LengthRope(model)
         self._order: dict[int, int] | None = None
+        self._foresight: Foresight | None = None
         self._restored = False
         self._switch()
         try:
@@ -103,9 +105,14 @@ class Adapter:
             output = self.model(
                 input_ids=input_ids[None], position_ids=position_ids[None], **self._optional(logits_for)
             )
-        self._check_calls(forward.called)
+        self._check_calls(forward)
         logits: Tensor = output.logits[0]
         return logits if "logits_to_keep" in self._arguments else logits[logits_for]
+
+    def watch_inputs(self) -> None:
+        """From now on show each layer's input to contexts that have ``before_layer``."""
+        assert self._foresight is not None
+        self._foresight.install()
 
     def rope_regime(self, total_tokens: int) -> Hashable:
         """Return what the RoPE of a sequence of this length depends on.
@@ -123,6 +130,8 @@ class Adapter:
         if self._restored:
             return
         self._restored = True
+        if self._foresight is not None:
+            self._foresight.remove()
         self._rope.remove()
         self.model.set_attn_implementation(self._implementations)
         self.model.train(self._was_training)
@@ -164,9 +173,9 @@ class Adapter:
         )
         return shape, recorder.keys[0].dtype
 
-    def _check_calls(self, called: list[int]) -> None:
+    def _check_calls(self, forward: Forward) -> None:
         """Refuse a forward that left layers out: their tokens would be missing from the cache."""
-        family = self.model.config.model_type
+        family, called = self.model.config.model_type, forward.called
         if self._order is None:
             if not called:
                 raise UnsupportedError(f"{family} does not attend through transformers' AttentionInterface")
@@ -174,6 +183,7 @@ class Adapter:
             if len(called) != expected:
                 raise UnsupportedError(f"{family} has {expected} layers, but {len(called)} of them attend")
             self._order = {index: place for place, index in enumerate(called)}
+            self._foresight = Foresight(forward.modules, self._order)
         elif len(called) != len(self._order):
             missing = sorted(set(self._order) - set(called))
             raise UnsupportedError(f"{family} skipped the attention of layers {missing} in this forward")

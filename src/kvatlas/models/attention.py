@@ -7,7 +7,7 @@ Shapes: T packed tokens of all sequences, Hq query heads, H KV heads, Dk / Dv el
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -73,6 +73,20 @@ class AttentionContext(Protocol):
         ...
 
 
+class WatchingContext(AttentionContext, Protocol):
+    """A context that also wants to look at each layer's input, to foresee what a later layer will ask."""
+
+    def before_layer(self, layer: int, foresee: Callable[[int, slice], Tensor]) -> None:
+        """Called before a layer's attention module runs.
+
+        Args:
+            layer: index into ``ModelShape.layers``.
+            foresee: returns the queries [n, Hq, Dk], rotated, that another layer would ask if its input for some
+                rows of the batch were this layer's.
+        """
+        ...
+
+
 @dataclass
 class Forward:
     """What one forward has done so far.
@@ -81,11 +95,13 @@ class Forward:
         context: answers the calls.
         order: ``layer_idx`` of a module -> its place in the order of execution; None while that is observed.
         called: ``layer_idx`` of each call, in order of execution.
+        modules: the module of each call.
     """
 
     context: AttentionContext
     order: Mapping[int, int] | None = None
     called: list[int] = field(default_factory=list)
+    modules: list[nn.Module] = field(default_factory=list)
 
     def enter(self, module: nn.Module) -> int:
         """Note the call of a layer and return its index in order of execution."""
@@ -97,7 +113,13 @@ class Forward:
         if self.order is not None and index not in self.order:
             raise UnsupportedError(f"{type(module).__name__} of layer {index} attends only in some forwards")
         self.called.append(index)
+        self.modules.append(module)
         return len(self.called) - 1 if self.order is None else self.order[index]
+
+
+def current() -> Forward | None:
+    """Return the forward that runs on this thread, if one does."""
+    return _CURRENT.get()
 
 
 _CURRENT: ContextVar[Forward | None] = ContextVar("kvatlas_forward", default=None)

@@ -20,6 +20,7 @@ from kvatlas.core.vocabulary import Format, Sidecar
 
 TORCH_DTYPES = {Format.FP32: torch.float32, Format.BF16: torch.bfloat16, Format.FP16: torch.float16}
 _SIDECAR_DTYPES = {Sidecar.POSITIONS: torch.int32, Sidecar.COLUMN_SUMS: torch.float32}
+_RAW_BYTES = torch.int32.itemsize  # copying whole blocks as words is ten times faster than as bytes
 _SLAB_AIM_BYTES = 1024 * 1024
 _BLOCKS_PER_SLAB = 16  # at least, so that little is left over where another layout does not fit exactly
 
@@ -48,12 +49,13 @@ class Books:
 class BlockClass:
     """All blocks of one layout: views into the arena, a free stack, and reference counts.
 
-    ``keys`` [N, bs, Dk], ``values`` [N, bs, Dv], ``positions`` [N, bs] int32 and ``column_sums`` [N, bs] float32 (or
-    None) are strided views whose rows overlap: only the rows of lent block ids mean something. Counts are kept by
-    *ordinal*, slab * blocks per slab + index in the slab.
+    ``keys`` [N, bs, Dk], ``values`` [N, bs, Dv], ``positions`` [N, bs] int32, ``column_sums`` [N, bs] float32 (None
+    where not stored) and ``raw`` [N, words] int32, the whole block, are strided views whose rows overlap: only the
+    rows of lent block ids mean something. Counts are kept by *ordinal*, slab * blocks per slab + index in the slab.
     """
 
-    def __init__(self, layout: BlockLayout, memory: Tensor, slab_bytes: int) -> None:
+    def __init__(self, arena: Arena, layout: BlockLayout, memory: Tensor, slab_bytes: int) -> None:
+        self.arena = arena
         self.layout = layout
         self.block_bytes = layout.block_bytes
         self.per_slab = slab_bytes // self.block_bytes
@@ -65,14 +67,28 @@ class BlockClass:
             name: self._view(memory, _SIDECAR_DTYPES[name], layout.sidecar_offset(name), 1).squeeze(-1)
             for name in layout.sidecars
         }
-        self.positions = sidecars[Sidecar.POSITIONS]
+        self._positions = sidecars.get(Sidecar.POSITIONS)
         self.column_sums = sidecars.get(Sidecar.COLUMN_SUMS)
+        self.raw = memory.view(torch.int32).as_strided(
+            (self._rows(memory), self.block_bytes // _RAW_BYTES), (GRANULE // _RAW_BYTES, 1)
+        )
         capacity = memory.numel() // slab_bytes * self.per_slab
         self.refs = torch.zeros(capacity, dtype=torch.int32)
         self.in_cache = torch.zeros(capacity, dtype=torch.bool)
         self.free_stack = torch.empty(capacity, dtype=torch.int32)  # ordinals
         self.num_free = 0
         self.slabs: set[int] = set()
+
+    @property
+    def positions(self) -> Tensor:
+        """Position of the token in each slot, int32 [N, bs]; only partial keys are stored without."""
+        assert self._positions is not None
+        return self._positions
+
+    @property
+    def device(self) -> torch.device:
+        """Where the blocks live."""
+        return self.raw.device
 
     def ordinals(self, ids: Tensor) -> Tensor:
         """Return the ordinals [n] int64 of block ids [n]."""
@@ -86,10 +102,12 @@ class BlockClass:
 
     def _view(self, memory: Tensor, dtype: torch.dtype, offset_bytes: int, width: int) -> Tensor:
         size = dtype.itemsize
-        rows = max(0, (memory.numel() - self.block_bytes) // GRANULE + 1)
         return memory.view(dtype).as_strided(
-            (rows, self.layout.block_size, width), (GRANULE // size, width, 1), offset_bytes // size
+            (self._rows(memory), self.layout.block_size, width), (GRANULE // size, width, 1), offset_bytes // size
         )
+
+    def _rows(self, memory: Tensor) -> int:
+        return max(0, (memory.numel() - self.block_bytes) // GRANULE + 1)
 
 
 class Arena:
@@ -99,22 +117,30 @@ class Arena:
         budget_bytes: most bytes the arena takes; rounded down to whole slabs.
         layouts: every layout that may be asked for; slabs are sized by the first and hold several of each.
         device: where the bytes live. Tables and counts stay on the CPU.
+        option: the command-line option that sets the budget, for messages.
 
     Raises:
         CapacityError: the budget does not hold one block.
     """
 
-    def __init__(self, budget_bytes: int, layouts: Seq[BlockLayout], device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        budget_bytes: int,
+        layouts: Seq[BlockLayout],
+        device: torch.device | str = "cpu",
+        option: str = "--kv-memory",
+    ) -> None:
         sizes = [layout.block_bytes for layout in layouts]
         if sizes[0] > budget_bytes:
             raise CapacityError(
                 f"KV memory of {format_bytes(budget_bytes)} does not hold one block of {format_bytes(sizes[0])}; "
-                "give more memory (--kv-memory) or a smaller block size"
+                f"give more memory ({option}) or a smaller block size"
             )
         aim = max(_BLOCKS_PER_SLAB * max(sizes), min(_SLAB_AIM_BYTES, budget_bytes // 64))
         self.slab_bytes = sizes[0] * min(aim // sizes[0], budget_bytes // sizes[0])
         self.num_slabs = budget_bytes // self.slab_bytes
         self.total_bytes = self.num_slabs * self.slab_bytes
+        self.device = torch.device(device)
         self._memory = torch.empty(self.total_bytes, dtype=torch.uint8, device=device)
         self._empty_slabs = list(range(self.num_slabs - 1, -1, -1))
         self._classes: dict[BlockLayout, BlockClass] = {}
@@ -122,7 +148,7 @@ class Arena:
     def block_class(self, layout: BlockLayout) -> BlockClass:
         """Return the blocks of ``layout``, made known on first use."""
         if layout not in self._classes:
-            self._classes[layout] = BlockClass(layout, self._memory, self.slab_bytes)
+            self._classes[layout] = BlockClass(self, layout, self._memory, self.slab_bytes)
         return self._classes[layout]
 
     def capacity_bytes(self, layout: BlockLayout) -> int:

@@ -13,7 +13,8 @@ from torch import Tensor
 from kvatlas.core.views import LayerView
 from kvatlas.storage.arena import BlockClass
 from kvatlas.storage.lanes import LaneGroup
-from kvatlas.storage.store import KVStore, Sequence
+from kvatlas.storage.sequence import Sequence
+from kvatlas.storage.store import KVStore
 
 
 def lane_view(store: KVStore, seqs: Seq[Sequence], group: LaneGroup, recent: Seq[int]) -> tuple[LayerView, Tensor]:
@@ -27,7 +28,7 @@ def lane_view(store: KVStore, seqs: Seq[Sequence], group: LaneGroup, recent: Seq
     length, hole = store.length[rows][:, lanes], store.hole[rows][:, lanes]
     columns = -(-int(length.max()) // size)
     table = store.table[rows[:, None], lanes[None, :], :columns]
-    device = blocks.positions.device
+    device = blocks.device
     flat, shape = table.flatten().to(device), (len(rows), len(lanes), columns * size)
     slot = torch.arange(columns * size)
     live = ((slot < length[..., None]) & (slot != hole[..., None])).to(device)
@@ -126,7 +127,7 @@ def _locate(table: Tensor, lanes: Tensor, slot: Tensor, block_size: int) -> tupl
 
 def _copy_slots(blocks: BlockClass, source: tuple[Tensor, Tensor], target: tuple[Tensor, Tensor]) -> None:
     """Copy slots; reading everything before writing makes overlapping source and target safe."""
-    device = blocks.positions.device
+    device = blocks.device
     (from_block, from_offset), (to_block, to_offset) = (
         (block.to(device), offset.to(device)) for block, offset in (source, target)
     )

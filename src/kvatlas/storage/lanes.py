@@ -1,16 +1,20 @@
-"""Which lanes a model has, and which blocks each strategy's sequences draw for them."""
+"""Which lanes a model has, and which blocks each strategy's sequences draw for them, on which tier."""
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from kvatlas.core.layout import layout_of
+from kvatlas.core.layout import layout_of, sketch_layout_of, staging_buffers
 from kvatlas.core.shapes import ModelShape
 from kvatlas.core.vocabulary import Format, Sidecar
-from kvatlas.storage.arena import Arena, BlockClass
+
+if TYPE_CHECKING:
+    from kvatlas.storage.arena import Arena, BlockClass
 
 NO_WINDOW = 2**40
 
@@ -36,9 +40,18 @@ class LaneMap:
             window: (self.window_of_lane == window).nonzero().flatten() for window in sorted(set(windows) - {NO_WINDOW})
         }
 
+    def owner(self, layer: int) -> int:
+        """Return the layer whose lanes a layer reads: itself, unless it shares another's."""
+        shared = self.shape.layers[layer].shares_kv_with
+        return layer if shared is None else shared
+
+    def lanes_of(self, layers: Collection[int]) -> Tensor:
+        """Return the lanes [n] int64 of some layers that own lanes, in order."""
+        spans = [torch.arange(self.slices[index].start, self.slices[index].stop) for index in sorted(layers)]
+        return torch.cat([torch.zeros(0, dtype=torch.int64), *spans])
+
     def _slice(self, layer: int, starts: dict[int, int]) -> slice:
-        owner = self.shape.layers[layer].shares_kv_with
-        owner = layer if owner is None else owner
+        owner = self.owner(layer)
         return slice(starts[owner], starts[owner] + self.shape.layers[owner].num_kv_heads)
 
 
@@ -50,29 +63,75 @@ class LaneGroup:
     lanes: Tensor
 
 
-class SequenceLayout:
-    """The block class of every lane under one storage format and set of sidecars.
+class LaneClasses:
+    """The block class of some layers' lanes.
 
     Args:
         lanes: the model's lanes.
-        arena: where blocks come from.
+        class_of_owner: layer that owns lanes -> class of their blocks; layers left out hold no blocks.
+    """
+
+    def __init__(self, lanes: LaneMap, class_of_owner: Mapping[int, BlockClass]) -> None:
+        self._lanes = lanes
+        self._class_of_owner = class_of_owner
+        members: dict[BlockClass, list[int]] = {}
+        for index, blocks in class_of_owner.items():
+            members.setdefault(blocks, []).append(index)
+        self.groups = [LaneGroup(blocks=blocks, lanes=lanes.lanes_of(layers)) for blocks, layers in members.items()]
+
+    def of_layer(self, layer: int) -> BlockClass:
+        """Return the class of the blocks that a layer reads."""
+        return self._class_of_owner[self._lanes.owner(layer)]
+
+
+class SequenceLayout(LaneClasses):
+    """Where a sequence keeps everything, under one storage format, set of sidecars and placement.
+
+    Args:
+        lanes: the model's lanes.
+        device: the device tier.
+        host: the host tier; may be None if no layer is placed there.
         format: element format.
         sidecars: what is stored per slot.
         block_size: slots per block.
+        host_layers: layers that own lanes on the host; the others' are on the device.
+        sketch_share: share of each key's columns that the device keeps of tokens on the host; 0: nothing.
+
+    Attributes:
+        staging: device blocks that layers on the host are read through, by buffer layer; None without such layers.
+        sketch: device blocks of partial keys, slot by slot beside the keys on the host; None if not kept.
+        buffers: layer that reads host lanes -> layer whose lanes name its buffer in ``staging``.
     """
 
     def __init__(
-        self, lanes: LaneMap, arena: Arena, format: Format, sidecars: tuple[Sidecar, ...], block_size: int
+        self,
+        lanes: LaneMap,
+        device: Arena,
+        host: Arena | None,
+        format: Format,
+        sidecars: tuple[Sidecar, ...],
+        block_size: int,
+        host_layers: tuple[int, ...] = (),
+        sketch_share: float = 0.0,
     ) -> None:
-        self.key = (format, sidecars)
-        members: dict[BlockClass, list[int]] = {}
-        class_of: dict[int, BlockClass] = {}
-        for index in lanes.shape.owners:
-            layout = layout_of(lanes.shape.layers[index], format, block_size, sidecars)
-            class_of[index] = arena.block_class(layout)
-            members.setdefault(class_of[index], []).extend(range(lanes.slices[index].start, lanes.slices[index].stop))
-        self.groups = [
-            LaneGroup(blocks=blocks, lanes=torch.tensor(ids, dtype=torch.int64)) for blocks, ids in members.items()
-        ]
-        shared = [layer.shares_kv_with for layer in lanes.shape.layers]
-        self.class_of_layer = [class_of[i if owner is None else owner] for i, owner in enumerate(shared)]
+        self.key = (format, sidecars, host_layers, sketch_share)
+        self.host_layers = host_layers
+        self.buffers = staging_buffers(lanes.shape, host_layers)
+        self.host_lanes = lanes.lanes_of(host_layers)
+        layers = lanes.shape.layers
+        layouts = {index: layout_of(layers[index], format, block_size, sidecars) for index in lanes.shape.owners}
+        tiers = {index: host if index in host_layers else device for index in layouts}
+        homes = {index: tier.block_class(layouts[index]) for index, tier in tiers.items() if tier is not None}
+        assert len(homes) == len(layouts), "layers are placed on a host tier that does not exist"
+        super().__init__(lanes, homes)
+        self.staging: LaneClasses | None = None
+        self.sketch: LaneClasses | None = None
+        if host_layers:
+            buffers = sorted(set(self.buffers.values()))
+            self.staging = LaneClasses(lanes, {index: device.block_class(layouts[index]) for index in buffers})
+        if host_layers and sketch_share:
+            sketches = {
+                index: device.block_class(sketch_layout_of(layers[index], format, block_size, sketch_share))
+                for index in host_layers
+            }
+            self.sketch = LaneClasses(lanes, sketches)

@@ -16,9 +16,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kvatlas.storage.arena import Arena
 from kvatlas.storage.eviction import drop_passed_windows
 from kvatlas.storage.lanes import SequenceLayout
-from kvatlas.storage.store import KVStore, Sequence
+from kvatlas.storage.sequence import Sequence
+from kvatlas.storage.store import KVStore
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +61,7 @@ class PrefixCache:
         store.length[seq.row] = len(hits) * store.block_size
         seq.seen, seq.shared = len(hits) * store.block_size, True
         for group in seq.layout.groups:
-            store.arena.add_reference(group.blocks, columns[group.lanes].flatten())
+            group.blocks.arena.add_reference(group.blocks, columns[group.lanes].flatten())
         self._touch(hits)
         drop_passed_windows(store, seq)
         return seq.seen
@@ -80,35 +82,37 @@ class PrefixCache:
                 break  # a window has passed this block already, and entries behind a gap are never found
             ids = store.table[seq.row].gather(1, columns[:, None]).squeeze(1)
             for group in seq.layout.groups:
-                store.arena.add_reference(group.blocks, ids[group.lanes])
-                store.arena.mark_cached(group.blocks, ids[group.lanes], True)
+                group.blocks.arena.add_reference(group.blocks, ids[group.lanes])
+                group.blocks.arena.mark_cached(group.blocks, ids[group.lanes], True)
             self._entries[digests[index]] = _Entry(layout=seq.layout, ids=ids)
             seq.shared = True
         self._touch(digests)
 
-    def reclaim(self, wanted_bytes: int) -> int:
+    def reclaim(self, wanted_bytes: int, tier: Arena | None = None) -> int:
         """Give up entries, least recently used first, until ``wanted_bytes`` are free; return the bytes freed.
 
-        An entry whose blocks are all in use stays: to give it up would free nothing.
+        An entry whose blocks are all in use stays: to give it up would free nothing. Bytes are those of ``tier``;
+        None: of the device.
         """
         freed = 0
         for digest in list(self._entries):
             if freed >= wanted_bytes:
                 break
-            freed += self._drop(digest)
+            freed += self._drop(digest, tier or self._store.arena)
         return freed
 
-    def _drop(self, digest: bytes) -> int:
-        entry, arena, freed = self._entries[digest], self._store.arena, 0
+    def _drop(self, digest: bytes, tier: Arena) -> int:
+        entry, freed = self._entries[digest], 0
         for group in entry.layout.groups:
-            owners = arena.num_owners(group.blocks, entry.ids[group.lanes])
-            freed += int((owners == 1).sum()) * group.blocks.block_bytes
+            if group.blocks.arena is tier:
+                owners = tier.num_owners(group.blocks, entry.ids[group.lanes])
+                freed += int((owners == 1).sum()) * group.blocks.block_bytes
         if not freed:
             return 0
         for group in entry.layout.groups:
             ids = entry.ids[group.lanes]
-            arena.mark_cached(group.blocks, ids, False)
-            arena.release(group.blocks, ids)
+            group.blocks.arena.mark_cached(group.blocks, ids, False)
+            group.blocks.arena.release(group.blocks, ids)
         del self._entries[digest]
         return freed
 

@@ -4,7 +4,9 @@ Invariants:
 - a lane with ``length`` slots in use holds exactly ceil(length / block_size) blocks;
 - the slots [0, length) of a lane are live, except for at most one *hole*, which the next token overwrites;
 - slots are in position order as long as ``Sequence.dense``; the position sidecar is the truth after that;
-- only the last block of a lane of a shared sequence may be written to, and is copied first if others own it too.
+- only the last block of a lane of a shared sequence may be written to, and is copied first if others own it too;
+- a sequence with lanes on the host has two companion rows of device blocks: *staging*, through which those lanes are
+  read, and, where the strategy speculates, the *sketch*, partial keys slot by slot.
 
 Tables, lengths and counts are tensors over sequences x lanes on the CPU; no object exists per block.
 """
@@ -12,7 +14,6 @@ Tables, lengths and counts are tensors over sequences x lanes on the CPU; no obj
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -24,39 +25,7 @@ from kvatlas.core.units import format_bytes
 from kvatlas.core.vocabulary import Format, Sidecar
 from kvatlas.storage.arena import Arena, Books
 from kvatlas.storage.lanes import LaneGroup, LaneMap, SequenceLayout
-
-
-@dataclass(eq=False)
-class Sequence:
-    """One sequence's share of the store.
-
-    Args:
-        row: its row in the tables.
-        layout: the block class of each lane.
-        seen: tokens appended so far; the next one has this position.
-        dense: slot i of a lane holds position start + i.
-        shared: some of its blocks may have other owners, so it may not be cut.
-        forked: its partly filled last blocks may have other owners, and are copied before the next write.
-        starts: position of slot 0 per sliding window, while dense.
-        digests: hashes of its full blocks, as far as the prefix cache has needed them.
-    """
-
-    row: int
-    layout: SequenceLayout
-    seen: int = 0
-    dense: bool = True
-    shared: bool = False
-    forked: bool = False
-    starts: dict[int, int] = field(default_factory=dict)
-    digests: list[bytes] = field(default_factory=list)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Slots:
-    """Where T new tokens go: block ids and offsets, each [T, lanes] int64."""
-
-    block: Tensor
-    offset: Tensor
+from kvatlas.storage.sequence import LaneRow, Sequence, Slots
 
 
 class KVStore:
@@ -68,9 +37,10 @@ class KVStore:
         budget_bytes: most bytes of keys, values and sidecars.
         device: where they live.
         block_size: slots per block.
+        host_bytes: most bytes on the host tier; 0: there is none.
 
     Raises:
-        CapacityError: the budget does not hold one block of every lane.
+        CapacityError: the budget does not hold one block of every lane, or that of the host not one block.
     """
 
     def __init__(
@@ -80,11 +50,14 @@ class KVStore:
         budget_bytes: int,
         device: torch.device | str = "cpu",
         block_size: int = DEFAULT_BLOCK_SIZE,
+        host_bytes: int = 0,
     ) -> None:
         self.lanes = LaneMap(shape)
         self.format = format
         self.block_size = block_size
-        self.arena = Arena(budget_bytes, _possible_layouts(shape, format, block_size), device)
+        possible = _possible_layouts(shape, format, block_size)
+        self.arena = Arena(budget_bytes, possible, device)
+        self.host = Arena(host_bytes, possible, option="--host-memory") if host_bytes else None
         self._layouts: dict[object, SequenceLayout] = {}
         least = sum(
             len(group.lanes) * group.blocks.block_bytes for group in self.layout(None, (Sidecar.POSITIONS,)).groups
@@ -101,106 +74,217 @@ class KVStore:
 
     # Sequences
 
-    def layout(self, format: Format | None, sidecars: tuple[Sidecar, ...]) -> SequenceLayout:
-        """Return the lane layout for a storage format (None: the model's own) and a set of sidecars."""
-        key = (format or self.format, sidecars)
+    def layout(
+        self,
+        format: Format | None,
+        sidecars: tuple[Sidecar, ...],
+        host_layers: tuple[int, ...] = (),
+        sketch_share: float = 0.0,
+    ) -> SequenceLayout:
+        """Return the lane layout for a storage format (None: the model's own), sidecars and a placement.
+
+        Raises:
+            CapacityError: layers are to be placed on the host, and there is no host tier.
+        """
+        if host_layers and self.host is None:
+            raise CapacityError("there is no host tier to place keys and values on; give it memory (--host-memory)")
+        key = (format or self.format, sidecars, host_layers, sketch_share)
         if key not in self._layouts:
-            self._layouts[key] = SequenceLayout(self.lanes, self.arena, *key, block_size=self.block_size)
+            self._layouts[key] = SequenceLayout(
+                self.lanes, self.arena, self.host, *key[:2], self.block_size, host_layers, sketch_share
+            )
         return self._layouts[key]
 
     def open(self, layout: SequenceLayout) -> Sequence:
         """Return a new, empty sequence."""
+        seq = Sequence(row=self.take_row(), layout=layout, starts=dict.fromkeys(self.lanes.windows, 0))
+        if layout.staging is not None:
+            seq.staging = LaneRow(row=self.take_row(), layout=layout.staging)
+        if layout.sketch is not None:
+            seq.sketch = LaneRow(row=self.take_row(), layout=layout.sketch)
+        return seq
+
+    def close(self, seq: Sequence) -> None:
+        """Give all blocks of ``seq`` back; the sequence must not be used again."""
+        for row in seq.rows:
+            self.release_columns(row, torch.zeros(self.lanes.count, dtype=torch.int64), self.columns_held(row))
+            self.free_row(row)
+
+    def free_row(self, row: LaneRow) -> None:
+        """Give a row of the tables back, once its blocks are somebody else's or nobody's."""
+        self.length[row.row] = 0
+        self._free_rows.append(row.row)
+        row.row = -1
+
+    def take_row(self) -> int:
+        """Return an empty row of the tables."""
         if not self._free_rows:
             self._grow_rows()
         row = self._free_rows.pop()
         self.table[row] = 0  # reads may run past a lane's end, and an id of another layout may lie outside its pool
         self.length[row] = 0
         self.hole[row] = -1
-        return Sequence(row=row, layout=layout, starts=dict.fromkeys(self.lanes.windows, 0))
-
-    def close(self, seq: Sequence) -> None:
-        """Give all blocks of ``seq`` back; the sequence must not be used again."""
-        self.release_columns(seq, torch.zeros(self.lanes.count, dtype=torch.int64), self.columns_held(seq))
-        self.length[seq.row] = 0
-        self._free_rows.append(seq.row)
-        seq.row = -1
+        return row
 
     def fork(self, seq: Sequence) -> Sequence:
         """Return a second sequence with the same tokens; blocks are shared until one of the two writes.
 
         Only sequences that no strategy has evicted from can be forked.
         """
-        assert seq.dense, "an evicted sequence would need its own sums and holes"
+        assert seq.dense and seq.sketch is None, "an evicted sequence would need its own sums, holes and sketch"
         child = self.open(seq.layout)
         columns = int(self.columns_held(seq).max())
         self.table[child.row, :, :columns] = self.table[seq.row, :, :columns]
         self.length[child.row] = self.length[seq.row]
         child.seen, child.starts, child.digests = seq.seen, dict(seq.starts), list(seq.digests)
         for group, ids in self.ids_between(seq, torch.zeros(self.lanes.count), self.columns_held(seq)):
-            self.arena.add_reference(group.blocks, ids)
+            group.blocks.arena.add_reference(group.blocks, ids)
         seq.shared = child.shared = seq.forked = child.forked = True
         return child
 
-    def allocated_bytes(self, seq: Sequence) -> int:
-        """Return the bytes of all blocks that ``seq`` holds, sidecars included, shared blocks counted in full."""
-        held = self.columns_held(seq)
-        return sum(int(held[group.lanes].sum()) * group.blocks.block_bytes for group in seq.layout.groups)
+    def allocated_bytes(self, seq: Sequence, arena: Arena | None = None) -> int:
+        """Return the bytes of all blocks of a tier that ``seq`` holds, sidecars included, shared blocks in full.
+
+        Args:
+            seq: the sequence, its companions included.
+            arena: the tier; None for the device.
+        """
+        return sum(self.row_bytes(row, arena or self.arena) for row in seq.rows)
+
+    def row_bytes(self, row: LaneRow, arena: Arena) -> int:
+        """Return the bytes of all blocks of a tier that one row holds, sidecars included."""
+        held = self.columns_held(row)
+        groups = [group for group in row.layout.groups if group.blocks.arena is arena]
+        return sum(int(held[group.lanes].sum()) * group.blocks.block_bytes for group in groups)
 
     def kv_bytes(self, seq: Sequence) -> int:
-        """Return the bytes of keys and values of all blocks that ``seq`` holds, sidecars left out."""
+        """Return the bytes of keys and values of all blocks that ``seq`` holds on any tier, sidecars left out."""
         held = self.columns_held(seq)
         return sum(int(held[group.lanes].sum()) * group.blocks.layout.kv_bytes for group in seq.layout.groups)
 
-    def capacity_bytes(self, layout: SequenceLayout) -> int:
-        """Return the bytes that sequences of this layout could hold if they had the arena to themselves.
+    def capacity_bytes(self, layout: SequenceLayout, arena: Arena | None = None) -> int:
+        """Return the bytes that sequences of this layout could hold if they had a tier to themselves.
 
         Each further block class may leave one slab partly empty.
+
+        Args:
+            layout: of the sequences.
+            arena: the tier; None for the device.
         """
-        slabs = max(0, self.arena.num_slabs - len(layout.groups) + 1)
-        return slabs * min(group.blocks.per_slab * group.blocks.block_bytes for group in layout.groups)
+        arena = arena or self.arena
+        parts = (part for part in (layout, layout.staging, layout.sketch) if part is not None)
+        classes = {group.blocks for part in parts for group in part.groups if group.blocks.arena is arena}
+        slabs = max(0, arena.num_slabs - len(classes) + 1)
+        return slabs * min((blocks.per_slab * blocks.block_bytes for blocks in classes), default=0)
 
     def books(self) -> Books:
-        """Return where the bytes of the arena are."""
+        """Return where the bytes of the device tier are."""
         return self.arena.books()
 
     # Appending
 
-    def blocks_needed(self, seq: Sequence, count: int) -> list[tuple[LaneGroup, int]]:
-        """Return how many new blocks of each class ``count`` more tokens take, copies of shared blocks included."""
+    def blocks_needed(self, seq: Sequence, count: int, staged: int = 0) -> list[tuple[LaneGroup, int]]:
+        """Return how many new blocks of each class ``count`` more tokens take, copies of shared blocks included.
+
+        Args:
+            seq: the sequence.
+            count: tokens of every lane.
+            staged: slots that each lane of a staging buffer shall have at least.
+        """
         need = self._new_columns(seq, count)
         copies = self._shared_tails(seq) if seq.forked else torch.zeros_like(need)
-        return [(group, int((need + copies)[group.lanes].sum())) for group in seq.layout.groups]
+        needs = [(group, int((need + copies)[group.lanes].sum())) for group in seq.layout.groups]
+        for row, slots in self._companion_slots(seq, count, staged):
+            more = self._more_columns(row, slots)
+            needs += [(group, int(more[group.lanes].sum())) for group in row.layout.groups]
+        return needs
 
-    def try_extend(self, seq: Sequence, count: int) -> bool:
-        """Allocate room for ``count`` more tokens in every lane; False, and nothing changed, if it does not fit."""
-        granted = self._try_allocate(self.blocks_needed(seq, count))
+    def try_extend(self, seq: Sequence, count: int, staged: int = 0) -> bool:
+        """Allocate room for ``count`` more tokens in every lane; False, and nothing changed, if it does not fit.
+
+        Args:
+            seq: the sequence.
+            count: tokens of every lane.
+            staged: slots that each lane of a staging buffer shall have at least.
+        """
+        granted = self.try_allocate(self.blocks_needed(seq, count, staged))
         if granted is None:
             return False
+        own, rest = granted[: len(seq.layout.groups)], granted[len(seq.layout.groups) :]
         new = self._new_columns(seq, count)
-        held = self.columns_held(seq)
-        self.grow_columns(int((held + new).max()))
-        for group, ids in granted:
-            if seq.forked:
-                ids = self._copy_shared_tails(seq, group, ids)
-            lanes = group.lanes.repeat_interleave(new[group.lanes])
-            columns = _ragged_arange(new[group.lanes]) + held[lanes]
-            self.table[seq.row, lanes, columns] = ids
+        companions = [
+            (row, slots, self._more_columns(row, slots)) for row, slots in self._companion_slots(seq, count, staged)
+        ]
+        if seq.forked:
+            own = [(group, self._copy_shared_tails(seq, group, ids)) for group, ids in own]
+        self.put(seq, new, own)
+        for row, slots, more in companions:
+            self.put(row, more, rest[: len(row.layout.groups)])
+            rest = rest[len(row.layout.groups) :]
+            self.length[row.row] = torch.maximum(self.length[row.row], slots)
         seq.forked = False
         return True
 
-    def _try_allocate(self, needs: list[tuple[LaneGroup, int]]) -> list[tuple[LaneGroup, Tensor]] | None:
+    def longest_on_host(self, seq: Sequence) -> int:
+        """Return the most slots that a lane on the host has in use."""
+        lengths = self.length[seq.row, seq.layout.host_lanes]
+        return int(lengths.max()) if len(lengths) else 0
+
+    def shrink_staging(self, seq: Sequence, slots: int) -> None:
+        """Give back what the staging buffers hold beyond ``slots`` of each lane."""
+        if seq.staging is None:
+            return
+        before = self.columns_held(seq.staging)
+        self.length[seq.staging.row].clamp_(max=slots)
+        self.release_columns(seq.staging, self.columns_held(seq.staging), before)
+
+    def _companion_slots(self, seq: Sequence, count: int, staged: int) -> list[tuple[LaneRow, Tensor]]:
+        """Return for each companion how many slots [lanes] int64 its lanes need when ``count`` tokens are added."""
+        found = []
+        if seq.staging is not None:
+            found.append((seq.staging, torch.full((self.lanes.count,), staged)))
+        if seq.sketch is not None:
+            found.append((seq.sketch, self.length[seq.row] + count))
+        return [(row, slots * self._has_lanes(row)) for row, slots in found]
+
+    def _has_lanes(self, row: LaneRow) -> Tensor:
+        held = torch.zeros(self.lanes.count, dtype=torch.int64)
+        for group in row.layout.groups:
+            held[group.lanes] = 1
+        return held
+
+    def _more_columns(self, row: LaneRow, slots: Tensor) -> Tensor:
+        return (-(-slots // self.block_size) - self.columns_held(row)).clamp(min=0)
+
+    def put(self, row: LaneRow, new: Tensor, granted: list[tuple[LaneGroup, Tensor]]) -> None:
+        """Enter ``new`` [lanes] block ids per lane behind those that a row has."""
+        held = self.columns_held(row)
+        self.grow_columns(int((held + new).max()))
+        for group, ids in granted:
+            lanes = group.lanes.repeat_interleave(new[group.lanes])
+            columns = _ragged_arange(new[group.lanes]) + held[lanes]
+            self.table[row.row, lanes, columns] = ids
+
+    def try_allocate(self, needs: list[tuple[LaneGroup, int]]) -> list[tuple[LaneGroup, Tensor]] | None:
         """Return block ids for every group, or None, and nothing taken, if they do not all fit."""
-        if any(self.arena.num_available(group.blocks) < number for group, number in needs if number):
+        if self.short_of(needs) is not None:
             return None
         granted: list[tuple[LaneGroup, Tensor]] = []
         for group, number in needs:
-            ids = self.arena.try_allocate(group.blocks, number)
+            ids = group.blocks.arena.try_allocate(group.blocks, number)
             if ids is None:  # two classes competed for the last slabs
                 for other, taken in granted:
-                    self.arena.release(other.blocks, taken)
+                    other.blocks.arena.release(other.blocks, taken)
                 return None
             granted.append((group, ids))
         return granted
+
+    def short_of(self, needs: list[tuple[LaneGroup, int]]) -> Arena | None:
+        """Return a tier that has too few blocks for one of ``needs``, if there is one."""
+        for group, number in needs:
+            if number and group.blocks.arena.num_available(group.blocks) < number:
+                return group.blocks.arena
+        return None
 
     def append(self, seq: Sequence, count: int) -> Slots:
         """Take the next ``count`` slots of every lane for new tokens and note their positions.
@@ -211,7 +295,7 @@ class KVStore:
         slot = self.length[seq.row][None, :] + torch.arange(count)[:, None]
         self.length[seq.row] += count
         block = self.table[seq.row].long().gather(1, (slot // self.block_size).T).T
-        slots = Slots(block=block, offset=slot % self.block_size)
+        slots = Slots(index=slot, block=block, offset=slot % self.block_size)
         positions = torch.arange(seq.seen, seq.seen + count, dtype=torch.int32)
         seq.seen += count
         self._note(seq.layout, slots, positions)
@@ -228,7 +312,7 @@ class KVStore:
         self.length[rows] = length + (hole < 0)
         self.hole[rows] = -1
         block = self.table[rows].long().gather(2, (slot // self.block_size)[..., None]).squeeze(-1)
-        slots = Slots(block=block, offset=slot % self.block_size)
+        slots = Slots(index=slot, block=block, offset=slot % self.block_size)
         self._note(seqs[0].layout, slots, torch.tensor([seq.seen for seq in seqs], dtype=torch.int32))
         for seq in seqs:
             seq.seen += 1
@@ -241,8 +325,8 @@ class KVStore:
         return [bool(needs) or seq.forked for needs, seq in zip(full.any(dim=1).tolist(), seqs, strict=True)]
 
     def _note(self, layout: SequenceLayout, slots: Slots, positions: Tensor) -> None:
-        device = layout.groups[0].blocks.positions.device
         for group in layout.groups:
+            device = group.blocks.device
             block, offset = slots.block[:, group.lanes].to(device), slots.offset[:, group.lanes].to(device)
             group.blocks.positions[block, offset] = positions.to(device)[:, None]
             if group.blocks.column_sums is not None:
@@ -250,7 +334,7 @@ class KVStore:
 
     # Blocks
 
-    def columns_held(self, seq: Sequence) -> Tensor:
+    def columns_held(self, seq: LaneRow) -> Tensor:
         """Return the number of blocks of each lane [lanes] int64."""
         return -(-self.length[seq.row] // self.block_size)
 
@@ -265,7 +349,7 @@ class KVStore:
         for group in seq.layout.groups:
             lanes = group.lanes[partial[group.lanes]]
             ids = self.table[seq.row, lanes, self.length[seq.row, lanes] // self.block_size]
-            shared[lanes] = (self.arena.num_owners(group.blocks, ids) > 1).long()
+            shared[lanes] = (group.blocks.arena.num_owners(group.blocks, ids) > 1).long()
         return shared
 
     def _copy_shared_tails(self, seq: Sequence, group: LaneGroup, ids: Tensor) -> Tensor:
@@ -277,19 +361,19 @@ class KVStore:
             if pool is not None:
                 pool[new.long().to(pool.device)] = pool[old.long().to(pool.device)]
         self.table[seq.row, lanes, columns] = new
-        self.arena.release(group.blocks, old)
+        group.blocks.arena.release(group.blocks, old)
         return ids[len(lanes) :]
 
-    def ids_between(self, seq: Sequence, low: Tensor, high: Tensor) -> list[tuple[LaneGroup, Tensor]]:
+    def ids_between(self, seq: LaneRow, low: Tensor, high: Tensor) -> list[tuple[LaneGroup, Tensor]]:
         """Return the block ids in columns [low, high) [lanes] of ``seq``, class by class."""
         columns = torch.arange(self.table.shape[2])
         mask = (columns >= low[:, None]) & (columns < high[:, None])
         return [(group, self.table[seq.row][group.lanes][mask[group.lanes]]) for group in seq.layout.groups]
 
-    def release_columns(self, seq: Sequence, low: Tensor, high: Tensor) -> None:
+    def release_columns(self, seq: LaneRow, low: Tensor, high: Tensor) -> None:
         """Give the blocks in columns [low, high) [lanes] back; the caller mends the table."""
         for group, ids in self.ids_between(seq, low, high):
-            self.arena.release(group.blocks, ids)
+            group.blocks.arena.release(group.blocks, ids)
 
     def _grow_rows(self) -> None:
         rows = len(self.table)

@@ -1,12 +1,40 @@
-"""One formula for the bytes of a request, used by admission, the tests and the commands. No torch."""
+"""One formula for the bytes of a request on each tier, used by admission, the tests and the commands. No torch."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from kvatlas.core.footprint import Footprint
-from kvatlas.core.layout import DEFAULT_BLOCK_SIZE, layout_of
+from kvatlas.core.layout import DEFAULT_BLOCK_SIZE, BlockLayout, layout_of, sketch_layout_of, staging_buffers
 from kvatlas.core.shapes import LayerShape, ModelShape
 from kvatlas.core.vocabulary import Format, Moment
 from kvatlas.strategies.strategy import Strategy
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Slots:
+    """Slots per lane: at the prefill peak, after the prompt, at the end, and read by the last step."""
+
+    peak: int
+    steady: int
+    final: int
+    read: int
+
+
+@dataclass(kw_only=True)
+class _Bytes:
+    """Sums over lanes, by the same moments."""
+
+    peak: int = 0
+    steady: int = 0
+    final: int = 0
+
+    def add(self, layout: BlockLayout, lanes: int, slots: _Slots) -> None:
+        """Add whole blocks of ``lanes`` lanes."""
+        lent = lanes * layout.block_bytes
+        self.peak += lent * _blocks(slots.peak, layout.block_size)
+        self.steady += lent * _blocks(slots.steady, layout.block_size)
+        self.final += lent * _blocks(slots.final, layout.block_size)
 
 
 def footprint(
@@ -19,7 +47,7 @@ def footprint(
     format: Format,
     block_size: int = DEFAULT_BLOCK_SIZE,
 ) -> Footprint:
-    """Return the bounds for one request on the device tier.
+    """Return the bounds for one request on each tier.
 
     Args:
         strategy: what the request runs under.
@@ -30,31 +58,59 @@ def footprint(
         format: the model's own format, used where the strategy names none.
         block_size: slots per block.
     """
-    peak = steady = final = read = kv = 0
+    format, host_layers = strategy.format or format, strategy.host_layers(shape)
+    device, host = _Bytes(), _Bytes()
+    read = moved = kv = lent = 0
+    staged = _Slots(peak=0, steady=0, final=0, read=0)
     for index in shape.owners:
         layer = shape.layers[index]
-        layout = layout_of(layer, strategy.format or format, block_size, strategy.sidecars)
-        lent = layer.num_kv_heads * layout.block_bytes
+        layout = layout_of(layer, format, block_size, strategy.sidecars)
         slots = _slots(strategy, layer, prompt_tokens, output_tokens, chunk_tokens, block_size)
-        peak_slots, steady_slots, final_slots, read_slots = slots
-        peak += lent * _blocks(peak_slots, block_size)
-        steady += lent * _blocks(steady_slots, block_size)
-        final += lent * _blocks(final_slots, block_size)
+        (host if index in host_layers else device).add(layout, layer.num_kv_heads, slots)
+        kv += layer.num_kv_heads * layout.kv_bytes * _blocks(slots.peak, block_size)
+        lent += layer.num_kv_heads * layout.block_bytes * _blocks(slots.peak, block_size)
+        read_slots = slots.read
+        if index in host_layers:
+            if strategy.attend is not None:
+                read_slots = min(slots.read, strategy.attend.most_read(slots.read) + 1)
+            staged = _deeper(staged, slots, read_slots)
+            moved += layer.num_kv_heads * (
+                read_slots * layout.kv_bytes // block_size
+                if strategy.attend is not None
+                else layout.block_bytes * _blocks(slots.final, block_size)
+            )
+            if strategy.sketch_share:
+                sketch = sketch_layout_of(layer, format, block_size, strategy.sketch_share)
+                device.add(sketch, layer.num_kv_heads, slots)
+                read += layer.num_kv_heads * slots.read * sketch.kv_bytes // block_size
         read += layer.num_kv_heads * read_slots * layout.kv_bytes // block_size
-        kv += layer.num_kv_heads * layout.kv_bytes * _blocks(peak_slots, block_size)
+    for index in set(staging_buffers(shape, host_layers).values()):
+        layer = shape.layers[index]
+        device.add(layout_of(layer, format, block_size, strategy.sidecars), layer.num_kv_heads, staged)
     return Footprint(
-        prefill_peak_bytes=peak,
-        steady_bytes=steady,
-        final_bytes=final,
+        prefill_peak_bytes=device.peak,
+        steady_bytes=device.steady,
+        final_bytes=device.final,
         read_bytes_per_step=read,
-        sidecar_fraction=1 - kv / peak if peak else 0.0,
+        sidecar_fraction=1 - kv / lent if lent else 0.0,
+        host_bytes=max(host.peak, host.final),
+        moved_bytes_per_step=moved,
     )
 
 
-def _slots(
-    strategy: Strategy, layer: LayerShape, prompt: int, output: int, chunk: int, block_size: int
-) -> tuple[int, int, int, int]:
-    """Return slots per lane: at the prefill peak, after the prompt, at the end, and read by the last step.
+def _deeper(staged: _Slots, slots: _Slots, read_slots: int) -> _Slots:
+    """Return the slots of a staging lane: the past and the chunk in a prompt, later what one step reads."""
+    later = min(read_slots + 1, slots.final + 1)
+    return _Slots(
+        peak=max(staged.peak, slots.peak),
+        steady=max(staged.steady, later),
+        final=max(staged.final, later),
+        read=0,
+    )
+
+
+def _slots(strategy: Strategy, layer: LayerShape, prompt: int, output: int, chunk: int, block_size: int) -> _Slots:
+    """Return how many slots a lane of ``layer`` has in use.
 
     Blocks that a sliding window has passed are freed whole, so up to one block more than the window is held.
     """
@@ -70,7 +126,7 @@ def _slots(
         passed = layer.window + block_size
         peak, steady, held = min(peak, passed + chunk), min(steady, passed), min(held, passed)
         read = min(read, layer.window)
-    return peak, steady, held, read
+    return _Slots(peak=peak, steady=steady, final=held, read=read)
 
 
 def _blocks(slots: int, block_size: int) -> int:

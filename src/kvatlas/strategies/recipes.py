@@ -27,6 +27,11 @@ RECIPES = {
         paper="Xiao et al., ICLR 2024, arXiv:2309.17453",
         label="StreamingLLM",
     ),
+    "infinigen": Recipe(
+        sentence="speculate(alpha=4.0, cap=0.2, partial=0.3) | offload(host)",
+        paper="Lee et al., OSDI 2024, arXiv:2406.19707",
+        label="InfiniGen",
+    ),
     "h2o": Recipe(
         sentence="h2o(heavy=0.1, recent=0.1)", paper="Zhang et al., NeurIPS 2023, arXiv:2306.14048", label="H2O"
     ),

@@ -12,7 +12,7 @@ from kvatlas.core.names import unknown_name
 from kvatlas.strategies.stage import Stage, StageInfo
 
 _STAGES: dict[str, type[Stage]] = {}
-_AXIS_PACKAGES = ("keep", "encode")
+_AXIS_PACKAGES = ("keep", "encode", "place", "attend")
 
 S = TypeVar("S", bound=type[Stage])
 

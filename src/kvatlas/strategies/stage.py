@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import types
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Union, get_args, get_origin, get_type_hints
 
 from kvatlas.core.errors import ConfigError
 from kvatlas.core.grammar import StageCall, Value, format_value
 from kvatlas.core.names import unknown_name
-from kvatlas.core.vocabulary import Axis, Format, Moment, Need, Saves
+from kvatlas.core.vocabulary import Axis, Format, Moment, Need, Saves, Tier
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -75,6 +76,10 @@ class Stage:
         """Return why this stage cannot work together with ``other``, or None."""
         return None
 
+    def lacks(self, others: Collection[Stage]) -> str | None:
+        """Return what this stage needs beside it and does not find among ``others``, or None."""
+        return None
+
     def __str__(self) -> str:
         pairs = [f"{f.name}={format_value(getattr(self, f.name))}" for f in dataclasses.fields(self)]
         return f"{self.name}({', '.join(pairs)})" if pairs else self.name
@@ -129,6 +134,45 @@ class Encode(Stage):
 
     axis: ClassVar[Axis] = Axis.ENCODE
     format: ClassVar[Format]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place(Stage):
+    """Axis *place*: on which tier keys and values live between the steps that read them."""
+
+    axis: ClassVar[Axis] = Axis.PLACE
+    tier: ClassVar[Tier]
+
+    @property
+    def fetches_ahead(self) -> bool:
+        """Whether a layer is fetched while the one before it computes."""
+        return True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attend(Stage):
+    """Axis *attend*: which of the cached tokens a decode step reads."""
+
+    axis: ClassVar[Axis] = Axis.ATTEND
+
+    @property
+    def dense_layers(self) -> int:
+        """Number of first layers that read everything."""
+        return 0
+
+    @property
+    def sketch_share(self) -> float:
+        """Share of each key's columns that stays on the device, to choose by; 0: nothing."""
+        return 0.0
+
+    @property
+    def margin(self) -> float:
+        """How far below a query head's best a token may score and still count, in units of the softmax's argument."""
+        return float("inf")
+
+    def most_read(self, cached_tokens: int) -> int:
+        """Return the most cached tokens of a lane that a step reads beside the new one."""
+        return cached_tokens
 
 
 def tokens_of(share: int | float, prompt_tokens: int) -> int:

@@ -8,11 +8,12 @@ from itertools import pairwise
 
 from kvatlas.core.errors import CompositionError
 from kvatlas.core.grammar import parse_sentence
+from kvatlas.core.shapes import ModelShape
 from kvatlas.core.vocabulary import Axis, Format, Moment, Need, Sidecar
 from kvatlas.strategies.keep.full import Full
 from kvatlas.strategies.recipes import RECIPES
 from kvatlas.strategies.registry import stage_class
-from kvatlas.strategies.stage import Encode, Keep, Stage
+from kvatlas.strategies.stage import Attend, Encode, Keep, Place, Stage
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,9 @@ class Strategy:
                     raise CompositionError(f"{stage.name!r} and {other.name!r} cannot be composed: {reason}")
         if not any(isinstance(stage, Keep) for stage in ordered):
             ordered.insert(0, Full())
+        for stage in ordered:
+            if missing := stage.lacks([other for other in ordered if other is not stage]):
+                raise CompositionError(f"{stage.name!r} cannot stand alone: {missing}")
         object.__setattr__(self, "stages", tuple(ordered))
 
     @classmethod
@@ -73,6 +77,28 @@ class Strategy:
     def format(self) -> Format | None:
         """The storage format asked for; None for the model's own."""
         return next((stage.format for stage in self.stages if isinstance(stage, Encode)), None)
+
+    @cached_property
+    def place(self) -> Place | None:
+        """The stage that says where keys and values live; None: on the device."""
+        return next((stage for stage in self.stages if isinstance(stage, Place)), None)
+
+    @cached_property
+    def attend(self) -> Attend | None:
+        """The stage that says what a decode step reads; None: everything that is kept."""
+        return next((stage for stage in self.stages if isinstance(stage, Attend)), None)
+
+    @cached_property
+    def sketch_share(self) -> float:
+        """Share of the columns of keys on the host that the device keeps as well."""
+        return 0.0 if self.attend is None else self.attend.sketch_share
+
+    def host_layers(self, shape: ModelShape) -> tuple[int, ...]:
+        """Return the layers of a model whose keys and values live on the host."""
+        if self.place is None:
+            return ()
+        dense = 0 if self.attend is None else self.attend.dense_layers
+        return tuple(index for index in shape.owners if index >= dense)
 
     @cached_property
     def needs(self) -> frozenset[Need]:

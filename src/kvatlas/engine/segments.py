@@ -1,0 +1,140 @@
+"""The parts of a batch: chunks of prompts, and groups of decode steps that share a strategy.
+
+Shapes: T packed tokens, R sequences of a group, C table columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from kvatlas.engine.request import Request
+from kvatlas.engine.speculation import Choice
+from kvatlas.engine.staging import Visitors
+from kvatlas.storage.sequence import Sequence, Slots
+from kvatlas.storage.store import KVStore
+from kvatlas.strategies.strategy import Strategy
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chunk:
+    """The next ``count`` prompt tokens of one request, at row ``start`` of the batch.
+
+    ``table`` [lanes, C] covers the chunk too; ``past_length`` [lanes], on the CPU, is what was
+    cached before it; ``dense_starts`` gives the
+    position of slot 0 per window (0: no window) while slots are in position order, else None;
+    ``visitors`` are the past's blocks on the host, or None.
+    """
+
+    request: Request
+    start: int
+    count: int
+    positions: Tensor
+    table: Tensor
+    past_length: Tensor
+    slots: Slots
+    dense_starts: dict[int, int] | None
+    visitors: Visitors | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodeGroup:
+    """One new token for each of R requests of one strategy, from row ``start`` of the batch on.
+
+    ``table`` [R, lanes, C] and ``length`` [R, lanes] include the new tokens; ``host_length`` is the latter on the CPU.
+    ``visitors`` are the blocks on the host, or None; ``choices`` says, layer by layer, which of their slots are read
+    where not all are.
+    """
+
+    strategy: Strategy
+    requests: list[Request]
+    start: int
+    positions: Tensor
+    table: Tensor
+    length: Tensor
+    columns: list[int]
+    slots: Slots
+    dense: bool
+    host_length: Tensor
+    visitors: Visitors | None
+    choices: dict[int, Choice] = field(default_factory=dict)
+    masks: dict[object, Tensor | None] = field(default_factory=dict)
+    held: dict[object, Tensor] = field(default_factory=dict)
+
+    @property
+    def seqs(self) -> list[Sequence]:
+        """The sequences, in order of their rows."""
+        return [sequence_of(request) for request in self.requests]
+
+
+def _visitors(
+    store: KVStore, strategy: Strategy, seqs: Seq[Sequence], length: Tensor, chooses: bool
+) -> Visitors | None:
+    place = strategy.place
+    if place is None or not seqs[0].layout.host_layers:
+        return None
+    return Visitors(store, seqs, length, ahead=place.fetches_ahead, chooses=chooses)
+
+
+def make_chunk(store: KVStore, request: Request, count: int, start: int) -> Chunk:
+    """Take slots for the next ``count`` prompt tokens; room for them must have been allocated."""
+    seq = request.seq
+    assert seq is not None
+    device = store.arena.device
+    past_length = store.length[seq.row].clone()
+    dense_starts = {0: 0, **seq.starts} if seq.dense else None
+    slots = _on_device(store.append(seq, count), device)
+    columns = int(store.columns_held(seq).max())
+    return Chunk(
+        request=request,
+        start=start,
+        count=count,
+        positions=torch.arange(seq.seen - count, seq.seen, device=device),
+        table=store.table[seq.row, :, :columns].to(device),
+        past_length=past_length,
+        slots=slots,
+        dense_starts=dense_starts,
+        visitors=_visitors(store, request.strategy, [seq], past_length[None], chooses=False),
+    )
+
+
+def make_group(store: KVStore, requests: list[Request], start: int) -> DecodeGroup:
+    """Take a slot for the next token of each request; all are of one strategy."""
+    seqs = [sequence_of(request) for request in requests]
+    device, strategy = store.arena.device, requests[0].strategy
+    slots = store.append_step(seqs)
+    rows = torch.tensor([seq.row for seq in seqs])
+    length = store.length[rows]
+    per_lane = (-(-length.amax(dim=0) // store.block_size)).tolist()
+    columns = [max(per_lane[lanes]) for lanes in store.lanes.slices]
+    return DecodeGroup(
+        strategy=strategy,
+        requests=requests,
+        start=start,
+        positions=torch.tensor([seq.seen - 1 for seq in seqs], device=device),
+        table=store.table[rows, :, : max(columns)].to(device),
+        length=length.to(device),
+        host_length=length,
+        columns=columns,
+        slots=_on_device(slots, device),
+        dense=all(seq.dense for seq in seqs) or _alike(store, length),
+        visitors=_visitors(store, strategy, seqs, length, chooses=strategy.attend is not None),
+    )
+
+
+def _alike(store: KVStore, length: Tensor) -> bool:
+    """Whether all lanes of each sequence are equally long, and no window asks for positions."""
+    return not store.lanes.windows and bool((length == length[:, :1]).all())
+
+
+def sequence_of(request: Request) -> Sequence:
+    """Return the sequence of a running request."""
+    assert request.seq is not None
+    return request.seq
+
+
+def _on_device(slots: Slots, device: torch.device) -> Slots:
+    return Slots(index=slots.index, block=slots.block.to(device), offset=slots.offset.to(device))

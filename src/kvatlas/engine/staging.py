@@ -1,0 +1,207 @@
+"""Blocks on the host, read through device blocks: fetched layer by layer ahead of the compute, written back behind it.
+
+A sequence with layers on the host has two staging buffers on the device. While a layer reads one, the next layer's
+blocks fill the other; new keys and values go to the host in the background. The compute thread waits only for what has
+not come yet. Shapes: R sequences, H lanes of a layer, C table columns.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence as Seq
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from kvatlas.core.timeline import EventKind, Timeline
+from kvatlas.storage.arena import BlockClass
+from kvatlas.storage.link import AHEAD, URGENT, Link, Move
+from kvatlas.storage.sequence import Sequence
+from kvatlas.storage.store import KVStore
+
+
+@dataclass(frozen=True, kw_only=True)
+class Transfer:
+    """Blocks or slots to fetch.
+
+    Args:
+        copy: does it.
+        num_bytes: how many bytes.
+    """
+
+    copy: Callable[[], None]
+    num_bytes: int
+
+
+class Visitors:
+    """Sequences of one layout whose layers on the host visit the device together.
+
+    Args:
+        store: where keys and values lie.
+        seqs: the sequences.
+        length: slots [R, lanes] int64 to fetch of each lane, on the CPU.
+        ahead: fetch a layer before it is needed.
+        chooses: slots are chosen while the layer before runs, so no layer is fetched whole.
+    """
+
+    def __init__(
+        self, store: KVStore, seqs: Seq[Sequence], length: Tensor, *, ahead: bool, chooses: bool = False
+    ) -> None:
+        self.layout = seqs[0].layout
+        self.ahead = ahead
+        self.chooses = chooses
+        self._store = store
+        rows = torch.tensor([seq.row for seq in seqs])
+        staging = torch.tensor([seq.staging.row for seq in seqs if seq.staging is not None])
+        self._columns = -(-length // store.block_size)
+        most = int(self._columns.max())
+        self._home = store.table[rows, :, :most]
+        self._stage = store.table[staging]
+
+    def reads_host(self, layer: int) -> bool:
+        """Whether a layer reads lanes on the host."""
+        return layer in self.layout.buffers
+
+    def stage(self, layer: int) -> tuple[BlockClass, Tensor]:
+        """Return the device blocks that a layer is read through, and the table [R, H, C] into them."""
+        assert self.layout.staging is not None
+        buffer = self.layout.buffers[layer]
+        return self.layout.staging.of_layer(buffer), self._stage[:, self._store.lanes.slices[buffer]]
+
+    def home(self, layer: int) -> tuple[BlockClass, Tensor]:
+        """Return the blocks on the host that a layer reads, and the table [R, H, C] into them, on the CPU."""
+        return self.layout.of_layer(layer), self._home[:, self._store.lanes.slices[layer]]
+
+    def whole(self, layer: int) -> Transfer:
+        """Return the transfer of all blocks that a layer reads."""
+        (source, home), (target, stage) = self.home(layer), self.stage(layer)
+        columns = self._columns[:, self._store.lanes.slices[layer]]
+        most = int(columns.max())
+        held = torch.arange(most) < columns[..., None]
+        source_ids, target_ids = home[..., :most][held].long(), stage[..., :most][held].long()
+
+        def copy() -> None:
+            data = source.raw.index_select(0, source_ids)
+            target.raw.index_copy_(0, target_ids.to(target.device), data.to(target.device))
+
+        return Transfer(copy=copy, num_bytes=len(source_ids) * source.block_bytes)
+
+    def chosen(self, layer: int, slots: Tensor, wanted: Tensor) -> Transfer:
+        """Return the transfer of some slots of each lane to the first slots of the lane's buffer.
+
+        Args:
+            layer: which.
+            slots: [R, H, n] int64, on the CPU.
+            wanted: [R, H, n] bool, which of them; the others are padding.
+        """
+        (source, home), (target, stage), size = self.home(layer), self.stage(layer), self._store.block_size
+        place = torch.arange(slots.shape[-1]).expand_as(slots)
+        read = home.long().gather(-1, slots // size)[wanted], (slots % size)[wanted]
+        written = stage.long().gather(-1, place // size)[wanted], (place % size)[wanted]
+        written = written[0].to(target.device), written[1].to(target.device)
+
+        def copy() -> None:
+            target.keys[written] = source.keys[read].to(target.device)
+            target.values[written] = source.values[read].to(target.device)
+
+        slot_bytes = source.layout.kv_bytes // source.layout.block_size
+        return Transfer(copy=copy, num_bytes=int(wanted.sum()) * slot_bytes)
+
+
+class Staging:
+    """The moves of one forward.
+
+    Args:
+        link: the way between the tiers.
+        visitors: what visits the device in this forward.
+        num_layers: layers of the model.
+        timeline: notes moves and waits, or None.
+    """
+
+    def __init__(self, link: Link, visitors: Seq[Visitors], num_layers: int, timeline: Timeline | None) -> None:
+        self._link = link
+        self._visitors = visitors
+        self._num_layers = num_layers
+        self._timeline = timeline
+        self._fetches: dict[tuple[int, Visitors], Move] = {}
+        self._later: dict[tuple[int, Visitors], Transfer] = {}
+        self._stores: list[Move] = []
+        for layer in range(num_layers):  # the first visit, of which no layer before it can think
+            if any(one.reads_host(layer) for one in visitors):
+                self._fetch_ahead(layer)
+                break
+
+    def bring(self, layer: int, visitors: Visitors, transfer: Transfer) -> None:
+        """Fetch chosen slots of a layer that comes next: now, or when it is its turn."""
+        if visitors.ahead:
+            self._fetches[layer, visitors] = self._submit(layer, [transfer], AHEAD)
+        else:
+            self._later[layer, visitors] = transfer
+
+    def enter(self, layer: int) -> None:
+        """Return when all that a layer reads is on the device; start on the next layer's."""
+        here = [one for one in self._visitors if one.reads_host(layer)]
+        missing = [one for one in here if (layer, one) not in self._fetches]
+        if missing:
+            keys = [(layer, one) for one in missing]
+            transfers = [self._later.pop(key) if key in self._later else key[1].whole(layer) for key in keys]
+            move = self._submit(layer, transfers, URGENT)
+            self._fetches |= {(layer, one): move for one in missing}
+        self._fetch_ahead(layer + 1, after=layer)
+        if here:
+            with self.noted(EventKind.WAIT, layer):
+                for one in here:
+                    self._fetches.pop((layer, one)).wait()
+
+    def store(self, layer: int, transfer: Transfer) -> None:
+        """Send something to the host in the background."""
+        self._stores.append(
+            self._link.stores.submit(
+                Move(
+                    copy=transfer.copy, num_bytes=transfer.num_bytes, note=self._note(EventKind.STORE, layer, transfer)
+                )
+            )
+        )
+
+    def finish(self) -> None:
+        """Return when everything is where it belongs."""
+        for move in self._stores:
+            move.wait()
+
+    @contextmanager
+    def noted(self, kind: EventKind, layer: int) -> Iterator[None]:
+        """Note how long the block takes, if anybody asks."""
+        start = time.perf_counter()
+        yield
+        if self._timeline is not None:
+            self._timeline.add(kind, layer, start, time.perf_counter())
+
+    def _fetch_ahead(self, layer: int, after: int | None = None) -> None:
+        """Order a layer's blocks; into the buffer that layer ``after`` is about to read, nothing can be fetched."""
+        if layer >= self._num_layers:
+            return
+        chosen = [one for one in self._visitors if one.reads_host(layer) and one.ahead and not one.chooses]
+        if after is not None:
+            chosen = [one for one in chosen if one.layout.buffers.get(after) != one.layout.buffers[layer]]
+        if chosen:
+            move = self._submit(layer, [one.whole(layer) for one in chosen], AHEAD)
+            self._fetches |= {(layer, one): move for one in chosen}
+
+    def _submit(self, layer: int, transfers: Seq[Transfer], priority: int) -> Move:
+        """Order one move for all transfers of a layer: a link's latency is paid once."""
+
+        def copy() -> None:
+            for transfer in transfers:
+                transfer.copy()
+
+        both = Transfer(copy=copy, num_bytes=sum(transfer.num_bytes for transfer in transfers))
+        move = Move(copy=both.copy, num_bytes=both.num_bytes, note=self._note(EventKind.FETCH, layer, both))
+        return self._link.fetches.submit(move, priority)
+
+    def _note(self, kind: EventKind, layer: int, transfer: Transfer) -> Callable[[float, float], None] | None:
+        if self._timeline is None:
+            return None
+        return partial(self._timeline.add, kind, layer, num_bytes=transfer.num_bytes)

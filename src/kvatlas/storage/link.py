@@ -1,0 +1,184 @@
+"""The way between two tiers: moves run beside the compute thread, most urgent first, are counted, and can be awaited.
+
+Without an accelerator both tiers are RAM and a move is a copy. An *emulated* link stretches each copy to the time that
+a slower link would have taken, so that such a link can be studied where there is none; whoever shows a time that
+was measured over one must say so.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import re
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from kvatlas.core.errors import ConfigError
+from kvatlas.core.units import parse_bytes
+
+_TIMES = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
+_LATENCY = re.compile(r"^(\d+(?:\.\d+)?)(us|ms|s)$")
+_IDLE_S = 0.5  # after this, a mover's thread ends; the next move starts another
+
+URGENT, AHEAD, BACKGROUND = 0, 1, 2
+"""Priorities of moves: somebody waits; somebody will wait soon; nobody waits."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinkRate:
+    """How fast an emulated link is, in each direction.
+
+    Args:
+        bytes_per_s: sustained rate, bytes per second.
+        latency_s: time before the first byte of each move, seconds.
+
+    Raises:
+        ConfigError: the rate is not above 0, or the latency below 0.
+    """
+
+    bytes_per_s: float
+    latency_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not self.bytes_per_s > 0 or self.latency_s < 0:
+            raise ConfigError(f"a link of {self} moves nothing; write it like 16GB/s,10us")
+
+    @classmethod
+    def parse(cls, text: str | LinkRate) -> LinkRate:
+        """Return the rate that ``"16GB/s,10us"`` or ``"16GB/s"`` describes.
+
+        Raises:
+            ConfigError: the text is not understood.
+        """
+        if isinstance(text, LinkRate):
+            return text
+        rate, comma, latency = text.replace(" ", "").partition(",")
+        match = _LATENCY.match(latency) if latency else None
+        if not rate.endswith("/s") or (comma and match is None):
+            raise ConfigError(f"link {text!r} is not understood; write it like 16GB/s,10us")
+        seconds = float(match[1]) * _TIMES[match[2]] if match else 0.0
+        return cls(bytes_per_s=parse_bytes(rate.removesuffix("/s")), latency_s=seconds)
+
+    def seconds(self, num_bytes: int) -> float:
+        """Return how long a move of ``num_bytes`` takes."""
+        return self.latency_s + num_bytes / self.bytes_per_s
+
+    def __str__(self) -> str:
+        """Return ``"16 GB/s, 10 us"``."""
+        latency = f", {self.latency_s * 1e6:g} us" if self.latency_s else ""
+        return f"{self.bytes_per_s / 1e9:g} GB/s{latency}"
+
+
+@dataclass(kw_only=True)
+class Traffic:
+    """What has been moved in one direction, and how long the link was busy with it."""
+
+    moves: int = 0
+    num_bytes: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(eq=False, kw_only=True)
+class Move:
+    """A move that has been ordered.
+
+    Args:
+        copy: does it, all at once.
+        num_bytes: how many bytes that is.
+        note: called with start and end, in seconds, when it is done; or None.
+    """
+
+    copy: Callable[[], None]
+    num_bytes: int
+    note: Callable[[float, float], None] | None = None
+    error: BaseException | None = None
+    _done: threading.Event = field(default_factory=threading.Event)
+
+    @property
+    def done(self) -> bool:
+        """Whether it has ended."""
+        return self._done.is_set()
+
+    def wait(self) -> None:
+        """Return when it has ended; an error of the copy is raised here."""
+        self._done.wait()
+        if self.error is not None:
+            raise self.error
+
+    def run(self, rate: LinkRate | None, traffic: Traffic) -> None:
+        """Copy, stretch the time to that of an emulated link, and count."""
+        start = time.perf_counter()
+        try:
+            with torch.inference_mode():
+                self.copy()
+            if rate is not None:
+                _sleep_until(start + rate.seconds(self.num_bytes))
+            end = time.perf_counter()
+            traffic.moves += 1
+            traffic.num_bytes += self.num_bytes
+            traffic.seconds += end - start
+            if self.note is not None:
+                self.note(start, end)
+        except BaseException as error:  # whoever waits must learn of it; this thread goes on
+            self.error = error
+        finally:
+            self._done.set()
+
+
+class Mover:
+    """Carries out the moves of one direction one after another, in a thread that lives while there is work.
+
+    Args:
+        rate: speed to emulate; None leaves copies as fast as they are.
+        traffic: where moves are counted.
+    """
+
+    def __init__(self, rate: LinkRate | None, traffic: Traffic) -> None:
+        self._rate = rate
+        self._traffic = traffic
+        self._queue: list[tuple[int, int, Move]] = []
+        self._order = itertools.count()
+        self._changed = threading.Condition()
+        self._running = False
+
+    def submit(self, move: Move, priority: int = URGENT) -> Move:
+        """Order a move and return it; among equal priorities the first comes first."""
+        with self._changed:
+            heapq.heappush(self._queue, (priority, next(self._order), move))
+            if not self._running:
+                self._running = True
+                threading.Thread(target=self._work, name="kvatlas-mover", daemon=True).start()
+            self._changed.notify()
+        return move
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                if not self._queue and not self._changed.wait_for(lambda: self._queue, _IDLE_S):
+                    self._running = False
+                    return
+                _, _, move = heapq.heappop(self._queue)
+            move.run(self._rate, self._traffic)
+
+
+class Link:
+    """Both directions between the device and the host, each with its own moves, as on a full-duplex bus.
+
+    Args:
+        rate: speed to emulate; None leaves copies as fast as they are.
+    """
+
+    def __init__(self, rate: LinkRate | None = None) -> None:
+        self.rate = rate
+        self.to_host, self.to_device = Traffic(), Traffic()
+        self.stores, self.fetches = Mover(rate, self.to_host), Mover(rate, self.to_device)
+
+
+def _sleep_until(deadline: float) -> None:
+    """Return at ``deadline``, on time to some microseconds: the last part is spent yielding instead of sleeping."""
+    while (left := deadline - time.perf_counter()) > 0:
+        time.sleep(left - 2e-4 if left > 4e-4 else 0)

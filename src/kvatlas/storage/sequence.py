@@ -1,0 +1,68 @@
+"""A sequence's share of the store: rows of the tables, and what is known of it beside them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from kvatlas.storage.lanes import LaneClasses, SequenceLayout
+
+
+@dataclass(eq=False)
+class LaneRow:
+    """Blocks of lanes: one row of the tables.
+
+    Args:
+        row: which.
+        layout: the block class of each lane.
+    """
+
+    row: int
+    layout: LaneClasses
+
+
+@dataclass(eq=False)
+class Sequence(LaneRow):
+    """One sequence's share of the store.
+
+    Args:
+        row: its row in the tables.
+        layout: the block class of each lane.
+        seen: tokens appended so far; the next one has this position.
+        dense: slot i of a lane holds position start + i.
+        shared: some of its blocks may have other owners, so it may not be cut.
+        forked: its partly filled last blocks may have other owners, and are copied before the next write.
+        starts: position of slot 0 per sliding window, while dense.
+        digests: hashes of its full blocks, as far as the prefix cache has needed them.
+        staging: device blocks that its lanes on the host are read through.
+        sketch: device blocks of partial keys of its lanes on the host.
+        sketch_columns: per layer, which columns of the rotated keys the sketch holds, int64 [lanes of the layer, r].
+        column_energy: per layer, how much each rotated column has weighed so far, [lanes of the layer, Dk].
+    """
+
+    layout: SequenceLayout
+    seen: int = 0
+    dense: bool = True
+    shared: bool = False
+    forked: bool = False
+    starts: dict[int, int] = field(default_factory=dict)
+    digests: list[bytes] = field(default_factory=list)
+    staging: LaneRow | None = None
+    sketch: LaneRow | None = None
+    sketch_columns: dict[int, Tensor] = field(default_factory=dict)
+    column_energy: dict[int, Tensor] = field(default_factory=dict)
+
+    @property
+    def rows(self) -> list[LaneRow]:
+        """All its rows: its own and those of its companions."""
+        return [self, *(row for row in (self.staging, self.sketch) if row is not None)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slots:
+    """Where T new tokens go: slots of their lanes, and those slots' block ids and offsets, each [T, lanes] int64."""
+
+    index: Tensor
+    block: Tensor
+    offset: Tensor

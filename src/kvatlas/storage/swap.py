@@ -1,0 +1,158 @@
+"""Swap whole sequences to the host tier and back, bit for bit.
+
+A preempted request whose cache a strategy has cut cannot be computed anew: another cache would come out. Its device
+blocks are copied to the host and, when there is room again, to other blocks of the device. What lives on the host
+anyway stays there; staging buffers hold nothing worth keeping.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvatlas.storage.arena import BlockClass
+from kvatlas.storage.lanes import LaneGroup
+from kvatlas.storage.link import URGENT, Link, Move, Mover
+from kvatlas.storage.sequence import LaneRow, Sequence
+from kvatlas.storage.store import KVStore
+
+
+@dataclass(frozen=True, kw_only=True)
+class _ParkedRow:
+    """One row of tables, taken out: how long its lanes are, and where its blocks wait, group by group."""
+
+    row: LaneRow
+    columns: Tensor
+    length: Tensor
+    hole: Tensor
+    groups: list[LaneGroup]
+    waiting: list[tuple[BlockClass, Tensor]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SwappedSequence:
+    """A sequence without blocks on the device.
+
+    Args:
+        seq: what it was and will be again; it has no rows meanwhile.
+        parked: its rows.
+    """
+
+    seq: Sequence
+    parked: list[_ParkedRow]
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes that its blocks take on the host."""
+        return sum(len(ids) * blocks.block_bytes for row in self.parked for blocks, ids in row.waiting)
+
+
+_Pairs = list[tuple[BlockClass, Tensor, BlockClass, Tensor]]
+
+
+class Swapper:
+    """Moves sequences between the tiers of a store.
+
+    Args:
+        store: with or without a host tier; without one, nothing is ever swapped.
+        link: the way between the tiers.
+    """
+
+    def __init__(self, store: KVStore, link: Link) -> None:
+        self._store = store
+        self._link = link
+
+    def try_swap_out(self, seq: Sequence) -> SwappedSequence | None:
+        """Copy a sequence to the host and free its device blocks; None, and nothing changed, if there is no room."""
+        store, host = self._store, self._store.host
+        if host is None:
+            return None
+        parked: list[_ParkedRow] = []
+        pairs: _Pairs = []
+        for row in (seq, seq.sketch):
+            if row is None:
+                continue
+            columns = store.columns_held(row)
+            found = store.ids_between(row, torch.zeros_like(columns), columns)
+            waiting = []
+            for group, ids in found:
+                blocks, kept = group.blocks, group.blocks.arena is host
+                target = blocks if kept else host.block_class(blocks.layout)
+                target_ids = ids if kept else host.try_allocate(target, len(ids))
+                if target_ids is None:
+                    for _, _, taken, taken_ids in pairs:
+                        host.release(taken, taken_ids)
+                    return None
+                if not kept:
+                    pairs.append((blocks, ids, target, target_ids))
+                waiting.append((target, target_ids))
+            length, hole = store.length[row.row].clone(), store.hole[row.row].clone()
+            groups = [group for group, _ in found]
+            parked.append(
+                _ParkedRow(row=row, columns=columns, length=length, hole=hole, groups=groups, waiting=waiting)
+            )
+        _carry(self._link.stores, pairs)
+        for blocks, ids, _, _ in pairs:
+            blocks.arena.release(blocks, ids)
+        if seq.staging is not None:
+            store.release_columns(
+                seq.staging, torch.zeros(store.lanes.count, dtype=torch.int64), store.columns_held(seq.staging)
+            )
+        for each in seq.rows:
+            store.free_row(each)
+        return SwappedSequence(seq=seq, parked=parked)
+
+    def try_swap_in(self, swapped: SwappedSequence) -> Sequence | None:
+        """Copy a sequence back and free its host blocks; None, and nothing changed, if the device has no room."""
+        store, host, seq = self._store, self._store.host, swapped.seq
+        assert host is not None
+        missing = [
+            (group, len(ids))
+            for row in swapped.parked
+            for group, (_, ids) in zip(row.groups, row.waiting, strict=True)
+            if group.blocks.arena is not host
+        ]
+        granted = store.try_allocate(missing)
+        if granted is None:
+            return None
+        pairs: _Pairs = []
+        for row in swapped.parked:
+            row.row.row = store.take_row()
+            entries = []
+            for group, (blocks, ids) in zip(row.groups, row.waiting, strict=True):
+                if group.blocks.arena is not host:
+                    _, new_ids = granted.pop(0)
+                    pairs.append((blocks, ids, group.blocks, new_ids))
+                    entries.append((group, new_ids))
+                else:
+                    entries.append((group, ids))
+            store.put(row.row, row.columns, entries)
+            store.length[row.row.row], store.hole[row.row.row] = row.length, row.hole
+        if seq.staging is not None:
+            seq.staging.row = store.take_row()
+        _carry(self._link.fetches, pairs)
+        for blocks, ids, _, _ in pairs:
+            host.release(blocks, ids)
+        return seq
+
+    def drop(self, swapped: SwappedSequence) -> None:
+        """Forget a swapped sequence, for instance because its request was cancelled."""
+        assert self._store.host is not None
+        for row in swapped.parked:
+            for blocks, ids in row.waiting:
+                self._store.host.release(blocks, ids)
+
+
+def _carry(mover: Mover, pairs: _Pairs) -> None:
+    """Copy whole blocks in one move and wait for it: the blocks left behind are given to others next."""
+
+    def copy() -> None:
+        for source, source_ids, target, target_ids in pairs:
+            data = source.raw.index_select(0, source_ids.long().to(source.device))
+            target.raw.index_copy_(0, target_ids.long().to(target.device), data.to(target.device))
+
+    num_bytes = sum(len(ids) * source.block_bytes for source, ids, _, _ in pairs)
+    if num_bytes:
+        mover.submit(Move(copy=copy, num_bytes=num_bytes), URGENT).wait()

@@ -1,0 +1,1 @@
+"""Axis *attend*: which cached tokens a query reads."""

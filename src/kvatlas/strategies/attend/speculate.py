@@ -1,0 +1,91 @@
+"""InfiniGen's speculation: fetch only the tokens that the next layer will probably attend to (arXiv:2406.19707).
+
+The input of a layer resembles that of the layer before it. So, one layer ahead, its queries are computed from the
+earlier input and scored against *partial keys* on the device: a few columns of the keys after an orthogonal rotation
+that gathers most of their weight in few columns. The tokens that score within ``alpha`` of a head's best are counted,
+the count is averaged over heads, and as many of each lane's best are fetched.
+
+Differs from the paper: models here rotate by position (RoPE), so the rotation cannot be folded into the projections and
+is applied to rotated queries and keys at run time; a KV head that several query heads share is scored by the best of
+them; the first layer, which nothing can be speculated for, stays on the device; nothing is dropped from the host.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from kvatlas.core.errors import ConfigError
+from kvatlas.core.vocabulary import Moment, Need, Saves
+from kvatlas.strategies.registry import register
+from kvatlas.strategies.stage import Attend, Keep, Place, Stage, StageInfo
+
+
+@register(
+    "speculate",
+    StageInfo(
+        summary="fetch the tokens that partial keys score within alpha of the best",
+        paper="arXiv:2406.19707",
+        saves=(Saves.BANDWIDTH,),
+        needs=frozenset({Need.ROTATION}),
+        moments=frozenset({Moment.SELECT}),
+    ),
+)
+@dataclass(frozen=True, kw_only=True)
+class Speculate(Attend):
+    """Choose what a decode step fetches, layer by layer.
+
+    Args:
+        alpha: tokens count as important if they score above a head's best minus alpha, in units of the softmax's
+            argument; ``inf``: all do.
+        cap: most tokens fetched, as a fraction of those cached, in (0, 1].
+        partial: columns of the rotated keys that are kept on the device, as a fraction in (0, 1].
+
+    Raises:
+        ConfigError: a number is out of range.
+    """
+
+    alpha: float = 4.0
+    cap: float = 0.2
+    partial: float = 0.3
+
+    def __post_init__(self) -> None:
+        if not self.alpha >= 0:
+            raise ConfigError(f"speculate: alpha={self.alpha} is out of range; write a number of at least 0, or inf")
+        for name in ("cap", "partial"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ConfigError(
+                    f"speculate: {name}={getattr(self, name)} is out of range; write a fraction in (0, 1], such as 0.2"
+                )
+
+    def conflict(self, other: Stage) -> str | None:
+        """Refuse stages that evict: partial keys lie slot by slot beside keys that never move."""
+        if isinstance(other, Keep) and not other.info.lossless:
+            return "partial keys lie beside keys in order, and eviction would move those; leave one out"
+        return None
+
+    def lacks(self, others: Collection[Stage]) -> str | None:
+        """Ask for a tier to fetch from."""
+        if any(isinstance(other, Place) for other in others):
+            return None
+        return "it chooses what to fetch from another tier; add '| offload(host)'"
+
+    @property
+    def dense_layers(self) -> int:
+        """The first layer has none before it to speculate from."""
+        return 1
+
+    @property
+    def sketch_share(self) -> float:
+        """Columns of the partial keys."""
+        return self.partial
+
+    @property
+    def margin(self) -> float:
+        """Alpha."""
+        return self.alpha
+
+    def most_read(self, cached_tokens: int) -> int:
+        """Return the cap in tokens, rounded up."""
+        return min(cached_tokens, math.ceil(self.cap * cached_tokens))

@@ -1,0 +1,1 @@
+"""Axis *place*: where keys and values live."""
