@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kvatlas.core.vocabulary import Axis, Moment, Need
+from kvatlas.strategies.recipes import RECIPES, Recipe
 from kvatlas.strategies.registry import stages
 from kvatlas.strategies.stage import Stage
 
@@ -23,11 +24,13 @@ END = "<!-- strategies:end -->"
 _HEADER = ("stage, with defaults", "axis", "what it does", "lowers", "outputs", "acts", "needs", "source")
 _ARXIV = re.compile(r"arXiv:(\d{4}\.\d{4,5})")
 _MOMENTS = {
+    Moment.BEFORE_LAYER: "before each layer",
+    Moment.SELECT: "one layer ahead",
     Moment.AFTER_CHUNK: "after each chunk",
     Moment.AFTER_PREFILL: "after the prompt",
     Moment.AFTER_STEP: "after each decode step",
 }
-_NEEDS = {Need.COLUMN_SUMS: "attention sums"}
+_NEEDS = {Need.COLUMN_SUMS: "attention sums", Need.ROTATION: "calibrated rotations"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -64,7 +67,18 @@ def table() -> str:
     order = list(Axis)
     found = sorted(stages().values(), key=lambda stage: (order.index(stage.axis), stage.name))
     rows = [_HEADER, ("---",) * len(_HEADER), *(_row(stage) for stage in found)]
-    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows)
+    lines = [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows]
+    recipes = [f"- `{name}` is `{one.sentence}` ({_linked(one.paper)})" for name, one in _recipes().items()]
+    return "\n".join([*lines, "", "Recipes, with their papers' defaults:", "", *recipes])
+
+
+def _recipes() -> dict[str, Recipe]:
+    """Return the recipes that are more than one stage."""
+    return {name: recipe for name, recipe in RECIPES.items() if name not in stages()}
+
+
+def _linked(paper: str) -> str:
+    return _ARXIV.sub(r"[arXiv:\1](https://arxiv.org/abs/\1)", paper)
 
 
 def _row(stage: type[Stage]) -> tuple[str, ...]:
@@ -77,7 +91,7 @@ def _row(stage: type[Stage]) -> tuple[str, ...]:
         "equal to the full cache's" if info.lossless else "may differ",
         ", ".join(_MOMENTS.get(moment, moment.value) for moment in Moment if moment in info.moments) or "-",
         ", ".join(_NEEDS.get(need, need.value) for need in Need if need in info.needs) or "-",
-        _ARXIV.sub(r"[arXiv:\1](https://arxiv.org/abs/\1)", info.paper),
+        _linked(info.paper),
     )
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kvatlas.cli.options import Device, DType, KvMemory, examples
+from kvatlas.cli.options import Device, DType, HostMemory, KvMemory, Link, examples
 from kvatlas.core.errors import ConfigError
 from kvatlas.core.units import format_bytes, format_seconds
 from kvatlas.strategies.strategy import Strategy
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 _EXAMPLES = examples(
     "kvatlas generate 'def add('",
     "kvatlas generate 'def add(' --strategy 'h2o(heavy=0.1, recent=0.1)' --max-tokens 32",
+    "kvatlas generate --prompt-file notes.txt --strategy infinigen --link 16GB/s,10us",
     "kvatlas generate --prompt-file notes.txt --model ./my-llama --kv-memory 2GiB --json",
 )
 
@@ -42,6 +43,8 @@ def generate(
     ] = None,
     strategy: Annotated[str, typer.Option(metavar="S", help="See 'kvatlas strategies'.")] = "full",
     kv_memory: KvMemory = "512MiB",
+    host_memory: HostMemory = "1GiB",
+    link: Link = None,
     dtype: DType = "auto",
     device: Device = "cpu",
     max_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 64,
@@ -69,14 +72,16 @@ def generate(
         seed=seed,
         stop=tuple(stop or ()),
     )
-    llm = LLM(model, parsed, kv_memory, dtype=dtype, device=device)
+    llm = LLM(model, parsed, kv_memory, dtype=dtype, device=device, host_memory=host_memory, link=link)
     requests = [llm.engine.add_request(llm.encode(text), params, parsed) for text in texts]
     live = stream and len(texts) == 1 and not as_json
     held = _run(llm.engine, requests, live)
     full = Strategy.parse("full")
     for text, request in zip(texts, requests, strict=True):
         alone = llm.engine.footprint(full, request.output_start, len(request.output_ids) - 1).final_bytes
-        facts = _facts(request, held[request], alone)
+        facts = _facts(request, *held[request], alone)
+        if link is not None:
+            facts["emulated_link"] = str(llm.engine.link.rate)
         if as_json:
             typer.echo(json.dumps({"prompt": text, "text": request.text, **facts}))
         elif live:
@@ -105,9 +110,9 @@ def _read(path: Path) -> str:
         raise ConfigError(f"prompt file {str(path)!r} is not UTF-8 text; convert it first") from error
 
 
-def _run(engine: Engine, requests: Sequence[Request], live: bool) -> dict[Request, int]:
-    """Run to the end and return the bytes that each request held with its last token."""
-    held: dict[Request, int] = {}
+def _run(engine: Engine, requests: Sequence[Request], live: bool) -> dict[Request, tuple[int, int]]:
+    """Run to the end and return the bytes that each request held on device and host with its last token."""
+    held: dict[Request, tuple[int, int]] = {}
     for request in requests:
         request.held_by_session = True  # its cache outlives its last token, so that it can be measured
     try:
@@ -117,7 +122,7 @@ def _run(engine: Engine, requests: Sequence[Request], live: bool) -> dict[Reques
                     typer.echo(new.text, nl=False)
                     sys.stdout.flush()
                 if new.finished:
-                    held[new.request] = engine.store.allocated_bytes(new.request.seq) if new.request.seq else 0
+                    held[new.request] = _held(engine, new.request)
                     engine.release(new.request)
     finally:
         for request in requests:
@@ -125,7 +130,14 @@ def _run(engine: Engine, requests: Sequence[Request], live: bool) -> dict[Reques
     return held
 
 
-def _facts(request: Request, held_bytes: int, full_bytes: int) -> dict[str, Any]:
+def _held(engine: Engine, request: Request) -> tuple[int, int]:
+    store, seq = engine.store, request.seq
+    if seq is None:
+        return 0, 0
+    return store.allocated_bytes(seq), 0 if store.host is None else store.allocated_bytes(seq, store.host)
+
+
+def _facts(request: Request, held_bytes: int, host_bytes: int, full_bytes: int) -> dict[str, Any]:
     from kvatlas.metrics.latency import RequestTimes
 
     times = RequestTimes(
@@ -141,6 +153,7 @@ def _facts(request: Request, held_bytes: int, full_bytes: int) -> dict[str, Any]
         "ttft_s": times.ttft_s,
         "tpot_s": times.tpot_s,
         "cache_bytes": held_bytes,
+        "host_bytes": host_bytes,
         "cache_peak_bytes": request.peak_bytes,
         "cache_bytes_under_full": full_bytes,
     }
@@ -152,5 +165,10 @@ def _summary(facts: dict[str, Any]) -> str:
     return (
         f"{facts['strategy']}: {facts['prompt_tokens']} + {facts['output_tokens']} tokens, "
         f"TTFT {format_seconds(facts['ttft_s'])}, TPOT {tpot}, cache {format_bytes(held)} at the end "
-        f"(peak {format_bytes(facts['cache_peak_bytes'])}), full would hold {format_bytes(full)}"
+        f"(peak {format_bytes(facts['cache_peak_bytes'])}){_elsewhere(facts)}, full would hold {format_bytes(full)}"
     )
+
+
+def _elsewhere(facts: dict[str, Any]) -> str:
+    host = f" and {format_bytes(facts['host_bytes'])} on the host" if facts["host_bytes"] else ""
+    return host + (f" behind an emulated link of {facts['emulated_link']}" if "emulated_link" in facts else "")

@@ -11,6 +11,13 @@ DEFAULT_RECORDS = Path("out/records.duckdb")
 DEFAULT_REPORT = Path("out/report")
 
 KvMemory = Annotated[str, typer.Option(metavar="SIZE", help="Byte budget of the cache, such as 512MiB or 2GB.")]
+HostMemory = Annotated[
+    str, typer.Option(metavar="SIZE", help="Byte budget of the host tier, for offloading and swapping; 0 for none.")
+]
+Link = Annotated[
+    str | None,
+    typer.Option(metavar="RATE", help="Rate of an emulated link between the tiers, such as 16GB/s,10us."),
+]
 DType = Annotated[str, typer.Option(metavar="NAME", help="Of weights: auto, float32, bfloat16 or float16.")]
 Device = Annotated[str, typer.Option(metavar="NAME", help="cpu, cuda or cuda:<index>.")]
 Records = Annotated[Path, typer.Option(metavar="FILE", help="The records file (DuckDB).")]

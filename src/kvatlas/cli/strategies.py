@@ -13,8 +13,10 @@ from rich.table import Table
 
 from kvatlas.cli.options import examples
 from kvatlas.core.vocabulary import Axis
+from kvatlas.strategies.recipes import RECIPES
 from kvatlas.strategies.registry import stages
 from kvatlas.strategies.stage import Stage
+from kvatlas.strategies.strategy import Strategy
 
 
 def add_to(app: typer.Typer) -> None:
@@ -29,6 +31,7 @@ def strategies(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.
     """
     order = list(Axis)
     found = [facts(stage) for stage in sorted(stages().values(), key=lambda stage: order.index(stage.axis))]
+    found += [recipe_facts(name) for name in RECIPES if name not in stages()]
     if as_json:
         typer.echo(json.dumps(found, indent=2))
     else:
@@ -49,6 +52,25 @@ def facts(stage: type[Stage]) -> dict[str, Any]:
         "lossless": info.lossless,
         "needs": sorted(need.value for need in info.needs),
         "moments": sorted(moment.value for moment in info.moments),
+    }
+
+
+def recipe_facts(name: str) -> dict[str, Any]:
+    """Return what is known of a recipe that is not one stage of the same name."""
+    recipe = RECIPES[name]
+    strategy = Strategy.parse(name)
+    parts = [stage for stage in strategy.stages if str(stage) != "full"]
+    return {
+        "name": name,
+        "sentence": f"{name} = {recipe.sentence}",
+        "parameters": {},
+        "axis": " and ".join(stage.axis.value for stage in parts),
+        "summary": f"{recipe.label}: {'; '.join(stage.info.summary for stage in parts)}",
+        "paper": recipe.paper,
+        "saves": sorted({saved.value for stage in strategy.stages for saved in stage.info.saves}),
+        "lossless": strategy.lossless,
+        "needs": sorted(need.value for need in strategy.needs),
+        "moments": sorted(moment.value for moment in strategy.moments),
     }
 
 

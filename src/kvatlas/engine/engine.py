@@ -17,7 +17,7 @@ from kvatlas.core.units import format_bytes, parse_bytes
 from kvatlas.core.vocabulary import Format, Moment, Need
 from kvatlas.engine.detokenizer import Detokenizer
 from kvatlas.engine.forward import Transport
-from kvatlas.engine.memory import check_kv_memory
+from kvatlas.engine.memory import check_host_memory, check_kv_memory
 from kvatlas.engine.params import SamplingParams
 from kvatlas.engine.request import FinishReason, NewToken, Request
 from kvatlas.engine.runner import Runner
@@ -87,6 +87,7 @@ class Engine:
         self.format = kv_format or _FORMATS[model.adapter.dtype]
         budget, host_budget = parse_bytes(kv_memory), _host_bytes(host_memory)
         check_kv_memory(budget, model.adapter.device)
+        check_host_memory(host_budget)
         self.store = KVStore(model.adapter.shape, self.format, budget, model.adapter.device, block_size, host_budget)
         self.transport = Transport(link=Link(None if link is None else LinkRate.parse(link)))
         prefix_cache = PrefixCache(self.store) if enable_prefix_caching else None

@@ -138,7 +138,7 @@ class Mover:
     """
 
     def __init__(self, rate: LinkRate | None, traffic: Traffic) -> None:
-        self._rate = rate
+        self.rate = rate
         self._traffic = traffic
         self._queue: list[tuple[int, int, Move]] = []
         self._order = itertools.count()
@@ -151,18 +151,27 @@ class Mover:
             heapq.heappush(self._queue, (priority, next(self._order), move))
             if not self._running:
                 self._running = True
-                threading.Thread(target=self._work, name="kvatlas-mover", daemon=True).start()
+                self._start()
             self._changed.notify()
         return move
 
-    def _work(self) -> None:
+    def _start(self) -> None:
+        """Start the thread, with one torch thread of its own: a team that spins beside the compute slows both."""
+        ready = threading.Event()
+        threading.Thread(target=self._work, args=(ready,), name="kvatlas-mover", daemon=True).start()
+        ready.wait()
+        torch.set_num_threads(torch.get_num_threads())  # what the mover chose must not hold for threads to come
+
+    def _work(self, ready: threading.Event) -> None:
+        torch.set_num_threads(1)
+        ready.set()
         while True:
             with self._changed:
                 if not self._queue and not self._changed.wait_for(lambda: self._queue, _IDLE_S):
                     self._running = False
                     return
                 _, _, move = heapq.heappop(self._queue)
-            move.run(self._rate, self._traffic)
+            move.run(self.rate, self._traffic)
 
 
 class Link:

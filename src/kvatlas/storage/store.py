@@ -267,24 +267,28 @@ class KVStore:
 
     def try_allocate(self, needs: list[tuple[LaneGroup, int]]) -> list[tuple[LaneGroup, Tensor]] | None:
         """Return block ids for every group, or None, and nothing taken, if they do not all fit."""
-        if self.short_of(needs) is not None:
-            return None
+        granted, short = self._grant(needs)
+        return granted if short is None else None
+
+    def short_of(self, needs: list[tuple[LaneGroup, int]]) -> Arena | None:
+        """Return a tier that has too few blocks for ``needs``, if there is one."""
+        granted, short = self._grant(needs)
+        _give_back(granted)
+        return short
+
+    def _grant(self, needs: list[tuple[LaneGroup, int]]) -> tuple[list[tuple[LaneGroup, Tensor]], Arena | None]:
+        """Return block ids for every group; or nothing, and the tier that is short."""
+        for group, number in needs:
+            if number and group.blocks.arena.num_available(group.blocks) < number:
+                return [], group.blocks.arena
         granted: list[tuple[LaneGroup, Tensor]] = []
         for group, number in needs:
             ids = group.blocks.arena.try_allocate(group.blocks, number)
             if ids is None:  # two classes competed for the last slabs
-                for other, taken in granted:
-                    other.blocks.arena.release(other.blocks, taken)
-                return None
+                _give_back(granted)
+                return [], group.blocks.arena
             granted.append((group, ids))
-        return granted
-
-    def short_of(self, needs: list[tuple[LaneGroup, int]]) -> Arena | None:
-        """Return a tier that has too few blocks for one of ``needs``, if there is one."""
-        for group, number in needs:
-            if number and group.blocks.arena.num_available(group.blocks) < number:
-                return group.blocks.arena
-        return None
+        return granted, None
 
     def append(self, seq: Sequence, count: int) -> Slots:
         """Take the next ``count`` slots of every lane for new tokens and note their positions.
@@ -318,11 +322,23 @@ class KVStore:
             seq.seen += 1
         return slots
 
-    def needs_blocks(self, seqs: Seq[Sequence]) -> list[bool]:
-        """Return for each sequence whether one more token takes a new block in some lane."""
+    def needs_blocks(self, seqs: Seq[Sequence], staged: Seq[int]) -> list[bool]:
+        """Return for each sequence whether one more token takes a new block in some lane or staging buffer.
+
+        Args:
+            seqs: the sequences.
+            staged: slots that each lane of their staging buffers shall have at least.
+        """
         rows = torch.tensor([seq.row for seq in seqs])
-        full = (self.hole[rows] < 0) & (self.length[rows] % self.block_size == 0)
-        return [bool(needs) or seq.forked for needs, seq in zip(full.any(dim=1).tolist(), seqs, strict=True)]
+        full = ((self.hole[rows] < 0) & (self.length[rows] % self.block_size == 0)).any(dim=1).tolist()
+        return [
+            needs or seq.forked or self._stages_less(seq, slots)
+            for needs, seq, slots in zip(full, seqs, staged, strict=True)
+        ]
+
+    def _stages_less(self, seq: Sequence, slots: int) -> bool:
+        """Whether the staging buffers have fewer slots: they grow at their own pace, and begin anew after a swap."""
+        return seq.staging is not None and int(self.columns_held(seq.staging).max()) * self.block_size < slots
 
     def _note(self, layout: SequenceLayout, slots: Slots, positions: Tensor) -> None:
         for group in layout.groups:
@@ -387,6 +403,11 @@ class KVStore:
         if columns > self.table.shape[2]:
             wider = max(columns, 2 * self.table.shape[2]) - self.table.shape[2]
             self.table = torch.nn.functional.pad(self.table, (0, wider))
+
+
+def _give_back(granted: list[tuple[LaneGroup, Tensor]]) -> None:
+    for group, ids in granted:
+        group.blocks.arena.release(group.blocks, ids)
 
 
 def _possible_layouts(shape: ModelShape, format: Format, block_size: int) -> list[BlockLayout]:
