@@ -101,6 +101,11 @@ class Request:
         return None
 
     @property
+    def ends_prefill_span(self) -> bool:
+        """Whether the last computed token was the last of a prompt."""
+        return any(end == self.computed for _, end in self.prefill_spans)
+
+    @property
     def prompt_tokens(self) -> int:
         """Tokens up to the end of the last prefill span that has begun: what fractions of a strategy refer to."""
         return max(end for start, end in self.prefill_spans if start < max(self.computed, 1))

@@ -1,4 +1,4 @@
-"""Choose the next token of each request from its logits."""
+"""Choose the next token of each request from its logits, or score one that was decided beforehand."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence as Seq
 import torch
 from torch import Tensor
 
-from kvatlas.engine.request import Request
+from kvatlas.engine.request import ForcedOutput, Request
 
 
 def sample(logits_BV: Tensor, requests: Seq[Request], end_ids: frozenset[int]) -> list[int]:
@@ -25,9 +25,19 @@ def sample(logits_BV: Tensor, requests: Seq[Request], end_ids: frozenset[int]) -
             logits_BV[row, sorted(end_ids | set(params.stop_token_ids))] = -torch.inf
     tokens: list[int] = logits_BV.argmax(dim=-1).tolist()
     for row, request in enumerate(requests):
-        if request.params.temperature > 0:
+        if request.forced is not None:
+            tokens[row] = _score(logits_BV[row], request.forced, greedy=tokens[row])
+        elif request.params.temperature > 0:
             tokens[row] = _draw(logits_BV[row], request)
     return tokens
+
+
+def _score(logits_V: Tensor, forced: ForcedOutput, *, greedy: int) -> int:
+    """Return the decided token, after noting its log-probability and whether it is the most likely one."""
+    token = forced.tokens[len(forced.logprobs)]
+    forced.logprobs.append(float(logits_V.log_softmax(dim=-1)[token]))
+    forced.greedy.append(token == greedy)
+    return token
 
 
 def _draw(logits_V: Tensor, request: Request) -> int:

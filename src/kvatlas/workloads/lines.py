@@ -13,17 +13,19 @@ from kvatlas.workloads.request import Trace, TraceRequest
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """A line of a file, for messages; lines count from 1."""
+    """A line of a file, for messages; or an entry or row, where lines say nothing. All count from 1."""
 
     path: Path
     line: int
+    unit: str = "line"
 
     def error(self, value: object, expected: str) -> TraceError:
         """Return an error that names file, line, value and what was expected."""
         shown = repr(value)
         if len(shown) > 80:
             shown = shown[:77] + "..."
-        return TraceError(f"{self.path}, line {self.line}: got {shown}, expected {expected}; mend or remove the line")
+        where = f"{self.path}, {self.unit} {self.line}"
+        return TraceError(f"{where}: got {shown}, expected {expected}; mend or remove the {self.unit}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,38 +3,79 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
-from kvatlas.core.errors import ConfigError
+from kvatlas.core.errors import ConfigError, TraceError
 from kvatlas.workloads.azure import COLUMNS, read_azure
+from kvatlas.workloads.conversations import Encode, conversation_trace
 from kvatlas.workloads.lines import read_lines
+from kvatlas.workloads.lmsys import TURNS as LMSYS_TURNS, read_lmsys
 from kvatlas.workloads.mooncake import HASH_BLOCK_TOKENS, read_mooncake
 from kvatlas.workloads.request import Trace, TraceRequest
+from kvatlas.workloads.rows import is_parquet, parquet_columns, read_start
+from kvatlas.workloads.sharegpt import TURNS as SHAREGPT_TURNS, read_sharegpt
 
 __all__ = ["Trace", "TraceRequest", "read_trace", "scale_trace"]
 
 
-def read_trace(path: str | Path, *, hash_block_tokens: int = HASH_BLOCK_TOKENS) -> Trace:
-    """Return the trace in a file, whose format is told from its first line.
+# Names of formats with conversations, and the field that tells them apart.
+_CONVERSATIONS = {"sharegpt": SHAREGPT_TURNS, "lmsys": LMSYS_TURNS}
 
-    Known are Azure's CSV (TIMESTAMP,ContextTokens,GeneratedTokens) and Mooncake's JSONL (timestamp,
-    input_length, output_length, hash_ids).
+
+def read_trace(
+    path: str | Path,
+    *,
+    hash_block_tokens: int = HASH_BLOCK_TOKENS,
+    encode: Encode | None = None,
+    limit: int | None = None,
+) -> Trace:
+    """Return the trace in a file, whose format is told from its content.
+
+    Known are Azure's CSV (TIMESTAMP,ContextTokens,GeneratedTokens), Mooncake's JSONL (timestamp, input_length,
+    output_length, hash_ids), and files of conversations: ShareGPT (``conversations``) and LMSYS-Chat-1M
+    (``conversation``), as JSON or parquet. Of a conversation the first question and the length of its answer are
+    taken; see `kvatlas.workloads.conversations.conversation_trace` for what such a trace makes up.
 
     Args:
         path: the file. The trace is named after it; its licence is "not stated".
         hash_block_tokens: tokens that one hash id covers, where the format has them.
+        encode: text to token ids, without special tokens, for the lengths of conversations; None estimates them.
+        limit: most requests of conversations, which are read no further then; None for all.
 
     Raises:
         TraceError: the file cannot be read, has no known format, or has a malformed line.
     """
     path = Path(path)
+    kind = _conversation_format(path)
+    if kind is not None:
+        conversations = read_sharegpt(path) if kind == "sharegpt" else read_lmsys(path)
+        return conversation_trace(path, conversations, encode, limit=limit)
     place, first = read_lines(path)[0]
     if first.startswith("{"):
         return read_mooncake(path, hash_block_tokens)
     if COLUMNS[0] in first:
         return read_azure(path)
-    raise place.error(first, f"the header {','.join(COLUMNS)} (Azure) or a JSON object (Mooncake)")
+    raise place.error(first, f"the header {','.join(COLUMNS)} (Azure) or a JSON object (Mooncake, conversations)")
+
+
+def _conversation_format(path: Path) -> str | None:
+    """Return "sharegpt" or "lmsys" for a file of conversations, by its columns or its first characters."""
+    if not path.is_file():
+        return None
+    if is_parquet(path):
+        columns = parquet_columns(path)
+        found = next((kind for kind, field in _CONVERSATIONS.items() if field in columns), None)
+        if found is None:
+            fields = " or ".join(map(repr, _CONVERSATIONS.values()))
+            raise TraceError(f"{path} has no column {fields}, so it holds no requests; it has {', '.join(columns)}")
+        return found
+    start = read_start(path).decode("utf-8-sig", errors="replace").lstrip()
+    if start[:1] not in ("{", "["):
+        return None
+    named = (kind for kind, field in _CONVERSATIONS.items() if re.search(rf'"{field}"\s*:', start))
+    return next(named, "sharegpt" if start[:1] == "[" else None)
 
 
 def scale_trace(

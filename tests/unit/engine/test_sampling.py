@@ -22,7 +22,7 @@ PROMPT = token_ids(9)[0].tolist()
 
 def asker(params: SamplingParams, outputs: int = 0):
     generator = torch.Generator().manual_seed(params.seed or 0)
-    return SimpleNamespace(params=params, output_ids=[0] * outputs, generator=generator)
+    return SimpleNamespace(params=params, output_ids=[0] * outputs, generator=generator, forced=None)
 
 
 def draws(logits: list[float], params: SamplingParams, times: int = 300) -> list[int]:
