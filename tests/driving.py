@@ -89,7 +89,7 @@ def drive(engine: Engine, jobs: Sequence[Job], *, interrupt_every: int | None = 
             running = engine.scheduler.running
             engine.scheduler._preempt(running[step // interrupt_every % len(running)])
     finish(engine)
-    engine.store.arena.check()
+    check(engine)
     return jobs
 
 
@@ -100,6 +100,25 @@ def finish(engine: Engine) -> None:
             return
         engine.step()
     raise AssertionError(f"not finished after {STEP_LIMIT} steps")
+
+
+def check(engine: Engine) -> None:
+    """Assert that the books of both tiers balance."""
+    engine.store.arena.check()
+    if engine.store.host is not None:
+        engine.store.host.check()
+
+
+def assert_empty(engine: Engine) -> None:
+    """Assert that nobody but the prefix cache holds anything on either tier, and that this can be had back."""
+    check(engine)
+    for arena in (engine.store.arena, engine.store.host):
+        if arena is not None:
+            assert arena.books().used == 0
+            if engine.scheduler._prefix_cache is not None:
+                engine.scheduler._prefix_cache.reclaim(10**12, arena)
+            assert arena.books().free == arena.books().total
+    assert sorted(engine.store._free_rows) == list(range(len(engine.store.table))), "a row of the tables is lost"
 
 
 def kept_positions(store: KVStore, seq: StoredSequence) -> list[list[int]]:

@@ -9,9 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kvatlas.models.adapter import Adapter
 from kvatlas.models.attention import AttentionCall
@@ -135,3 +137,126 @@ class SnapKV(Retelling):
         votes = [sum(token.score for token in prefix[max(0, i - reach) : i + reach + 1]) for i in range(len(prefix))]
         ranked = sorted(range(len(prefix)), key=lambda i: votes[i], reverse=True)
         cache[:] = [prefix[i] for i in sorted(ranked[: self.budget - self.window])] + newest
+
+
+class InfiniGen(Retelling):
+    """Each decode step reads, of every later layer, the tokens that its input one layer earlier makes likely.
+
+    arXiv:2406.19707, for Llama: the query is made by hand, from the attention input of the layer before, by the next
+    layer's projection and the rotation by position. ``chosen`` says per step, layer and KV head which positions were
+    read beside the new token; ``recalls`` and ``masses`` say how good the guess was, step by step and layer by layer.
+
+    Args:
+        prompt_tokens: length of the prompt.
+        model: a Llama of transformers.
+        matrices: per layer an orthogonal matrix for each KV head [H, Dk, Dk].
+        alpha: how far below a query head's best a token still counts.
+        cap: most tokens read, as a fraction of those cached.
+        partial_share: columns scored, as a fraction.
+        dense: first layers that read everything.
+    """
+
+    def __init__(
+        self,
+        prompt_tokens: int,
+        model: Any,
+        matrices: Sequence[Tensor],
+        alpha: float,
+        cap: float,
+        partial_share: float,
+        dense: int = 1,
+    ) -> None:
+        super().__init__(prompt_tokens)
+        self.layers = [layer.self_attn for layer in model.model.layers]
+        self.matrices = matrices
+        self.alpha, self.cap, self.dense = alpha, cap, dense
+        self.width = max(1, round(partial_share * matrices[0].shape[-1]))
+        self.weight: dict[tuple[int, int], Tensor] = {}
+        self.columns: dict[tuple[int, int], list[int]] = {}
+        self.next: dict[int, dict[int, list[int]]] = {}
+        self.chosen: list[dict[int, dict[int, list[int]]]] = []
+        self.counts: list[int] = []
+        self.recalls: list[float] = []
+        self.masses: list[float] = []
+
+    def run(self, adapter: Adapter, tokens: Sequence[int]) -> tuple[list[Tensor], list[list[list[int]]]]:
+        """As for the others, with an eye on the input of each attention layer."""
+        hooks = [
+            module.register_forward_pre_hook(partial(self._look, index), with_kwargs=True)
+            for index, module in enumerate(self.layers)
+        ]
+        try:
+            return super().run(adapter, tokens)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _look(self, index: int, _: nn.Module, __: object, inputs: dict[str, Any]) -> None:
+        if index == 0 and self.position >= self.prompt_tokens:
+            self.chosen.append({})
+        target = index + 1
+        if self.position < self.prompt_tokens or target >= len(self.layers) or target < self.dense:
+            return
+        module, (cos, sin) = self.layers[target], inputs["position_embeddings"]
+        query = module.q_proj(inputs["hidden_states"][0, 0]).view(-1, module.head_dim)
+        half = module.head_dim // 2
+        turned = torch.cat([-query[:, half:], query[:, :half]], dim=-1)
+        self._choose(target, query * cos[0, 0] + turned * sin[0, 0], module.scaling)
+
+    def _choose(self, layer: int, query: Tensor, scale: float) -> None:
+        heads = [head for index, head in sorted(self.heads) if index == layer]
+        group, cached = len(query) // len(heads), len(self.heads[layer, 0])
+        below: dict[int, list[list[float]]] = {head: [] for head in heads}
+        for head in heads:
+            matrix, columns = self.matrices[layer][head], self.columns[layer, head]
+            for query_head in range(head * group, (head + 1) * group):
+                rotated = query[query_head] @ matrix
+                scores = []
+                for token in self.heads[layer, head]:
+                    key = token.key @ matrix
+                    scores.append(scale * sum(float(rotated[c] * key[c]) for c in columns))
+                below[head].append([score - max(scores) for score in scores])
+        important = [sum(score > -self.alpha for score in row) for head in heads for row in below[head]]
+        count = math.ceil(sum(important) / len(important))
+        count = max(1, min(count, math.ceil(self.cap * cached - 1e-9)))
+        self.counts.append(count)
+        for head in heads:
+            best = [max(row[place] for row in below[head]) for place in range(cached)]
+            ranked = sorted(range(cached), key=lambda place: best[place], reverse=True)
+            self.chosen[-1].setdefault(layer, {})[head] = sorted(ranked[:count])
+
+    def attend(self, call: AttentionCall, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Read everything in the prompt and in dense layers, else what was chosen and the new token."""
+        num_heads = key.shape[1]
+        group = query.shape[1] // num_heads
+        out = torch.empty(1, 1, query.shape[1], value.shape[3])
+        chosen = self.chosen[-1].get(call.layer) if self.position >= self.prompt_tokens else None
+        hits, masses = 0, []
+        for head in range(num_heads):
+            cache = self.heads.setdefault((call.layer, head), [])
+            cache.append(Token(self.position, key[0, head, 0], value[0, head, 0]))
+            queries = query[0, head * group : (head + 1) * group, 0]
+            read = range(len(cache)) if chosen is None else [*chosen[head], len(cache) - 1]
+            exact = [[float(row @ token.key) * call.scale for token in cache] for row in queries]
+            for offset, scores in enumerate(exact):
+                total = sum(math.exp(scores[place]) for place in read)
+                out[0, 0, head * group + offset] = sum(math.exp(scores[p]) / total * cache[p].value for p in read)
+                masses.append(total / sum(map(math.exp, scores)))
+            if self.position < self.prompt_tokens:
+                self._weigh(call.layer, head, queries, key[0, head, 0])
+            elif chosen is not None:
+                best = [max(row[p] - max(row[:-1]) for row in exact) for p in range(len(cache) - 1)]
+                ranked = sorted(range(len(best)), key=lambda place: best[place], reverse=True)
+                hits += len(set(ranked[: len(chosen[head])]) & set(chosen[head]))
+        if chosen is not None:
+            self.recalls.append(hits / sum(map(len, chosen.values())))
+            self.masses.append(sum(masses) / len(masses))
+        return out
+
+    def _weigh(self, layer: int, head: int, queries: Tensor, key: Tensor) -> None:
+        """Add up how much each rotated column weighs; after the prompt's last token, choose the heaviest."""
+        weight = (torch.cat([queries, key[None]]) @ self.matrices[layer][head]).abs().sum(dim=0)
+        self.weight[layer, head] = weight + self.weight.get((layer, head), torch.zeros(()))
+        if self.position == self.prompt_tokens - 1:
+            ranked = sorted(range(len(weight)), key=lambda c: float(self.weight[layer, head][c]), reverse=True)
+            self.columns[layer, head] = ranked[: self.width]

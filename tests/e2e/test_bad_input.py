@@ -81,6 +81,13 @@ def test_strategies_that_do_not_exist(command, strategy, parts):
         (["characterize", "--threads", 0], ["threads=0", "at least 1"]),
         (["characterize", "--slo-ttft", "nan"], ["slo_ttft_s=nan", "above 0"]),
         (["characterize", "--trace", "gone.csv"], ["gone.csv", "No such file", "check the path"]),
+        (["characterize", "--time-limit", "soon"], ["'soon'", "early_fact=600"]),
+        (["characterize", "--time-limit", "early_fct=5"], ["unknown experiment 'early_fct'", "'early_fact'"]),
+        (["characterize", "--link", "fast"], ["'fast'", "16GB/s,10us"]),
+        (["characterize", "--arrivals", "posson"], ["'posson'", "poisson"]),
+        (["characterize", "--accuracy-task", "hay"], ["unknown task 'hay'", "single needle"]),
+        (["characterize", "--model", "random:llama-9t"], ["'random:llama-9t'", "llama-mini"]),
+        (["characterize", "--config", "gone.toml"], ["'gone.toml'", "No such file", "check the path"]),
         ([*SWEEP, "--speed-model", "random:llama-9t"], ["'random:llama-9t'", "llama-mini"]),
         (["report"], ["records.duckdb does not exist", "run an experiment first"]),
     ],
@@ -105,6 +112,23 @@ def test_traces_that_cannot_be_read(name, text, parts):
     Path(name).write_text(text)
     line = refused("characterize", "trace_replay", "--trace", name)
     assert all(part in line for part in [name, *parts]), line
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("promt_tokens = [1]", ["unknown setting in 'study.toml'", "did you mean 'prompt_tokens'"]),
+        ("prompt_tokens = 1", ["prompt_tokens=1", "square brackets"]),
+        ("prompt_tokens = [0]", ["prompt_tokens=(0,)", "at least 1"]),
+        ('experiments = ["prompt_lenght"]', ["unknown experiment 'prompt_lenght'", "did you mean 'prompt_length'"]),
+        ('preset = "quik"', ["unknown preset 'quik'", "did you mean 'quick'"]),
+        ("prompt_tokens = [1", ["'study.toml' is not TOML", "mend it"]),
+    ],
+)
+def test_studies_that_cannot_be_read(text, parts):
+    Path("study.toml").write_text(text)
+    line = refused("characterize", "--config", "study.toml")
+    assert all(part in line for part in parts), line
 
 
 def broken_checkpoint(spoil):
@@ -201,7 +225,7 @@ def test_an_interrupted_start_leaves_no_records_file(monkeypatch):
     def interrupted(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("kvatlas.experiments.experiment.load_model", interrupted)
+    monkeypatch.setattr("kvatlas.experiments.lab.load_model", interrupted)
     result = kvatlas(*SWEEP)
     assert result.status == 130
     assert not list(Path.cwd().rglob("*.duckdb"))

@@ -7,6 +7,7 @@ from tests.unit.cli.running import kvatlas
 
 from kvatlas.core.errors import CapacityError
 from kvatlas.experiments.prompt_length import PromptLength
+from kvatlas.experiments.sweep import EXPERIMENTS
 from kvatlas.records.store import RecordStore
 from kvatlas.strategies.strategy import Strategy
 
@@ -17,10 +18,18 @@ SPEED = [
 ]
 TINY = [
     *SPEED,
-    *("--concurrency", "2", "--concurrency-prompt-tokens", 32, "--concurrency-output-tokens", 3),
-    *("--context-tokens", 256, "--budgets", "0.5", "--num-prompts", 2),
+    *("--host-memory", "16MiB", "--strategy", "infinigen"),
+    *("--breakdown-model", "random:llama-mini", "--breakdown-prompt-tokens", 64, "--breakdown-output-tokens", 3),
+    *("--breakdown-link", "none", "--concurrency", "2", "--concurrency-prompt-tokens", 32),
+    *("--concurrency-output-tokens", 3, "--output-tokens", 3, "--output-prompt-tokens", 32),
+    *("--accuracy-task", "2 keys", "--accuracy-context-tokens", 128, "--accuracy-budgets", "0.5"),
+    *("--context-tokens", 256, "--budgets", "0.5", "--turns", "1,2", "--num-prompts", 2),
+    *("--arrivals", "poisson", "--rates", 500, "--rate-requests", 2, "--rate-prompt-tokens", 32),
+    *("--rate-output-tokens", 3, "--model", "random:llama-long", "--model-prompt-tokens", 32),
+    *("--model-output-tokens", 3, "--model-batch", 2),
     *("--trace", "azure-conv", "--trace-requests", 2, "--trace-time-scale", 0, "--trace-length-scale", 0.02),
 ]
+POINTS = 6 + 2 + 3 * 3 + 3 + 3 + 2 * 3 + 3 + 3 + 3
 
 
 def contents(path):
@@ -39,12 +48,14 @@ def finished(tmp_path_factory):
 def test_characterize_measures_every_experiment(finished):
     path, result, _ = finished
     assert result.status == 0, result
-    assert "10 measured, 0 found done, 0 refused, 0 failed" in result.out
+    assert f"{POINTS} measured, 0 found done, 0 refused, 0 failed" in result.out
     assert f"next: kvatlas report --records {path}" in result.out
     points, rows, (run,) = contents(path)
     assert {point.status for point in points} == {"done"}
-    assert {row.experiment for row in rows} == {"prompt_length", "concurrency", "early_fact", "trace_replay"}
-    assert {row.strategy for row in rows if row.experiment != "early_fact"} == {"full", str(Strategy.parse(H2O))}
+    assert {row.experiment for row in rows} == set(EXPERIMENTS)
+    speed = {row.strategy for row in rows if row.model_role == "speed"}
+    assert speed == {str(Strategy.parse(one)) for one in ("full", H2O, "infinigen")}
+    assert set(run.models) == {"random:llama-mini", "random:llama-long", "bundled"}
     assert run.command.startswith("kvatlas characterize --speed-model random:llama-mini")
 
 
@@ -52,7 +63,7 @@ def test_the_same_command_again_measures_nothing(finished):
     path, _, command = finished
     before = contents(path)
     result = kvatlas(*command)
-    assert "0 measured, 10 found done" in result.out
+    assert f"0 measured, {POINTS} found done" in result.out
     after = contents(path)
     assert after[:2] == before[:2]
     assert len(after[2]) == len(before[2]) + 1
@@ -62,7 +73,7 @@ def test_report_prints_the_winners_and_writes_the_page(finished, tmp_path, monke
     monkeypatch.setenv("COLUMNS", "160")
     result = kvatlas("report", "--records", finished[0], "--out", tmp_path / "page")
     assert (result.status, result.err) == (0, "")
-    for text in ("prompt_length on random:llama-mini", "TTFT", "Goodput", "Retention", str(Strategy.parse(H2O))):
+    for text in ("prompt_length on random:llama-mini", "TTFT", "Goodput", str(Strategy.parse(H2O))):
         assert text in result.out
     assert f"page: {tmp_path / 'page' / 'index.html'}" in result.out
     assert (tmp_path / "page" / "index.html").stat().st_size > 1000
@@ -110,6 +121,19 @@ def test_failed_points_fail_the_command_and_refused_ones_do_not(error, status, c
     assert str(error) in result.err
     assert ("error: 2 points failed" in result.err) == (status == 1)
     assert sum(point.status != "done" for point in contents(path)[0]) == 2
+
+
+def test_a_time_limit_leaves_out_and_the_same_command_goes_on(tmp_path):
+    path = tmp_path / "r.duckdb"
+    command = ["characterize", "prompt_length", *SPEED, "--records", path]
+    result = kvatlas(*command, "--time-limit", 1e-9)
+    assert result.status == 0
+    assert "1 measured" in result.out
+    assert "left out at their time limit: prompt_length 3; the same command goes on there" in result.out
+    assert "left out prompt_length: 3 of 4 points" in result.err
+    result = kvatlas(*command, "--time-limit", 1e-9, "--no-time-limit")
+    assert "3 measured, 1 found done" in result.out
+    assert "left out" not in result.out
 
 
 def test_list_runs_nothing(tmp_path):

@@ -1,8 +1,9 @@
 """The store against a plain Python model, under random schedules of its operations.
 
 The model of a sequence is a list of positions per lane. Every token's key and value hold numbers made of sequence,
-lane and position, so that a slot with the right position and somebody else's bytes is found. All memory is NaN at
-first, and blocks are NaN again while nobody owns them.
+lane and position, so that a slot with the right position and somebody else's bytes is found. All memory of both tiers
+is NaN at first, and blocks are NaN again while nobody owns them. Sequences live on the device, or with some layers on
+the host, with or without a sketch; they are swapped out and in while others take the memory they leave.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from torch import Tensor
 from kvatlas.core.layout import GRANULE
 from kvatlas.core.shapes import LayerShape, ModelShape
 from kvatlas.core.vocabulary import Format, Sidecar
+from kvatlas.storage.arena import Arena
 from kvatlas.storage.eviction import (
     close_holes,
     compact_windows,
@@ -38,9 +40,11 @@ from kvatlas.storage.eviction import (
     open_holes,
 )
 from kvatlas.storage.lanes import LaneGroup
+from kvatlas.storage.link import Link
 from kvatlas.storage.prefix_cache import PrefixCache
-from kvatlas.storage.sequence import Sequence, Slots
+from kvatlas.storage.sequence import LaneRow, Sequence, Slots
 from kvatlas.storage.store import KVStore
+from kvatlas.storage.swap import SwappedSequence, Swapper
 
 BLOCK = 3
 WINDOW = 4
@@ -60,6 +64,8 @@ def layer(heads: int, key_dim: int, value_dim: int, window: int | None = None, s
 
 MIXED = shape(layer(2, 4, 4), layer(1, 6, 2, window=WINDOW), layer(2, 4, 4, shares=0), layer(1, 4, 4, window=WINDOW))
 WINDOW_LANES = (2, 3)
+PLACES = [((), 0.0), ((), 0.0), ((0, 1, 3), 0.0), ((1,), 0.0), ((1, 3), 0.5), ((0,), 0.3)]
+"""Layers on the host, and the share of the sketch."""
 
 
 @dataclass(eq=False)
@@ -71,25 +77,34 @@ class Model:
     lanes: list[dict[int, float]]
     cut: bool = False
 
+    @property
+    def fixed(self) -> bool:
+        """Whether its tokens never move, because partial keys lie beside them."""
+        return self.seq.sketch is not None
+
 
 class StoreMachine(RuleBasedStateMachine):
     """Random operations; after each, the store holds what the model holds, and the books balance."""
 
     live = Bundle("live")
 
-    @initialize(slabs=st.integers(1, 4))
-    def start(self, slabs: int) -> None:
-        self.store = _store(slabs)
+    @initialize(slabs=st.integers(1, 4), host_slabs=st.integers(0, 3))
+    def start(self, slabs: int, host_slabs: int) -> None:
+        self.store = _store(slabs, host_slabs)
+        self.arenas = [self.store.arena] if self.store.host is None else [self.store.arena, self.store.host]
         self.cache = PrefixCache(self.store)
+        self.swapper = Swapper(self.store, Link())
         self.models: list[Model] = []
+        self.swapped: list[tuple[Model, SwappedSequence, object]] = []
         self.numbers = counter(1)
         self.poison()
 
     # Operations
 
-    @rule(target=live, format=st.sampled_from([None, Format.FP16]), sums=st.booleans())
-    def open(self, format: Format | None, sums: bool) -> Model:
-        seq = self.store.open(self.store.layout(format, SUMS if sums else PLAIN))
+    @rule(target=live, format=st.sampled_from([None, Format.FP16]), sums=st.booleans(), place=st.sampled_from(PLACES))
+    def open(self, format: Format | None, sums: bool, place: tuple[tuple[int, ...], float]) -> Model:
+        place = place if self.store.host is not None else ((), 0.0)
+        seq = self.store.open(self.store.layout(format, SUMS if sums else PLAIN, *place))
         model = Model(seq, [], [{} for _ in range(self.store.lanes.count)])
         self.models.append(model)
         return model
@@ -118,7 +133,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(model=live, data=st.data())
     def open_holes(self, model: Model, data: st.DataObject) -> None:
-        if model.seq.shared or bool((self.store.hole[model.seq.row] >= 0).any()):
+        if model.fixed or model.seq.shared or bool((self.store.hole[model.seq.row] >= 0).any()):
             return
         for group in model.seq.layout.groups:
             victims = []
@@ -137,7 +152,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(model=live, data=st.data())
     def keep_slots(self, model: Model, data: st.DataObject) -> None:
-        if model.seq.shared:
+        if model.fixed or model.seq.shared:
             return
         close_holes(self.store, model.seq)
         for group in model.seq.layout.groups:
@@ -154,6 +169,8 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(model=live)
     def drop_passed_windows(self, model: Model) -> None:
+        if model.fixed:
+            return
         drop_passed_windows(self.store, model.seq)
         if model.cut:
             return
@@ -163,7 +180,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(model=live)
     def compact_windows(self, model: Model) -> None:
-        if model.seq.shared:
+        if model.fixed or model.seq.shared:
             return
         close_holes(self.store, model.seq)
         compact_windows(self.store, model.seq)
@@ -174,7 +191,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(target=live, model=live)
     def fork(self, model: Model) -> Model | MultipleResults:
-        if model.cut:
+        if model.cut or model.fixed:
             return multiple()
         child = Model(self.store.fork(model.seq), list(model.tokens), [dict(lane) for lane in model.lanes])
         self.models.append(child)
@@ -182,12 +199,12 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(model=live)
     def publish(self, model: Model) -> None:
-        if not model.cut and model.seq.layout.key[1] == PLAIN:
+        if not model.cut and not model.fixed and model.seq.layout.key[1] == PLAIN:
             self.cache.publish(model.seq, model.tokens, "", 0)
 
     @rule(model=live, tokens=st.lists(st.integers(0, 1), min_size=1, max_size=12))
     def adopt(self, model: Model, tokens: list[int]) -> None:
-        if model.tokens or model.seq.shared or model.seq.layout.key[1] != PLAIN:
+        if model.tokens or model.fixed or model.seq.shared or model.seq.layout.key[1] != PLAIN:
             return
         adopted = self.cache.adopt(model.seq, tokens, "")
         assert adopted % BLOCK == 0 and adopted < len(tokens)
@@ -197,11 +214,12 @@ class StoreMachine(RuleBasedStateMachine):
             passed = max(0, (adopted - WINDOW + 1) // BLOCK) * BLOCK if lane in WINDOW_LANES else 0
             assert sorted(model.lanes[lane]) == list(range(passed, adopted))
 
-    @rule(wanted=st.integers(1, 5000))
-    def reclaim(self, wanted: int) -> None:
-        before = self.store.books()
-        freed = self.cache.reclaim(wanted)
-        after = self.store.books()
+    @rule(wanted=st.integers(1, 5000), on_host=st.booleans())
+    def reclaim(self, wanted: int, on_host: bool) -> None:
+        arena = self.arenas[-1 if on_host else 0]
+        before = arena.books()
+        freed = self.cache.reclaim(wanted, arena if on_host else None)
+        after = arena.books()
         assert before.cached - after.cached == freed, "what is reclaimed was cached and is free now"
         assert freed >= min(wanted, before.cached), "cached bytes are reclaimable at any time"
         assert after.used == before.used
@@ -219,6 +237,50 @@ class StoreMachine(RuleBasedStateMachine):
                 visible = [p for p in sorted(model.lanes[lane]) if p > len(model.tokens) - window]
                 assert sorted(view.positions_BHS[0, row][view.valid_BHS[0, row]].tolist()) == visible
 
+    @rule(target=live, model=consumes(live))
+    def swap_out(self, model: Model) -> Model | MultipleResults:
+        """Out of the device and off its rows; or, where the host is full, as if nothing had been asked."""
+        before = self.books(), self.rows(model)
+        staging = 0 if model.seq.staging is None else self.store.row_bytes(model.seq.staging, self.store.arena)
+        used, moved = self.store.allocated_bytes(model.seq) - staging, model.seq.shared
+        out = self.swapper.try_swap_out(model.seq)
+        if out is None:
+            assert (self.books(), self.rows(model)) == before
+            if self.store.host is not None:
+                assert used > 0, "what needs nothing fits"
+            return model
+        assert {row.row for row in model.seq.rows} == {-1}
+        if not moved:  # shared blocks stay with their other owners
+            assert self.books()[0].used == before[0][0].used - used - staging
+            assert self.books()[1].used >= before[0][1].used + used
+        self.models.remove(model)
+        self.swapped.append((model, out, self.state(before[1])))
+        return multiple()
+
+    @rule(target=live, data=st.data())
+    def swap_in(self, data: st.DataObject) -> Model | MultipleResults:
+        """Back, slot by slot as it was; or, where the device is full, still out."""
+        if not self.swapped:
+            return multiple()
+        place = data.draw(st.integers(0, len(self.swapped) - 1))
+        model, out, state = self.swapped[place]
+        before, taken, host_bytes = self.books(), list(self.store._free_rows), out.host_bytes
+        if self.swapper.try_swap_in(out) is None:
+            assert (self.books(), self.store._free_rows, out.host_bytes) == (before, taken, host_bytes)
+            return multiple()
+        assert self.state(self.rows(model)) == state, "lengths, holes and blocks per lane"
+        if model.seq.staging is not None:
+            assert not self.store.columns_held(model.seq.staging).any(), "buffers hold nothing worth keeping"
+        self.swapped.pop(place)
+        self.models.append(model)
+        return model
+
+    @rule(data=st.data())
+    def drop_swapped(self, data: st.DataObject) -> None:
+        if self.swapped:
+            _, out, _ = self.swapped.pop(data.draw(st.integers(0, len(self.swapped) - 1)))
+            self.swapper.drop(out)
+
     @rule(model=consumes(live))
     def close(self, model: Model) -> None:
         self.store.close(model.seq)
@@ -233,29 +295,39 @@ class StoreMachine(RuleBasedStateMachine):
             for lane, wanted in enumerate(model.lanes):
                 held = self.read(model, lane)
                 assert dict(held) == wanted and len(held) == len(wanted)
+            if model.seq.sketch is not None:
+                self.read_sketch(model)
 
     @invariant()
     def books_balance(self) -> None:
-        self.store.arena.check()
-        books = self.store.books()
-        assert books.used + books.cached + books.free == books.total
-        assert min(books.used, books.cached, books.free, books.used_kv, books.used_sidecars) >= 0
-        assert books.used_kv + books.used_sidecars == books.used
-        if not any(model.seq.shared for model in self.models):
-            assert books.used == sum(self.store.allocated_bytes(model.seq) for model in self.models)
-            assert books.used_kv == sum(self.store.kv_bytes(model.seq) for model in self.models)
+        unshared = not any(model.seq.shared for model in self.models + [model for model, _, _ in self.swapped])
+        for arena, books in zip(self.arenas, self.books(), strict=True):
+            arena.check()
+            assert books.used + books.cached + books.free == books.total
+            assert min(books.used, books.cached, books.free, books.used_kv, books.used_sidecars) >= 0
+            assert books.used_kv + books.used_sidecars == books.used
+            if unshared:
+                waiting = sum(out.host_bytes for _, out, _ in self.swapped) if arena is self.store.host else 0
+                held = sum(self.store.allocated_bytes(model.seq, arena) for model in self.models)
+                assert books.used == held + waiting
+        if unshared and not any(model.seq.layout.host_layers for model in self.models):
+            assert self.store.books().used_kv == sum(self.store.kv_bytes(model.seq) for model in self.models)
 
     @invariant()
     def tables_point_into_their_pools(self) -> None:
         """Kernels read whole table rows, behind a lane's end too; an id of another layout could lie outside."""
         for model in self.models:
-            for group in model.seq.layout.groups:
-                assert (self.store.table[model.seq.row, group.lanes] < len(group.blocks.keys)).all()
+            for row in model.seq.rows:
+                for group in row.layout.groups:
+                    assert (self.store.table[row.row, group.lanes] < len(group.blocks.keys)).all()
 
     @invariant()
     def poison(self) -> None:
         """Fill what nobody owns with NaN; last, because it runs after every operation."""
-        arena = self.store.arena
+        for arena in self.arenas:
+            self.poison_arena(arena)
+
+    def poison_arena(self, arena: Arena) -> None:
         owned = torch.zeros(arena.total_bytes // GRANULE, dtype=torch.int32)
         for blocks in arena._classes.values():
             starts = blocks.ids((blocks.refs > 0).nonzero().flatten()).long()
@@ -269,22 +341,59 @@ class StoreMachine(RuleBasedStateMachine):
             return
         for model in list(self.models):
             self.store.close(model.seq)
-        self.cache.reclaim(10**9)
-        assert self.store.books().free == self.store.books().total
-        self.store.arena.check()
+        for _, out, _ in self.swapped:
+            self.swapper.drop(out)
+        for arena in self.arenas:
+            self.cache.reclaim(10**9, arena)
+            assert arena.books().free == arena.books().total
+            arena.check()
 
     # Helpers
 
     def extend(self, model: Model, count: int) -> bool:
         """Make room; a refusal changes nothing, and comes only where room is short."""
-        before = self.store.books(), self.store.columns_held(model.seq).tolist()
-        needed = self.store.blocks_needed(model.seq, count)
-        if self.store.try_extend(model.seq, count):
-            taken = sum(number * group.blocks.block_bytes for group, number in needed)
-            assert self.store.books().free == before[0].free - taken
+        before = self.books(), self.rows(model)
+        staged = self.store.longest_on_host(model.seq) + count
+        needed = self.store.blocks_needed(model.seq, count, staged)
+        short = self.store.short_of(needed)
+        assert (self.books(), self.rows(model)) == before, "to ask takes nothing"
+        if self.store.try_extend(model.seq, count, staged):
+            assert short is None
+            for arena, books, then in zip(self.arenas, self.books(), before[0], strict=True):
+                taken = [number * group.blocks.block_bytes for group, number in needed if group.blocks.arena is arena]
+                assert books.free == then.free - sum(taken)
+            self.scribble(model)
             return True
-        assert (self.store.books(), self.store.columns_held(model.seq).tolist()) == before
+        assert short in self.arenas, "somebody must be asked to give way"
+        assert (self.books(), self.rows(model)) == before
         return False
+
+    def scribble(self, model: Model) -> None:
+        """Use the staging buffers, as a step would; nobody else may feel it."""
+        row = model.seq.staging
+        for group, ids in [] if row is None else self.store.ids_between(row, *self.span(row)):
+            group.blocks.raw[ids.long()] = -1
+
+    def span(self, row: LaneRow) -> tuple[Tensor, Tensor]:
+        held = self.store.columns_held(row)
+        return torch.zeros_like(held), held
+
+    def books(self) -> list[object]:
+        return [arena.books() for arena in self.arenas]
+
+    def rows(self, model: Model) -> list[object]:
+        """Return all that the tables say of a sequence: lengths, holes and block ids, row by row."""
+        store = self.store
+        return [
+            (store.length[row.row].tolist(), store.hole[row.row].tolist(),
+             [(group.blocks, ids.tolist()) for group, ids in store.ids_between(row, *self.span(row))])
+            for row in model.seq.rows
+        ]  # fmt: skip
+
+    def state(self, rows: list[object]) -> list[object]:
+        """Return what of `rows` a swap must not change: all but staging, and block ids by number only."""
+        kept = [(length, hole, [(blocks, len(ids)) for blocks, ids in groups]) for length, hole, groups in rows]
+        return [row for index, row in enumerate(kept) if index != 1 or len(kept) == 1]
 
     def write(self, model: Model, slots: Slots, row: int, position: int) -> None:
         number = float(next(self.numbers) % 2000)  # exact in fp16
@@ -297,6 +406,26 @@ class StoreMachine(RuleBasedStateMachine):
                 group.blocks.column_sums[block, offset] = number
         for lane in model.lanes:
             lane[position] = number
+        if model.seq.sketch is not None:
+            for group, block, offset in self.sketch_slots(model, torch.tensor([position])):
+                group.blocks.keys[block, offset] = number
+
+    def sketch_slots(self, model: Model, slots: Tensor) -> list[tuple[LaneGroup, Tensor, Tensor]]:
+        """Return for each group of sketched lanes the block ids and offsets [lanes, n] of slots [n]."""
+        row = model.seq.sketch
+        assert row is not None
+        found = []
+        for group in row.layout.groups:
+            block = self.store.table[row.row, group.lanes][:, slots // BLOCK].long()
+            found.append((group, block, (slots % BLOCK).expand_as(block)))
+        return found
+
+    def read_sketch(self, model: Model) -> None:
+        """Assert that partial keys lie slot by slot beside the keys."""
+        numbers = torch.tensor([model.lanes[0][position] for position in range(len(model.tokens))])
+        for group, block, offset in self.sketch_slots(model, torch.arange(len(model.tokens))):
+            held = group.blocks.keys[block, offset].float()
+            assert (held == numbers[None, :, None]).all()
 
     def slot(
         self, model: Model, group: LaneGroup, lane: int, slot: Tensor
@@ -323,10 +452,10 @@ class StoreMachine(RuleBasedStateMachine):
         return list(zip(position.tolist(), number[:, 0].tolist(), strict=True))
 
 
-def _store(slabs: int) -> KVStore:
+def _store(slabs: int, host_slabs: int) -> KVStore:
     """Return a store of a few small slabs, so that layouts compete for them."""
     slab = KVStore(MIXED, Format.FP32, 10**6, block_size=BLOCK).arena.slab_bytes
-    return KVStore(MIXED, Format.FP32, slabs * slab, block_size=BLOCK)
+    return KVStore(MIXED, Format.FP32, slabs * slab, block_size=BLOCK, host_bytes=host_slabs * slab)
 
 
 TestStore = StoreMachine.TestCase

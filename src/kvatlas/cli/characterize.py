@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from kvatlas.cli.options import DEFAULT_RECORDS, DEFAULT_REPORT, Records, examples, fractions, whole_numbers
+from kvatlas.cli import study_options as opt
+from kvatlas.cli.options import DEFAULT_RECORDS, DEFAULT_REPORT, Records, examples
 from kvatlas.core.errors import ConfigError
 from kvatlas.core.names import unknown_name
 from kvatlas.records.store import RecordStore
@@ -26,6 +27,8 @@ _EXAMPLES = examples(
     "kvatlas characterize --preset quick",
     "kvatlas characterize prompt_length --speed-model random:llama-100m --prompt-tokens 1024,4096",
     "kvatlas characterize trace_replay --trace my.jsonl --strategy full --strategy 'h2o(heavy=0.1, recent=0.1)'",
+    "kvatlas characterize --preset standard --dump-config",
+    "kvatlas characterize --config study.toml",
     "kvatlas characterize --list",
 )
 
@@ -35,73 +38,74 @@ def add_to(app: typer.Typer) -> None:
     app.command("characterize", epilog=_EXAMPLES)(characterize)
 
 
-def _option(help: str, *, name: str | None = None, panel: str | None = None, metavar: str | None = None) -> Any:
-    return typer.Option(*([name] if name else []), help=help, rich_help_panel=panel, metavar=metavar)
-
-
-def _numbers(help: str, panel: str) -> Any:
-    return typer.Option(help=help, rich_help_panel=panel, metavar="N,N", parser=whole_numbers)
-
-
-_RUN, _LOAD, _FACT, _TRACE = "Models and memory", "prompt_length, concurrency", "early_fact", "trace_replay"
-
-
-# Parameters that are named like a field of Settings override it; None leaves what the preset says.
+# Parameters that are named like a field of Settings override it; None leaves what the file or the preset says.
 def characterize(
     context: typer.Context,
     experiments: Annotated[
         list[str] | None, typer.Argument(metavar="EXPERIMENT", help="Which ones; default: all.")
     ] = None,
-    preset: Annotated[str, typer.Option(metavar="NAME", help="quick (minutes) or standard.")] = "quick",
+    preset: Annotated[
+        str, typer.Option(metavar="NAME", help="quick (minutes), standard (an hour) or full (a GPU).")
+    ] = "quick",
+    config: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="A study in TOML: settings, experiments, preset, records.")
+    ] = None,
+    dump_config: Annotated[
+        bool, typer.Option("--dump-config", help="Print the study in force as TOML; run nothing.")
+    ] = False,
     records: Records = DEFAULT_RECORDS,
-    strategies: Annotated[
-        list[str] | None, _option("Strategy to compare; may be repeated.", name="--strategy", metavar="S")
-    ] = None,
-    repeats: Annotated[int | None, _option("How often a timed point is measured.")] = None,
-    seed: Annotated[int | None, _option("Of prompts and sampling.")] = None,
-    threads: Annotated[int | None, _option("CPU threads of torch; default: torch's own choice.")] = None,
+    strategies: opt.Strategies = None,
+    repeats: opt.Repeats = None,
+    seed: opt.Seed = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads of torch; default: torch's own choice.")] = None,
     listing: Annotated[bool, typer.Option("--list", help="List experiments and points; run nothing.")] = False,
-    speed_model: Annotated[
-        str | None, _option("Whose time and memory is measured.", panel=_RUN, metavar="NAME")
-    ] = None,
-    quality_model: Annotated[str | None, _option("Whose answers are judged.", panel=_RUN, metavar="NAME")] = None,
-    dtype: Annotated[
-        str | None, _option("Of weights: auto, float32, bfloat16 or float16.", panel=_RUN, metavar="NAME")
-    ] = None,
-    device: Annotated[str | None, _option("cpu, cuda or cuda:<index>.", panel=_RUN, metavar="NAME")] = None,
-    kv_memory: Annotated[
-        str | None, _option("Byte budget of the cache, such as 512MiB.", panel=_RUN, metavar="SIZE")
-    ] = None,
-    max_batched_tokens: Annotated[int | None, _option("Most tokens of one step.", panel=_RUN)] = None,
-    prompt_tokens: Annotated[Any, _numbers("Prompt lengths.", _LOAD)] = None,
-    concurrency: Annotated[Any, _numbers("Numbers of requests.", _LOAD)] = None,
-    concurrency_prompt_tokens: Annotated[int | None, _option("Their prompt length.", panel=_LOAD)] = None,
-    concurrency_output_tokens: Annotated[int | None, _option("Their output length.", panel=_LOAD)] = None,
-    context_tokens: Annotated[Any, _numbers("Context lengths.", _FACT)] = None,
-    budgets: Annotated[
-        Any, typer.Option(help="Kept fractions.", rich_help_panel=_FACT, metavar="F,F", parser=fractions)
-    ] = None,
-    num_prompts: Annotated[int | None, _option("Prompts per point.", panel=_FACT)] = None,
-    num_keys: Annotated[int | None, _option("Facts per context.", panel=_FACT)] = None,
-    traces: Annotated[
-        list[str] | None,
-        _option(
-            "azure-conv, mooncake-conversation or a file; may be repeated.",
-            name="--trace",
-            panel=_TRACE,
-            metavar="NAME|FILE",
-        ),
-    ] = None,
-    trace_requests: Annotated[int | None, _option("Requests taken of each trace.", panel=_TRACE)] = None,
-    trace_time_scale: Annotated[float | None, _option("Factor on arrival times.", panel=_TRACE)] = None,
-    trace_length_scale: Annotated[float | None, _option("Factor on lengths.", panel=_TRACE)] = None,
-    trace_max_prompt_tokens: Annotated[int | None, _option("Longer prompts are cut.", panel=_TRACE)] = None,
-    slo_ttft_s: Annotated[
-        float | None, _option("Goodput's limit on TTFT, seconds.", name="--slo-ttft", panel=_TRACE, metavar="S")
-    ] = None,
-    slo_tpot_s: Annotated[
-        float | None, _option("Goodput's limit on TPOT, seconds.", name="--slo-tpot", panel=_TRACE, metavar="S")
-    ] = None,
+    time_limits: opt.TimeLimits = None,
+    no_time_limit: opt.NoTimeLimit = False,
+    repeat_limit_s: opt.RepeatLimit = None,
+    speed_model: opt.SpeedModel = None,
+    quality_model: opt.QualityModel = None,
+    dtype: opt.DType = None,
+    device: opt.Device = None,
+    kv_memory: opt.KvMemory = None,
+    host_memory: opt.HostMemory = None,
+    link: opt.EmulatedLink = None,
+    max_batched_tokens: opt.MaxBatchedTokens = None,
+    prompt_tokens: opt.PromptTokens = None,
+    prompt_model: opt.PromptModel = None,
+    breakdown_prompt_tokens: opt.BreakdownPromptTokens = None,
+    breakdown_output_tokens: opt.BreakdownOutputTokens = None,
+    breakdown_links: opt.BreakdownLinks = None,
+    breakdown_model: opt.BreakdownModel = None,
+    concurrency: opt.Concurrency = None,
+    concurrency_prompt_tokens: opt.ConcurrencyPromptTokens = None,
+    concurrency_output_tokens: opt.ConcurrencyOutputTokens = None,
+    pool_tries: opt.PoolTries = None,
+    output_tokens: opt.OutputTokens = None,
+    output_prompt_tokens: opt.OutputPromptTokens = None,
+    accuracy_tasks: opt.AccuracyTasks = None,
+    accuracy_context_tokens: opt.AccuracyContextTokens = None,
+    accuracy_budgets: opt.AccuracyBudgets = None,
+    num_prompts: opt.NumPrompts = None,
+    context_tokens: opt.ContextTokens = None,
+    budgets: opt.Budgets = None,
+    turns: opt.Turns = None,
+    num_keys: opt.NumKeys = None,
+    arrivals: opt.Arrivals = None,
+    rates: opt.Rates = None,
+    rate_requests: opt.RateRequests = None,
+    rate_prompt_tokens: opt.RatePromptTokens = None,
+    rate_output_tokens: opt.RateOutputTokens = None,
+    models: opt.Models = None,
+    model_prompt_tokens: opt.ModelPromptTokens = None,
+    model_output_tokens: opt.ModelOutputTokens = None,
+    model_batch: opt.ModelBatch = None,
+    traces: opt.Traces = None,
+    trace_requests: opt.TraceRequests = None,
+    trace_time_scale: opt.TraceTimeScale = None,
+    trace_length_scale: opt.TraceLengthScale = None,
+    trace_max_prompt_tokens: opt.TraceMaxPromptTokens = None,
+    slo_ttft_s: opt.SloTtft = None,
+    slo_tpot_s: opt.SloTpot = None,
 ) -> None:
     """Measure strategies on this machine: speed, memory, and what is forgotten.
 
@@ -109,41 +113,64 @@ def characterize(
     """
     for strategy in strategies or ():  # a typo is found before torch is loaded
         Strategy.parse(strategy)
-    settings = _settings(preset, context.params)
+    from kvatlas.experiments.study import StudyFile, dump_study, read_study
     from kvatlas.experiments.sweep import check_sweep, find_experiments
 
-    chosen = find_experiments(experiments or [])
+    study = StudyFile() if config is None else read_study(config)
+    if _is_default(context, "preset"):
+        preset = study.preset or preset
+    if _is_default(context, "records"):
+        records = Path(study.records or records)
+    settings = settings_of(preset, context.params, study.changes)
+    names = experiments or study.experiments
+    chosen = find_experiments(names)
+    if dump_config:
+        typer.echo(dump_study(settings, names, str(records)), nl=False)
+        return
     if listing:
         _list(chosen, settings)
         return
     check_sweep(chosen, settings)
     if threads is not None:
-        _use_threads(threads)
+        use_threads(threads)
     outcome = _run(chosen, settings, records, shlex.join(["kvatlas", *(context.obj or ["characterize"])]))
     _tell(outcome, records)
 
 
-def _settings(preset: str, given: Mapping[str, Any]) -> Settings:
-    """Return the preset with what was given instead of its values."""
+def settings_of(preset: str, given: Mapping[str, Any], file: Mapping[str, Any] | None = None) -> Settings:
+    """Return the preset with what a file says instead of its values, and what was given instead of both."""
     from kvatlas.experiments.sweep import PRESETS
 
     if preset not in PRESETS:
         raise unknown_name("preset", preset, PRESETS)
     names = [field.name for field in dataclasses.fields(PRESETS[preset])]
-    changes = {name: given[name] for name in names if given.get(name) not in (None, [], ())}
-    changes |= {name: tuple(value) for name, value in changes.items() if isinstance(value, list)}
+    changes = dict(file or {})
+    changes |= {name: given[name] for name in names if given.get(name) not in (None, [], ())}
+    if given.get("no_time_limit"):
+        changes["time_limits"] = ()
+    changes = {name: tuple(value) if isinstance(value, list) else value for name, value in changes.items()}
     return dataclasses.replace(PRESETS[preset], **changes)
+
+
+def _is_default(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is None or source.name.startswith("DEFAULT")
 
 
 def _list(experiments: Sequence[Experiment], settings: Settings) -> None:
     for experiment in experiments:
-        count = sum(1 for _ in experiment.points(settings, "any"))
+        count = sum(1 for _ in experiment.points(settings, "any")) * len(experiment.sources(settings))
         typer.echo(f"{experiment.name}: {experiment.question} ({count} points)")
     for field in dataclasses.fields(settings):
         typer.echo(f"  {field.name} = {getattr(settings, field.name)}")
 
 
-def _use_threads(threads: int) -> None:
+def use_threads(threads: int) -> None:
+    """Let torch use this many CPU threads; points name the number.
+
+    Raises:
+        ConfigError: it is below 1.
+    """
     import torch
 
     if threads < 1:
@@ -154,7 +181,7 @@ def _use_threads(threads: int) -> None:
 def _run(experiments: Sequence[Experiment], settings: Settings, records: Path, command: str) -> Outcome:
     from kvatlas.experiments.sweep import run_sweep
 
-    with _opened(records) as store:
+    with opened(records) as store:
         try:
             return run_sweep(experiments, settings, store, command, Console(stderr=True))
         except KeyboardInterrupt:
@@ -168,7 +195,7 @@ def _run(experiments: Sequence[Experiment], settings: Settings, records: Path, c
 
 
 @contextmanager
-def _opened(records: Path) -> Iterator[RecordStore]:
+def opened(records: Path) -> Iterator[RecordStore]:
     """Open the records file; one that is made here goes again if no run begins in it."""
     fresh, begun = not records.exists(), True
     try:
@@ -185,6 +212,9 @@ def _opened(records: Path) -> Iterator[RecordStore]:
 def _tell(outcome: Outcome, records: Path) -> None:
     counts = f"{outcome.measured} measured, {outcome.resumed} found done, {outcome.refused} refused"
     typer.echo(f"points: {counts}, {outcome.failed} failed; in {records}")
+    if outcome.left_out:
+        names = ", ".join(f"{name} {count}" for name, count in outcome.left_out.items())
+        typer.echo(f"left out at their time limit: {names}; the same command goes on there, --no-time-limit to the end")
     if outcome.resumed:
         typer.echo("points found done keep the repeats they were measured with; for more, name another --records file")
     if outcome.refused and not outcome.measured and not outcome.resumed:

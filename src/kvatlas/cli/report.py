@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
@@ -31,28 +32,36 @@ def report(
 ) -> None:
     """Print which strategy wins when, and write a page with every figure."""
     from kvatlas.records.store import RecordStore
-    from kvatlas.reports.answer import answer
+    from kvatlas.reports.answer import closing
+    from kvatlas.reports.findings.findings import findings, verdicts_text
     from kvatlas.reports.page import write_report
-    from kvatlas.reports.winners import winners_table
+    from kvatlas.reports.studies import read_studies
+    from kvatlas.reports.winners import winner_rows
 
     page = write_report(records, out)
     with RecordStore(records, mode="read") as store:
-        rows = winners_table(store)
+        studies, points = read_studies(store), store.points()
+    rows = winner_rows(studies)
     console = Console()
-    for (experiment, model), study in groupby(rows, key=lambda row: (row.experiment, row.model)):
-        console.rule(f"[bold]{escape(experiment)}[/] on {escape(model)}", align="left")
-        for criterion, group in groupby(study, key=lambda row: row.criterion.name):
-            console.print(_table(criterion, list(group)))
-    console.print(answer(rows), markup=False, highlight=False)
+    shown = [row for row in rows if row.criterion.short]
+    for (experiment, model, link), study in groupby(shown, key=lambda row: (row.experiment, row.model, row.link)):
+        emulated = "" if link == "none" else f", emulated link {link}"
+        console.rule(f"[bold]{escape(experiment)}[/] on {escape(model)}{escape(emulated)}", align="left")
+        console.print(_table(list(study)))
+    for line in (*closing(rows), f"The study's findings: {verdicts_text(findings(studies, points))}."):
+        console.print(line, markup=False, highlight=False)
     typer.echo(f"page: {page}")
 
 
-def _table(criterion: str, rows: Sequence[WinnerRow]) -> Table:
+def _table(rows: Sequence[WinnerRow]) -> Table:
+    """Return a row per criterion: who is best, and at how many settings."""
     table = Table.grid(padding=(0, 0, 0, 2), expand=True)
-    table.title, table.title_justify, table.title_style = escape(criterion), "left", "bold"
-    for ratio in (3, 4, 4):
+    for ratio in (3, 8):
         table.add_column(ratio=ratio, overflow="fold")
-    for row in rows:
-        value = f"{row.value_text} ({row.interval_text})"
-        table.add_row(*(escape(cell) for cell in (row.condition, row.verdict_text, value)))
+    criteria = dict.fromkeys(row.criterion.name for row in rows)
+    for name in criteria:
+        mine = [row for row in rows if row.criterion.name == name]
+        counts = Counter(row.verdict_text for row in mine)
+        told = [f"{text}, {count} of {len(mine)}" if len(mine) > 1 else text for text, count in counts.most_common()]
+        table.add_row(escape(name), escape("; ".join(told)))
     return table

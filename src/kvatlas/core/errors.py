@@ -8,6 +8,7 @@ KvatlasError
 ├── UnsupportedError       a model family, device, format or call that kvatlas refuses, with the reason
 ├── CheckpointError        a model folder that is missing, incomplete or corrupt
 ├── TraceError             a line of a trace that cannot be read
+├── EndpointError          a server that cannot be reached, or that serves nothing of what is asked
 ├── RecordsError           a records file that is locked, of another version, or not ours
 └── OutputError            a path that cannot be written
 
@@ -47,6 +48,10 @@ class CheckpointError(KvatlasError):
 
 class TraceError(KvatlasError, ValueError):
     """A line of a request trace cannot be read."""
+
+
+class EndpointError(KvatlasError):
+    """A server cannot be reached, or serves nothing of what is asked."""
 
 
 class RecordsError(KvatlasError):

@@ -146,8 +146,9 @@ class _Rows:
         store, staged = self._engine.store, staged_slots(self._engine.store, request, count)
         if not store.try_extend(request.seq, count, staged):
             tier = store.short_of(store.blocks_needed(request.seq, count, staged)) or store.arena
-            total = format_bytes(tier.total_bytes)
+            on_host, total = tier is store.host, format_bytes(tier.total_bytes)
             raise CapacityError(
-                f"KV memory of {total} is full after {request.computed} tokens of one of {len(self._requests)} rows; "
-                "attach with more kv_memory, a smaller batch or a strategy that holds less"
+                f"{'host' if on_host else 'KV'} memory of {total} is full after {request.computed} tokens of one of "
+                f"{len(self._requests)} rows; attach with more {'host_memory' if on_host else 'kv_memory'}, "
+                "a smaller batch or a strategy that holds less"
             )

@@ -230,6 +230,7 @@ class Engine:
             prefill_spans=list(request.prefill_spans),
             token_times_s=list(request.token_times_s),
             seq=None if request.seq is None else self.store.fork(request.seq),
+            swapped=None,  # what waits on the host comes back once; the copy is made anew
         )
         self.scheduler.idle.append(copy)
         return copy

@@ -25,8 +25,10 @@ def after_prompt_chunk(store: KVStore, request: Request, span_done: bool) -> Non
 
 
 def staged_slots(store: KVStore, request: Request, count: int) -> int:
-    """Return how many slots of each lane a step of ``count`` tokens reads through a staging buffer."""
+    """Return how many slots of each lane a step of ``count`` tokens reads through a staging buffer; 0 without any."""
     assert request.seq is not None
+    if request.seq.staging is None:
+        return 0
     slots, attend = store.longest_on_host(request.seq), request.strategy.attend
     if attend is not None and request.prefill_end is None:
         slots = attend.most_read(slots)

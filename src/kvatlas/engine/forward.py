@@ -31,7 +31,7 @@ from kvatlas.storage.link import Link
 from kvatlas.storage.sequence import Sequence, Slots
 from kvatlas.storage.store import KVStore
 
-_SKETCH_SLOTS = 4096  # past keys that enter a sketch at a time; a multiple of every block size in use
+_SKETCH_SLOTS = 4096  # past keys that enter a sketch at a time, about: whole blocks do
 
 
 @dataclass(kw_only=True)
@@ -88,7 +88,7 @@ class ForwardPass:
         self._staging = Staging(transport.link, visitors, len(store.lanes.shape.layers), transport.timeline)
 
     def finish(self) -> None:
-        """Return when all new keys and values are where they belong."""
+        """Return when all new keys and values are where they belong; also due after a forward that failed."""
         self._staging.finish()
 
     def before_layer(self, layer: int, foresee: Foresee) -> None:
@@ -186,12 +186,12 @@ class ForwardPass:
             source.blocks.keys, source.blocks.positions, source.table[0, :, :columns] if source.visiting else table,
             past.to(q.device), **limits,
         )  # fmt: skip
-        own_slots = chunk.slots.block[first:, lanes], chunk.slots.offset[first:, lanes]
+        own_slots = chunk.slots.block[first:, lanes].to(sums.device), chunk.slots.offset[first:, lanes].to(sums.device)
 
         def credit() -> None:
-            if fresh:
-                sums.index_fill_(0, table.flatten()[held].long(), 0.0)  # votes of an earlier prompt no longer count
-            _add_to_blocks(sums, table, held, past_sums.to(sums.device))
+            if fresh:  # votes of an earlier prompt no longer count
+                sums.index_fill_(0, table.flatten()[held].long().to(sums.device), 0.0)
+            _add_to_blocks(sums, table, held, past_sums)
             sums[own_slots] += own_sums.T.to(sums.device)
 
         self._at_home(call, source.visiting, credit, (past_sums.numel() + own_sums.numel()) * sums.itemsize)
@@ -204,14 +204,15 @@ class ForwardPass:
         past = int(chunk.past_length[lanes.start])
         if not sketch.has_columns(seq):
             sketch.weigh(seq, q, k)
-            if chunk.request.prefill_end is not None:
+            if not chunk.request.ends_prefill_span:
                 return
             sketch.choose_columns(seq)
-            for first in range(0, past, _SKETCH_SLOTS):
-                columns = slice(first // self._store.block_size, -(-past // self._store.block_size))
-                table = source.table[0, :, columns][:, : _SKETCH_SLOTS // self._store.block_size]
-                keys = gather_slots(source.blocks.keys, table)[:, : past - first]
-                sketch.write(seq, first, keys)
+            size = self._store.block_size
+            columns, most = max(1, _SKETCH_SLOTS // size), -(-past // size)
+            for first in range(0, most, columns):
+                table = source.table[0, :, first : min(first + columns, most)]
+                keys = gather_slots(source.blocks.keys, table)[:, : past - first * size]
+                sketch.write(seq, first * size, keys)
         sketch.write(seq, past, k.transpose(0, 1))
 
     def _attend_group(self, call: AttentionCall, group: DecodeGroup, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -243,7 +244,7 @@ class ForwardPass:
             self._at_home(
                 call,
                 source.visiting,
-                lambda: _add_to_blocks(sums, where, held, amounts.to(sums.device)),
+                lambda: _add_to_blocks(sums, where, held, amounts),
                 amounts.numel() * amounts.itemsize,
             )
         if choice is not None:
@@ -341,4 +342,5 @@ def _held(length: Tensor, columns: int, block_size: int) -> Tensor:
 
 def _add_to_blocks(sums: Tensor, table: Tensor, held: Tensor, amounts: Tensor) -> None:
     """Add ``amounts`` [..., C * bs] to the slots of the blocks in ``table`` [..., C]; see `_held`."""
-    sums.index_add_(0, table.flatten()[held], amounts.reshape(-1, sums.shape[1])[held])
+    ids, added = table.flatten()[held], amounts.reshape(-1, sums.shape[1])[held]
+    sums.index_add_(0, ids.to(sums.device), added.to(sums.device))

@@ -89,14 +89,16 @@ class Runner:
         positions = torch.cat([chunk.positions for chunk in chunks] + [group.positions for group in groups])
         start = time.perf_counter()
         context = ForwardPass(self._store, chunks, groups, self._transport)
-        logits = self._adapter.forward(
-            torch.tensor(tokens, device=device),
-            positions,
-            context,
-            torch.tensor(last_rows, dtype=torch.int64, device=device),
-            rope_tokens=rope_tokens,
-        )
-        context.finish()
+        try:
+            logits = self._adapter.forward(
+                torch.tensor(tokens, device=device),
+                positions,
+                context,
+                torch.tensor(last_rows, dtype=torch.int64, device=device),
+                rope_tokens=rope_tokens,
+            )
+        finally:  # a move must not outlive what it moves: the blocks may be somebody else's next
+            context.finish()
         if self._transport.timeline is not None:
             self._transport.timeline.add(EventKind.STEP, -1, start, time.perf_counter())
         for request, _ in order:
@@ -123,8 +125,7 @@ class Runner:
             for chunk in chunks:
                 self._publish(chunk.request, chunk.request.computed - chunk.count)
         for chunk in chunks:
-            span_done = any(end == chunk.request.computed for _, end in chunk.request.prefill_spans)
-            after_prompt_chunk(self._store, chunk.request, span_done=span_done)
+            after_prompt_chunk(self._store, chunk.request, span_done=chunk.request.ends_prefill_span)
         for group in groups:
             after_decode_step(self._store, group.requests)
         if self._store.lanes.windows:

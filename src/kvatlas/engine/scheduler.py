@@ -115,7 +115,8 @@ class Scheduler:
         if not ready:
             return []
         granted: list[Request] = []
-        for request, needs_blocks in zip(ready, self._store.needs_blocks(seqs), strict=True):
+        staged = [staged_slots(self._store, request, 1) for request in ready]
+        for request, needs_blocks in zip(ready, self._store.needs_blocks(seqs, staged), strict=True):
             if request not in self.running:
                 continue
             if not needs_blocks or self._make_room(request, 1, protect=granted):
@@ -181,8 +182,7 @@ class Scheduler:
         """Bring a cache back; if it cannot be while nothing else runs, forget it, so that it is made anew."""
         assert request.swapped is not None
         request.seq = self._swapper.try_swap_in(request.swapped)
-        if request.seq is None and self._prefix_cache is not None:
-            self._prefix_cache.reclaim(request.footprint.peak_bytes)
+        while request.seq is None and self._reclaim_for(request):
             request.seq = self._swapper.try_swap_in(request.swapped)
         if request.seq is not None:
             request.swapped = None
@@ -192,24 +192,41 @@ class Scheduler:
         self._drop_swapped(request)
         return True
 
+    def _reclaim_for(self, request: Request) -> bool:
+        """Take device memory back from what does not run, a part at a time; False: there is no more."""
+        if self._prefix_cache is not None and self._prefix_cache.reclaim(request.footprint.peak_bytes):
+            return True
+        idle = [other for other in self.idle if self._held(other)]
+        if idle:
+            self._take_cache(idle[0])
+        return bool(idle)
+
     def _all_swapped(self) -> list[Request]:
-        """Return the requests whose cache is swapped out, those that need it last first."""
-        return [request for request in reversed(self.waiting) if request.swapped is not None]
+        """Return the requests whose cache is swapped out: idle sessions, then those that need it last first."""
+        waiting = [request for request in reversed(self.waiting) if request.swapped is not None]
+        return [other for other in self.idle if other.swapped is not None and other not in waiting] + waiting
 
     def _drop_swapped(self, request: Request) -> None:
         """Give up a swapped cache: it will be computed or replayed anew."""
         if request.swapped is not None:
             self._swapper.drop(request.swapped)
             request.swapped = None
+            if request in self.idle:
+                self.idle.remove(request)
             self._forget(request)
 
     def _within_footprint(self, request: Request, count: int) -> int:
-        """Return a chunk of at most ``count`` tokens that keeps to the request's footprint.
+        """Return a chunk of at most ``count`` tokens that keeps to the request's footprint on each tier.
 
         It is shorter only where a preempted request with sliding windows is computed anew: its prompt is then
         longer than the one that the footprint is of.
         """
-        while count > 1 and self._held(request) + self._wanted(request, count) > request.footprint.peak_bytes:
+        bounds = [(self._store.arena, request.footprint.peak_bytes)]
+        if self._store.host is not None:
+            bounds.append((self._store.host, request.footprint.host_bytes))
+        while count > 1 and any(
+            self._held(request, tier) + self._wanted(request, count, tier) > most for tier, most in bounds
+        ):
             count = -(-count // 2)
         return count
 
@@ -237,7 +254,7 @@ class Scheduler:
                 self._drop_swapped(swapped[0])
                 continue
             if idle := [other for other in self.idle if self._held(other, tier)]:
-                self._take_cache(idle[0])
+                self._take_cache(idle[0], swap=tier is not self._store.host)
                 continue
             victim = self._latest_holder(tier, request, protect)
             self._preempt(victim)
@@ -257,16 +274,17 @@ class Scheduler:
         request.num_preemptions += 1
         self.waiting.appendleft(request)
 
-    def _take_cache(self, request: Request) -> None:
+    def _take_cache(self, request: Request, *, swap: bool = True) -> None:
+        """Swap a cache to the host, or give it up where that has no room; a swapped idle session stays idle."""
+        assert request.seq is not None
+        request.swapped = self._swapper.try_swap_out(request.seq) if swap else None
+        if request.swapped is not None:
+            request.seq = None
+            self.num_swaps += 1
+            return
         if request in self.idle:
             self.idle.remove(request)
-        if request.seq is not None:
-            request.swapped = self._swapper.try_swap_out(request.seq)
-            if request.swapped is not None:
-                request.seq = None
-                self.num_swaps += 1
-                return
-            self._store.close(request.seq)
+        self._store.close(request.seq)
         self._forget(request)
 
     def _forget(self, request: Request) -> None:

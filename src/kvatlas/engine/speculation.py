@@ -208,7 +208,8 @@ class Account:
             chosen = choice.slots[row, :, :count]
             best = exact[row, ..., :length].amax(dim=1).topk(count, dim=-1).indices
             hits = sum(len(set(a) & set(b)) for a, b in zip(chosen.tolist(), best.tolist(), strict=True))
-            read = probability[row].gather(-1, chosen[:, None].expand(-1, exact.shape[2], -1)).sum(dim=-1)
+            read = chosen.to(probability.device)[:, None].expand(-1, exact.shape[2], -1)
+            read = probability[row].gather(-1, read).sum(dim=-1)
             self._recall += hits / best.numel()
             self._mass += float((read + probability[row, ..., length]).mean())
             self._selected += count / length

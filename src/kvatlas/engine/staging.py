@@ -18,9 +18,13 @@ from torch import Tensor
 
 from kvatlas.core.timeline import EventKind, Timeline
 from kvatlas.storage.arena import BlockClass
-from kvatlas.storage.link import AHEAD, URGENT, Link, Move
+from kvatlas.storage.link import AHEAD, URGENT, Link, Move, Traffic
 from kvatlas.storage.sequence import Sequence
 from kvatlas.storage.store import KVStore
+
+
+_BOUNCE_BYTES = 4 << 20
+"""Most bytes on their way between reading and writing: what is in flight is in nobody's books."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,8 +88,10 @@ class Visitors:
         source_ids, target_ids = home[..., :most][held].long(), stage[..., :most][held].long()
 
         def copy() -> None:
-            data = source.raw.index_select(0, source_ids)
-            target.raw.index_copy_(0, target_ids.to(target.device), data.to(target.device))
+            at_once = max(1, _BOUNCE_BYTES // source.block_bytes)
+            for read, written in zip(source_ids.split(at_once), target_ids.split(at_once), strict=True):
+                data = source.raw.index_select(0, read).to(target.device)
+                target.raw.index_copy_(0, written.to(target.device), data)
 
         return Transfer(copy=copy, num_bytes=len(source_ids) * source.block_bytes)
 
@@ -167,8 +173,11 @@ class Staging:
         )
 
     def finish(self) -> None:
-        """Return when everything is where it belongs."""
-        for move in self._stores:
+        """Return when everything is where it belongs; after a forward that broke off, when no move is left."""
+        moves = [*self._stores, *self._fetches.values()]
+        for move in moves:
+            move.settle()
+        for move in moves:
             move.wait()
 
     @contextmanager
@@ -191,13 +200,17 @@ class Staging:
             self._fetches |= {(layer, one): move for one in chosen}
 
     def _submit(self, layer: int, transfers: Seq[Transfer], priority: int) -> Move:
-        """Order one move for all transfers of a layer: a link's latency is paid once."""
+        """Order one move for all transfers of a layer: a link's latency is paid once, and not for nothing at all."""
 
         def copy() -> None:
             for transfer in transfers:
                 transfer.copy()
 
         both = Transfer(copy=copy, num_bytes=sum(transfer.num_bytes for transfer in transfers))
+        if not both.num_bytes:  # a prompt's first chunk has no past
+            nothing = Move(copy=copy, num_bytes=0)
+            nothing.run(None, Traffic())
+            return nothing
         move = Move(copy=both.copy, num_bytes=both.num_bytes, note=self._note(EventKind.FETCH, layer, both))
         return self._link.fetches.submit(move, priority)
 

@@ -31,16 +31,26 @@ class Observation:
         refused: why requests could not be taken, one line each.
         wall_s: from start to the last token.
         cpu_s: CPU time of this process in between.
-        peak_used_bytes: most live bytes, sidecars included, cached prefixes left out.
+        decode_s: time of the steps that did nothing but decode.
+        decode_tokens: tokens that those steps produced.
+        peak_used_bytes: most live bytes on the device, sidecars included, cached prefixes left out.
+        peak_host_bytes: most live bytes on the host.
         peak_running: most requests that held memory at once.
+        swaps: how often a cache was moved to the host instead of being dropped.
+        moved: whether anything was moved between the tiers.
     """
 
     requests: list[Request] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
     wall_s: float = 0.0
     cpu_s: float = 0.0
+    decode_s: float = 0.0
+    decode_tokens: int = 0
     peak_used_bytes: int = 0
+    peak_host_bytes: int = 0
     peak_running: int = 0
+    swaps: int = 0
+    moved: bool = False
 
     @property
     def preemptions(self) -> int:
@@ -59,6 +69,17 @@ class Observation:
             for request in self.requests
         ]
 
+    @property
+    def decode_throughput(self) -> float | None:
+        """Tokens per second of the steps that did nothing but decode; None if there was none."""
+        return self.decode_tokens / self.decode_s if self.decode_tokens and self.decode_s > 0 else None
+
+    def want_all(self) -> None:
+        """Raise CapacityError if a request was refused."""
+        if self.refused:
+            asked = len(self.requests) + len(self.refused)
+            raise CapacityError(f"{len(self.refused)} of {asked} requests can never fit: {self.refused[0]}")
+
 
 def drive(engine: Engine, arrivals: Sequence[Arrival], strategy: str) -> Observation:
     """Run all requests in real time and return what was seen; a request that can never fit is noted, not run."""
@@ -67,19 +88,34 @@ def drive(engine: Engine, arrivals: Sequence[Arrival], strategy: str) -> Observa
     coming = sorted(arrivals, key=lambda arrival: arrival.at_s, reverse=True)
     while coming or engine.has_work:
         while coming and start + coming[-1].at_s <= engine.clock():
-            _add(engine, coming.pop(), start, strategy, seen)
+            add(engine, coming.pop(), start, strategy, seen)
         if engine.has_work:
-            engine.step()
+            step(engine, seen)
         elif coming:
             time.sleep(max(0.0, start + coming[-1].at_s - engine.clock()))
-    seen.peak_used_bytes, seen.peak_running = engine.peak_used_bytes, engine.peak_running
     seen.wall_s, seen.cpu_s = engine.clock() - start, time.process_time() - cpu
+    seen.peak_used_bytes, seen.peak_host_bytes = engine.peak_used_bytes, engine.peak_host_bytes
+    seen.peak_running, seen.swaps = engine.peak_running, engine.scheduler.num_swaps
+    seen.moved = bool(engine.link.to_host.moves or engine.link.to_device.moves)
     return seen
 
 
-def _add(engine: Engine, arrival: Arrival, start: float, strategy: str, seen: Observation) -> None:
+def add(engine: Engine, arrival: Arrival, start: float, strategy: str, seen: Observation) -> None:
+    """Queue a request that arrived ``arrival.at_s`` after ``start``, or note why it is refused."""
     params = SamplingParams(max_tokens=arrival.output_tokens, ignore_eos=True)
     try:
         seen.requests.append(engine.add_request(arrival.prompt_ids, params, strategy, arrival_s=start + arrival.at_s))
     except CapacityError as error:
         seen.refused.append(str(error))
+
+
+def step(engine: Engine, seen: Observation) -> None:
+    """Run one step; count it as decoding if no prompt was in progress and no request was let in."""
+    scheduler = engine.scheduler
+    in_prompt = any(request.prefill_end is not None for request in scheduler.running)
+    next_in = scheduler.waiting[0] if scheduler.waiting else None
+    start = engine.clock()
+    produced = len(engine.step())
+    if not in_prompt and (next_in is None or next_in in scheduler.waiting):
+        seen.decode_s += engine.clock() - start
+        seen.decode_tokens += produced

@@ -77,6 +77,20 @@ def load_model(source: str | Path | None, *, dtype: DType = "auto", device: str 
     )
 
 
+def name_of(source: str | Path | None) -> str:
+    """Return what reports will call a model, without loading it; sources are those of `load_model`.
+
+    Raises:
+        UnknownNameError: there is no random model of this name.
+        CheckpointError: the folder does not exist or is no checkpoint, and it is no hub id.
+    """
+    if isinstance(source, str) and source.startswith(RANDOM_PREFIX):
+        from kvatlas.models.random import random_name  # random builds on this module
+
+        return random_name(source)
+    return _locate(source)[1]
+
+
 def adapt(model: PreTrainedModel, *, name: str | None = None) -> Adapter:
     """Return an adapter for a model the caller already has, after probing its family.
 

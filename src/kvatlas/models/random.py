@@ -37,9 +37,14 @@ class RandomSize:
     vocab: int = 32_000
 
 
+# llama-mini tries things out. llama-long has so few heads that a CPU gets through 128K tokens, and twice the layers
+# that offloading holds on the device.
 SIZES = {
     "llama-mini": RandomSize(
         layers=2, hidden=256, intermediate=512, query_heads=8, kv_heads=2, head_dim=128, vocab=1000
+    ),
+    "llama-long": RandomSize(
+        layers=4, hidden=128, intermediate=256, query_heads=2, kv_heads=1, head_dim=64, vocab=1000
     ),
     "llama-55m": RandomSize(layers=8, hidden=512, intermediate=2560, query_heads=8, kv_heads=2, head_dim=64),
     "llama-100m": RandomSize(layers=12, hidden=768, intermediate=2048, query_heads=12, kv_heads=3, head_dim=64),
@@ -60,13 +65,22 @@ def random_model(spec: str, *, dtype: DType = "auto", device: str = "cpu", seed:
     Raises:
         UnknownNameError: no such size.
     """
+    name = random_name(spec)
+    torch_dtype = resolve_dtype(dtype, device) or torch.bfloat16
+    model = _build(_config(SIZES[name.removeprefix(RANDOM_PREFIX)]), seed).to(device=device, dtype=torch_dtype)
+    return LoadedModel(adapter=adapt(model, name=name), tokenizer=None, name=name)
+
+
+def random_name(spec: str) -> str:
+    """Return the full name of a random model: ``"llama-100m"`` and ``"random:llama-100m"`` are one.
+
+    Raises:
+        UnknownNameError: no such size.
+    """
     key = spec.removeprefix(RANDOM_PREFIX)
     if key not in SIZES:
         raise UnknownNameError(f"unknown random model {spec!r}; choose one of {', '.join(SIZES)}")
-    torch_dtype = resolve_dtype(dtype, device) or torch.bfloat16
-    name = RANDOM_PREFIX + key
-    model = _build(_config(SIZES[key]), seed).to(device=device, dtype=torch_dtype)
-    return LoadedModel(adapter=adapt(model, name=name), tokenizer=None, name=name)
+    return RANDOM_PREFIX + key
 
 
 def _config(size: RandomSize) -> LlamaConfig:
@@ -78,7 +92,7 @@ def _config(size: RandomSize) -> LlamaConfig:
         num_key_value_heads=size.kv_heads,
         head_dim=size.head_dim,
         vocab_size=size.vocab,
-        max_position_embeddings=131_072,
+        max_position_embeddings=262_144,
         tie_word_embeddings=True,
     )
 

@@ -132,10 +132,10 @@ def _read(path: Path, adapter: Adapter) -> list[Rotation]:
     tensors = load_file(path, device=str(adapter.device))
     found = []
     for index, layer in enumerate(adapter.shape.layers):
-        matrix, scale = tensors[f"matrix.{index}"], tensors[f"scale.{index}"].tolist()
+        matrix, (scale, softcap) = tensors[f"matrix.{index}"], tensors[f"scale.{index}"].flatten().tolist()
         if matrix.shape != (layer.num_kv_heads, layer.key_dim, layer.key_dim):
             raise ValueError(f"layer {index} is of another shape")
-        found.append(Rotation(matrix=matrix, scale=scale[0], softcap=scale[1] or None))
+        found.append(Rotation(matrix=matrix, scale=scale, softcap=softcap or None))
     return found
 
 

@@ -18,7 +18,7 @@ import duckdb
 
 from kvatlas.core.errors import RecordsError
 from kvatlas.records.opening import Mode, close_database, open_database, translated
-from kvatlas.records.schema import Params, Point, PointRecord, PointStatus, Row, RunManifest, Sample
+from kvatlas.records.schema import Facts, Params, Point, PointRecord, PointStatus, Row, RunManifest, Sample
 
 _INSERT_SAMPLES = """
 INSERT INTO samples SELECT ?, ?, unnest(?::VARCHAR[]), unnest(?::VARCHAR[]), unnest(?::DOUBLE[]),
@@ -85,6 +85,20 @@ class RecordStore:
                 raise RecordsError(f"run {manifest.run_id!r} is already in {self.path}; give each run its own id")
             connection.execute("INSERT INTO runs VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", _run_values(manifest))
         self._manifest = manifest
+
+    def note_model(self, name: str, facts: Facts) -> None:
+        """Add a model to the manifest of the current run, where it is loaded later; a known one stays as it is.
+
+        Raises:
+            RecordsError: no run was begun.
+        """
+        run = self._run()
+        if name in run.models:
+            return
+        models = run.models | {name: dict(facts)}
+        with self._transaction() as connection:
+            connection.execute("UPDATE runs SET models = ? WHERE run_id = ?", [json.dumps(models), run.run_id])
+        self._manifest = run.model_copy(update={"models": models})
 
     def is_done(self, point: Point) -> bool:
         """Whether the file holds this point as done, for the seed of the current run.

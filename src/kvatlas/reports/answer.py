@@ -7,7 +7,8 @@ from collections.abc import Iterable, Sequence
 from itertools import groupby
 
 from kvatlas.metrics.statistics import LEVEL
-from kvatlas.reports.labels import family, listed
+from kvatlas.reports.known import KNOWN
+from kvatlas.reports.labels import NO_LINK, listed, named_family, short_names
 from kvatlas.reports.winners import WinnerRow
 
 QUESTION = (
@@ -15,22 +16,31 @@ QUESTION = (
     "quality? Strategies are compared only within one experiment, model and setting."
 )
 
-# Singular and plural of what an experiment varies.
-_PLACES = {
-    "prompt_length": ("At one prompt length", "At {} prompt lengths"),
-    "concurrency": ("At one level of concurrency", "At {} levels of concurrency"),
-    "early_fact": ("At one pair of context and budget", "At {} pairs of context and budget"),
-    "trace_replay": ("On one replayed trace", "On {} replayed traces"),
-}
-
 
 def answer(rows: Sequence[WinnerRow]) -> str:
-    """Return a sentence per experiment: who won, what tied, and what single samples cannot tell."""
+    """Return the answer as one paragraph."""
+    return " ".join(answers(rows))
+
+
+def answers(rows: Sequence[WinnerRow]) -> list[str]:
+    """Return a sentence per experiment, model and link: who won, what tied, and what single samples cannot tell."""
     if not rows:
-        return "No point finished, so there is nothing to compare."
+        return ["No point finished, so there is nothing to compare."]
     shown = [row for row in rows if row.criterion.short]
-    sentences = [_sentence(list(found)) for _, found in groupby(shown, key=lambda row: (row.experiment, row.model))]
-    return " ".join(sentence for sentence in [*sentences, _overall(shown), _hint(rows)] if sentence)
+    groups = groupby(shown, key=lambda row: (row.experiment, "" if row.experiment == "model_size" else row.model))
+    sentences = [
+        _sentence([row for row in mine if row.link == link])
+        for mine in (list(found) for _, found in groups)
+        for link in dict.fromkeys(row.link for row in mine)
+    ]
+    return [sentence for sentence in [*sentences, *closing(rows)] if sentence]
+
+
+def closing(rows: Sequence[WinnerRow]) -> list[str]:
+    """Return what holds for all verdicts together: that nobody wins everything, and how many are hints."""
+    if not rows:
+        return ["No point finished, so there is nothing to compare."]
+    return [sentence for sentence in (_overall([row for row in rows if row.criterion.short]), _hint(rows)) if sentence]
 
 
 def _sentence(rows: Sequence[WinnerRow]) -> str:
@@ -44,9 +54,11 @@ def _sentence(rows: Sequence[WinnerRow]) -> str:
     alone = [short for short, found in groups.items() if all(row.verdict == "only one" for row in found)]
     if alone:
         parts.append(f"nothing to compare {listed(rows[0].names)} with by {listed(alone)}")
-    one, several = _PLACES[rows[0].experiment]
+    known = KNOWN[rows[0].experiment]
     count = max(map(len, groups.values()))
-    return f"{one if count == 1 else several.format(count)}: {'; '.join(parts)}." if parts else ""
+    emulated = "" if rows[0].link == NO_LINK else f", on an emulated link of {rows[0].link}"
+    place = known.one if count == 1 else known.several.format(count)
+    return f"{place}{emulated}: {'; '.join(parts)}." if parts else ""
 
 
 def _parts(short: str, rows: Sequence[WinnerRow]) -> list[str]:
@@ -54,11 +66,13 @@ def _parts(short: str, rows: Sequence[WinnerRow]) -> list[str]:
     extreme = "highest" if rows[0].criterion.higher_is_better else "lowest"
     wins = Counter(row.names[0] for row in rows if row.verdict == "winner")
     ties = [row for row in rows if row.verdict == "tie"]
-    parts = [f"{extreme} {short} with {_brief(name, rows)}{_of(count, rows)}" for name, count in wins.most_common()]
+    parts = [f"{extreme} {short} with {short_name(name, rows)}{_of(count, rows)}" for name, count in wins.most_common()]
     if ties:
         always = sorted(set.intersection(*(set(row.names) for row in ties)))
         everyone = all(len(row.names) == len(row.candidates) for row in ties)
-        among = "" if everyone or not always else f": {listed(_brief(name, rows) for name in always)} among the best"
+        among = (
+            "" if everyone or not always else f": {listed(short_name(name, rows) for name in always)} among the best"
+        )
         kind = "all tie" if everyone else "a tie" if len(ties) == 1 else "ties"
         parts.append(f"{kind} in {short}{_of(len(ties), rows)}{among}")
     return parts
@@ -70,22 +84,21 @@ def _single(short: str, rows: Sequence[WinnerRow]) -> str:
     if not always or all(len(row.names) == len(row.candidates) for row in rows):
         return short
     extreme = "highest" if rows[0].criterion.higher_is_better else "lowest"
-    return f"{short} ({extreme} with {listed(_brief(name, rows) for name in always)})"
+    return f"{short} ({extreme} with {listed(short_name(name, rows) for name in always)})"
 
 
 def _of(count: int, rows: Sequence[WinnerRow]) -> str:
     return "" if len(rows) == 1 else f" ({count} of {len(rows)})"
 
 
-def _brief(name: str, rows: Iterable[WinnerRow]) -> str:
+def short_name(name: str, rows: Iterable[WinnerRow]) -> str:
     """Return the strategy without its numbers where that names only one."""
-    alike = {other for row in rows for other in row.candidates if family(other) == family(name)}
-    return family(name) if len(alike) == 1 else name
+    return short_names(other for row in rows for other in row.candidates)[name]
 
 
 def _overall(rows: Sequence[WinnerRow]) -> str:
     """Say that nobody wins everything, where at least two conditions or measures have different winners."""
-    winners = {family(row.names[0]) for row in rows if row.verdict == "winner"}
+    winners = {named_family(row.names[0]) for row in rows if row.verdict == "winner"}
     return "No strategy wins by every measure." if len(winners) > 1 else ""
 
 
@@ -94,4 +107,4 @@ def _hint(rows: Sequence[WinnerRow]) -> str:
     if not weak:
         return ""
     least = f"{min(row.level for row in weak):.0%}"
-    return f"{len(weak)} of the table's verdicts rest on fewer than six repeats (coverage from {least}): hints only."
+    return f"{len(weak)} of the verdicts rest on too few samples for 95 % (coverage from {least}): hints only."

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kvatlas.records.schema import Point, PointRecord, Row
-from kvatlas.reports.labels import SeriesKey, budget_of, describe, family
+from kvatlas.reports.known import KNOWN
+from kvatlas.reports.labels import BASELINE, BUDGET, SeriesKey, budget_of, describe, family, is_peer
 from kvatlas.reports.quantities import title
-from kvatlas.reports.series import EXPERIMENTS, Study
+from kvatlas.reports.series import Study
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,13 +60,18 @@ def provenance_lines(rows: Sequence[Row]) -> list[str]:
 
 
 def _holes(study: Study, tried: Sequence[Point]) -> list[Gap]:
-    """Return the conditions that other series of this study have and a series lacks; those tried are listed already."""
+    """Return the conditions that other series of this study have and a series lacks; those tried are listed already.
+
+    Peers run where somebody ran them; the full cache keeps everything, so it lacks no smaller budget.
+    """
     if study.swept is None:
         return []
     seen: dict[SeriesKey, set[float]] = {}
     for row in study.rows:
+        if is_peer(row.strategy) or (study.swept == BUDGET and row.strategy == BASELINE):
+            continue
         seen.setdefault(study.keys[row.strategy, budget_of(row.params)], set()).add(study.x_of(row.params))
-    every = set().union(*seen.values())
+    every: set[float] = set().union(*seen.values())
     missing = {key: sorted(every - xs - _tried(study, key, tried)) for key, xs in seen.items()}
     return [
         Gap(
@@ -88,13 +94,13 @@ def _tried(study: Study, key: SeriesKey, tried: Sequence[Point]) -> set[float]:
         if (point.experiment, point.model) == (study.experiment, study.model)
         and study.swept in point.params
         and family(point.strategy) == family(key.name)
-        and budget_of(point.params) == key.budget
+        and (key.budget is None or budget_of(point.params) == key.budget)
     }
 
 
 def _not_run(tried: set[str]) -> list[Gap]:
     return [
         Gap(experiment=name, strategy="all", setting="", status="not run", reason="no point of it is in the records")
-        for name in EXPERIMENTS
-        if name not in tried
+        for name, known in KNOWN.items()
+        if name not in tried and not known.optional
     ]

@@ -12,13 +12,19 @@ from pathlib import Path
 from kvatlas.core.errors import RecordsError
 from kvatlas.records.schema import PointRecord, Row, RunManifest
 from kvatlas.records.store import RecordStore
-from kvatlas.reports.answer import QUESTION, answer
+from kvatlas.reports.answer import QUESTION, answers
+from kvatlas.reports.captions import tiers_text
 from kvatlas.reports.figures.canvas import Plot
 from kvatlas.reports.figures.catalogue import all_plots
-from kvatlas.reports.figures.theme import darkened
+from kvatlas.reports.figures.study import study_plots
+from kvatlas.reports.figures.theme import Palette, darkened
 from kvatlas.reports.files import check_folder, write_files
+from kvatlas.reports.findings.findings import Finding, findings
 from kvatlas.reports.gaps import gaps
-from kvatlas.reports.markup import paragraph, text
+from kvatlas.reports.labels import is_peer
+from kvatlas.reports.markup import bullets, paragraph, text
+from kvatlas.reports.section_study import study_section
+from kvatlas.reports.section_winners import winners_section
 from kvatlas.reports.sections import (
     Images,
     contents,
@@ -26,10 +32,9 @@ from kvatlas.reports.sections import (
     missing_section,
     provenance_section,
     runs_section,
-    study_section,
-    winners_section,
 )
-from kvatlas.reports.series import Study, studies
+from kvatlas.reports.series import Study
+from kvatlas.reports.studies import studies
 from kvatlas.reports.winners import winner_rows
 
 _TITLE = "KV-cache strategies compared"
@@ -64,9 +69,10 @@ def write_report(records_path: str | Path, out_dir: str | Path) -> Path:
     folder = Path(out_dir).absolute()
     check_folder(folder)
     records = read_records(records_path)
-    plots = all_plots(records.studies, records.runs)
+    judged = findings(records.studies, records.points)
+    plots = [*study_plots(judged), *all_plots(records.studies, records.runs, records.points)]
     files, images = _drawn(plots)
-    page = page_html(records, plots, images)
+    page = page_html(records, judged, plots, images)
     write_files(folder, {**files, "index.html": page.encode()})
     return folder / "index.html"
 
@@ -84,11 +90,12 @@ def read_records(path: str | Path) -> Records:
     return Records(rows=rows, points=points, runs=runs, studies=studies(rows))
 
 
-def page_html(records: Records, plots: Sequence[Plot], images: Images) -> str:
+def page_html(records: Records, judged: Sequence[Finding], plots: Sequence[Plot], images: Images) -> str:
     """Return the whole page.
 
     Args:
         records: what was read.
+        judged: the study's findings.
         plots: the figures.
         images: figure name -> SVG for light and for dark paper.
     """
@@ -96,18 +103,26 @@ def page_html(records: Records, plots: Sequence[Plot], images: Images) -> str:
     anchors = contents(records.studies)
     links = "".join(f'<li><a href="#{text(anchor)}">{text(name)}</a></li>' for anchor, name in anchors)
     main = (
-        winners_section(rows),
+        winners_section(rows, _palette(records), tiers=tiers_text(records.runs), peers=_peers(records)),
+        study_section(judged, plots, images),
         figure_sections(plots, images, records.studies),
-        study_section(records.studies),
         missing_section(gaps(records.points, records.studies)),
         provenance_section(records.rows),
         runs_section(records.runs),
     )
     return (
         f"{_head()}<body><header><h1>{_TITLE}</h1>{paragraph(QUESTION, 'quiet')}"
-        f'{paragraph(answer(rows), "answer")}<nav aria-label="Contents"><ul>{links}</ul></nav></header>'
+        f'<div class="answer">{bullets(answers(rows))}</div><nav aria-label="Contents"><ul>{links}</ul></nav></header>'
         f"<main>{''.join(main)}</main><footer>{paragraph(_counted(records), 'small')}</footer></body></html>\n"
     )
+
+
+def _palette(records: Records) -> Palette:
+    return Palette.of(record.point.strategy for record in records.points)
+
+
+def _peers(records: Records) -> bool:
+    return any(is_peer(record.point.strategy) for record in records.points)
 
 
 def _head() -> str:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
+
 from kvatlas.core.units import format_bytes, format_seconds
 from kvatlas.metrics.statistics import LEVEL, Interval
 from kvatlas.reports.labels import format_share
 
 SHARE = "share"
 POINTS = "points"
-SHARES = frozenset({"correct"})
+SHARES = frozenset({"correct", "acc", "acc_norm", "exact_match"})
 
 _TITLES = {
     "ttft": "TTFT",
@@ -16,24 +18,63 @@ _TITLES = {
     "e2e": "End-to-end latency",
     "prefill_cpu": "CPU time of prefill",
     "kv_peak": "Peak KV memory",
+    "device_peak": "Peak KV memory on the device",
+    "host_peak": "Peak KV memory on the host",
     "kv_after_prefill": "KV memory after prefill",
     "sidecars_after_prefill": "Sidecars after prefill",
     "cache_after_prefill": "KV memory and sidecars after prefill",
     "outside_pool_peak": "Peak memory outside the pool",
     "output_throughput": "Output throughput",
     "output_throughput_cpu": "Output throughput per CPU second",
+    "decode_throughput": "Decode throughput",
     "request_throughput": "Request throughput",
-    "throughput_per_gb": "Output throughput per GB of live bytes",
+    "throughput_per_live_gb": "Throughput per GB of live bytes",
+    "throughput_per_pool_gb": "Throughput per GB of the smallest pool",
+    "smallest_pool": "Smallest pool that runs all at once",
     "peak_running": "Most requests running at once",
     "preemptions": "Preemptions",
+    "swaps": "Swaps to the host",
     "goodput": "Goodput",
-    "correct": "Early facts retained",
+    "slo_attainment": "Requests within the SLO",
+    "decode_time": "Time from the first token to the last",
+    "correct": "Right answers",
+    "acc": "Accuracy",
+    "acc_norm": "Accuracy, length-normalised",
+    "exact_match": "Exact matches",
     "difference": "Difference to the full cache",
+    "device_kv": "Keys and values on the device",
+    "device_sketch": "Partial keys on the device",
+    "device_staging": "Staging on the device",
+    "device_sidecars": "Sidecars on the device",
+    "host_kv": "Keys and values on the host",
+    "step_time": "Decode step",
+    "attend_time": "Attention",
+    "speculate_time": "Speculation",
+    "wait_time": "Waiting for a fetch",
+    "transfer_time": "Moves between the tiers",
+    "other_time": "Everything else",
+    "hidden_share": "Share of the moves hidden behind compute",
+    "transfer_to_compute": "Moves over compute",
+    "bound_reached": "Bound over step: 1 is perfect overlap",
+    "speculation_recall": "Speculation: share of the exact top found",
+    "speculation_mass": "Speculation: attention mass on what was read",
+    "selected_fraction": "Share of the cached tokens read per step",
+    "weights_bytes": "Weights",
 }
+_PERCENTILE = re.compile(r"(\w+)_p(\d+)$")
+
+
+def percentile_of(metric: str) -> tuple[str, float] | None:
+    """Return (stored metric, rank) of a name such as ``ttft_p99``, or None for a metric that is no percentile."""
+    found = _PERCENTILE.fullmatch(metric)
+    return (found[1], float(found[2])) if found else None
 
 
 def title(metric: str) -> str:
     """Return the metric's name for readers."""
+    found = percentile_of(metric)
+    if found is not None:
+        return f"{title(found[0])}, {'median' if found[1] == 50 else f'p{found[1]:.0f}'}"
     return _TITLES.get(metric) or metric.replace("_", " ")
 
 

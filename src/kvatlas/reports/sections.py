@@ -4,69 +4,23 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import groupby
 
 from kvatlas.core.units import format_bytes
 from kvatlas.records.schema import Row, RunManifest
 from kvatlas.reports.captions import ROLES
-from kvatlas.reports.claims import SOURCE, early_fact_claims
 from kvatlas.reports.figures.canvas import Plot
 from kvatlas.reports.gaps import Gap, provenance_lines
+from kvatlas.reports.known import heading
 from kvatlas.reports.labels import describe
-from kvatlas.reports.markup import bullets, details, facts, paragraph, raw_table, section, table, text
+from kvatlas.reports.markup import bullets, details, facts, paragraph, section, table, text
 from kvatlas.reports.quantities import format_quantity, format_range, title
 from kvatlas.reports.series import Series, Study
-from kvatlas.reports.winners import WinnerRow
 
-HEADINGS = {
-    "prompt_length": "Prompt length",
-    "concurrency": "Concurrency",
-    "early_fact": "Early facts",
-    "trace_replay": "Trace replay",
-}
-BASELINE_NOTE = (
-    "full is the paged baseline: it keeps every token in paged blocks with continuous batching. That is vLLM's policy, "
-    "not vLLM; nothing here says how fast vLLM is."
-)
-VERDICT_NOTE = (
-    "The best estimate wins; whoever's interval overlaps that of the best ties with it. n=1: a single sample has no "
-    "interval, so an order may be noise. Repeats and requests: the median, between order statistics; right or wrong "
-    "answers: Wilson's interval."
-)
+# What only a figure can tell: raw events.
+UNTOLD = frozenset({"timeline_kind", "timeline_layer", "timeline_start", "timeline_end"})
 _MEASURES = ("Series", "At", "Estimate", "Interval (95 % unless said)", "n", "Method", "Provenance")
 
 Images = Mapping[str, tuple[bytes, bytes]]
-
-
-def winners_section(rows: Sequence[WinnerRow]) -> str:
-    """Return the table of who wins when, grouped by experiment and criterion."""
-    groups = groupby(rows, key=lambda row: (row.experiment, row.model, row.model_role))
-    bodies = "".join(_group(key, list(found)) for key, found in groups)
-    headings = ("Criterion", "Condition", "Best", "Value", "Interval (95 % unless said)", "Note")
-    shown = raw_table("Which strategy wins when", headings, bodies, hidden=True) if bodies else ""
-    notes = paragraph(VERDICT_NOTE, "small") + paragraph(BASELINE_NOTE, "small")
-    return section("winners", "Which wins when", shown, notes)
-
-
-def _group(key: tuple[str, str, str], rows: Sequence[WinnerRow]) -> str:
-    experiment, model, role = key
-    heading = f"{HEADINGS.get(experiment, experiment)}: {model} ({ROLES.get(role, role)})"
-    lines = [f'<tr class="group"><th colspan="6" scope="rowgroup"><span>{text(heading)}</span></th></tr>']
-    for criterion, found in groupby(rows, key=lambda row: row.criterion):
-        same = list(found)
-        first = f'<th rowspan="{len(same)}" scope="rowgroup">{text(criterion.name)}</th>'
-        lines += [f"<tr>{first if place == 0 else ''}{_cells(row)}</tr>" for place, row in enumerate(same)]
-    return f"<tbody>{''.join(lines)}</tbody>"
-
-
-def _cells(row: WinnerRow) -> str:
-    notes = [row.note, "" if row.provenance == "measured" else f"rests on {row.provenance} numbers"]
-    kind = {"winner": "wins", "tie": "tie"}.get(row.verdict, "single")
-    return (
-        f'<td class="tight">{text(row.condition)}</td><td class="{kind}">{text(row.verdict_text)}</td>'
-        f'<td class="tight">{text(row.value_text)}</td><td class="tight">{text(row.interval_text)}</td>'
-        f"<td>{text('; '.join(note for note in notes if note))}</td>"
-    )
 
 
 def figure_sections(plots: Sequence[Plot], images: Images, found: Sequence[Study]) -> str:
@@ -75,26 +29,28 @@ def figure_sections(plots: Sequence[Plot], images: Images, found: Sequence[Study
     for experiment in dict.fromkeys(study.experiment for study in found):
         mine = [study for study in found if study.experiment == experiment]
         shown = [plot for plot in plots if plot.experiment == experiment]
-        drawn = {metric for plot in shown for metric, _ in plot.tables}
-        figures = "".join(_figure(plot, *images[plot.name]) for plot in shown)
+        drawn = {metric.partition(":")[0] for plot in shown for metric, _ in plot.tables} | UNTOLD
+        figures = "".join(figure(plot, *images[plot.name]) for plot in shown)
         note = "" if shown else paragraph("No figure is defined for this experiment; its numbers follow.")
         others = _other_numbers(mine, drawn)
         folded = details("Numbers without a figure", others) if others and shown else others
-        parts.append(section(experiment, HEADINGS.get(experiment, experiment), note, figures, folded))
+        parts.append(section(experiment, heading(experiment), note, figures, folded))
     return "".join(parts)
 
 
-def _figure(plot: Plot, light: bytes, dark: bytes) -> str:
+def figure(plot: Plot, light: bytes, dark: bytes) -> str:
+    """Return a figure for light and dark paper, how to read it, and its numbers."""
     alternative = f"{plot.title} {plot.caption} The numbers are in the table below."
     image = (
         f'<picture><source media="(prefers-color-scheme: dark)" srcset="{_data(dark)}">'
         f'<img src="{_data(light)}" alt="{text(alternative)}"></picture>'
     )
     numbers = "".join(_measures(metric, series) for metric, series in plot.tables)
+    folded = details("The numbers", numbers) if numbers else ""
     return (
         f'<figure id="{text(plot.name)}"><div class="scroll" role="region" tabindex="0" '
         f'aria-label="{text(plot.title)}">{image}</div><figcaption>{text(plot.reading)} '
-        f'<span class="repeated">{text(plot.caption)}</span></figcaption>{details("The numbers", numbers)}</figure>'
+        f'<span class="repeated">{text(plot.caption)}</span></figcaption>{folded}</figure>'
     )
 
 
@@ -102,8 +58,8 @@ def _measures(metric: str, series: Iterable[Series]) -> str:
     rows = [
         (
             one.key.label,
-            f"{mark.x:,.0f}" if mark.x else "",
-            format_quantity(mark.interval.estimate, one.unit),
+            f"{mark.x:,.7g}" if mark.x else "",
+            format_quantity(mark.interval.estimate, one.unit) + _marked(mark.provenance),
             format_range(mark.interval, one.unit),
             mark.interval.n,
             mark.interval.method,
@@ -112,7 +68,12 @@ def _measures(metric: str, series: Iterable[Series]) -> str:
         for one in series
         for mark in one.marks
     ]
-    return table(title(metric), _MEASURES, rows)
+    name, _, where = metric.partition(": ")
+    return table(title(name) + (f": {where}" if where else ""), _MEASURES, rows)
+
+
+def _marked(provenance: str) -> str:
+    return "" if provenance == "measured" else f" ({provenance})"
 
 
 def _other_numbers(found: Sequence[Study], drawn: set[str]) -> str:
@@ -123,22 +84,6 @@ def _other_numbers(found: Sequence[Study], drawn: set[str]) -> str:
         if numbers:
             parts.append(paragraph(f"{study.model} ({ROLES[study.model_role]}): {setting}", "small") + numbers)
     return "".join(parts)
-
-
-def study_section(found: Sequence[Study]) -> str:
-    """Return the study's finding on early facts against the measured values."""
-    mine = [study for study in found if study.experiment == "early_fact"]
-    caveat = (
-        "What is compared is a statement about a policy, not the paper's systems: the model here is other and far "
-        "smaller, and facts are planted in filler text."
-    )
-    judged = [(study.model, claim) for study in mine for claim in early_fact_claims(study)]
-    rows = [(claim.statement, claim.outcome, claim.evidence, model) for model, claim in judged]
-    headings = ("The study says", "Here", "Measured (95 % intervals)", "Model")
-    untested = paragraph("Not testable here: early facts were not measured.")
-    shown = table("What it says about early facts", headings, rows, hidden=True) if rows else untested
-    notes = paragraph(f"Source: {SOURCE}"), paragraph(caveat, "small")
-    return section("study", "The study this reproduces", notes[0], shown, notes[1])
 
 
 def missing_section(found: Sequence[Gap]) -> str:
@@ -191,10 +136,10 @@ def _value(name: str, value: object) -> str:
 
 
 def contents(found: Sequence[Study]) -> list[tuple[str, str]]:
-    """Return (anchor, title) of every section of the page."""
-    middle = [(name, HEADINGS.get(name, name)) for name in dict.fromkeys(study.experiment for study in found)]
-    last = [("study", "The study"), ("missing", "Missing"), ("provenance", "Not measured"), ("runs", "Repeat it")]
-    return [("winners", "Which wins when"), *middle, *last]
+    """Return (anchor, title) of every section of the page, in its order."""
+    middle = [(name, heading(name)) for name in dict.fromkeys(study.experiment for study in found)]
+    last = [("missing", "Missing"), ("provenance", "Not measured"), ("runs", "Repeat it")]
+    return [("winners", "Which wins when"), ("study", "The study"), *middle, *last]
 
 
 def _data(svg: bytes) -> str:

@@ -5,36 +5,38 @@ A study is what may share one figure: one experiment, on one model, with all par
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-from kvatlas.metrics.memory import throughput_per_gb
+from kvatlas.metrics.quantiles import quantile_interval
 from kvatlas.metrics.statistics import Interval, median_interval, paired_difference_interval, wilson_interval
 from kvatlas.records.schema import ModelRole, Params, Provenance, Row
-from kvatlas.reports.labels import BASELINE, BUDGET, SeriesKey, budget_of, describe, series_keys
-from kvatlas.reports.quantities import SHARE, SHARES
+from kvatlas.reports.known import CONDITIONS
+from kvatlas.reports.labels import (
+    BASELINE,
+    BUDGET,
+    LINK,
+    NO_LINK,
+    SeriesKey,
+    budget_of,
+    describe,
+    format_share,
+    series_keys,
+)
+from kvatlas.reports.quantities import SHARE, SHARES, percentile_of
 
 SampleId = tuple[int, int]
 Samples = Mapping[SampleId, float]
 Table = dict[SeriesKey, dict[float, dict[SampleId, float]]]
 
-SWEPT = {"prompt_length": "prompt_tokens", "concurrency": "concurrency", "early_fact": "context_tokens"}
-EXPERIMENTS = (*SWEPT, "trace_replay")
-AXES = {
-    "prompt_tokens": "Prompt length (tokens)",
-    "concurrency": "Concurrent requests",
-    "context_tokens": "Context length (tokens)",
-}
-
-_CONDITIONS = {
-    "prompt_tokens": "{:,.10g} tokens",
-    "concurrency": "{:,.10g} at once",
-    "context_tokens": "{:,.10g} tokens",
-}
 # Numbers of samples are not settings; a budget tells series apart, not studies.
-_NEVER_SPLIT = frozenset({BUDGET, "n"})
+NEVER_SPLIT = frozenset({BUDGET, "n"})
+# What older records do not name, because it could not be otherwise.
+DEFAULTS: Params = {LINK: NO_LINK, "turns": 1}
+# Always said beside a swept value; and what captions say, so that conditions need not.
+_NAMED = ("trace", "task", "arrivals", LINK)
+_OF_THE_MACHINE = {"dtype", "device", "threads", "kv_memory_bytes", "host_memory_bytes", "max_batched_tokens"}
 _TRUST: tuple[Provenance, ...] = ("measured", "emulated", "estimated")
 
 
@@ -109,14 +111,32 @@ class Study:
     @cached_property
     def keys(self) -> dict[tuple[str, float | None], SeriesKey]:
         """(sentence, budget) -> series."""
-        return series_keys((row.strategy, row.params, self.x_of(row.params)) for row in self.rows)
+        settings = ((row.strategy, row.params, self.x_of(row.params)) for row in self.rows)
+        return series_keys(settings, budget_swept=self.swept == BUDGET)
 
     @property
     def constants(self) -> Params:
-        """The params that all rows share, sample counts left out."""
-        names = [name for name in self.rows[0].params if name not in {self.swept, *_NEVER_SPLIT}]
-        values = {name: {row.params.get(name) for row in self.rows} for name in names}
-        return {name: self.rows[0].params[name] for name in names if len(values[name]) == 1}
+        """The params on which all rows that name them agree; sample counts and the absence of a link left out."""
+        return {name: values[0] for name, values in self._values.items() if len(values) == 1 and _told(name, values[0])}
+
+    @property
+    def varied(self) -> dict[str, tuple[int | float | str, ...]]:
+        """The params that differ between series without splitting the study; to be told, never hidden."""
+        return {name: values for name, values in self._values.items() if len(values) > 1 and name not in self.split}
+
+    @property
+    def link(self) -> str:
+        """The emulated link's text, or "none"."""
+        return str(self.split.get(LINK, self._values.get(LINK, (NO_LINK,))[0]))
+
+    @cached_property
+    def _values(self) -> dict[str, tuple[int | float | str, ...]]:
+        found: dict[str, dict[int | float | str, None]] = {}
+        for params in {id(row.params): row.params for row in self.rows}.values():
+            for name, value in params.items():
+                if name not in {self.swept, *NEVER_SPLIT}:
+                    found.setdefault(name, {})[value] = None
+        return {name: tuple(values) for name, values in found.items()}
 
     def x_of(self, params: Params) -> float:
         """Return the swept value of a point; 0 where nothing is swept."""
@@ -125,16 +145,36 @@ class Study:
 
     def condition(self, x: float) -> str:
         """Return x in words, with what sets this study apart."""
+        named = self.set_apart
         if self.swept is None:
-            trace = {name: self.constants[name] for name in ("trace",) if name in self.constants}
-            return describe(trace | self.split or self.constants) or "as run"
-        words = _CONDITIONS.get(self.swept, f"{self.swept} {{:,.10g}}").format(x)
-        return f"{words}, {describe(self.split)}" if self.split else words
+            settings = {name: value for name, value in self.constants.items() if name not in _OF_THE_MACHINE}
+            return named or describe(settings) or "as run"
+        words = CONDITIONS.get(self.swept, f"{self.swept} {{:,.10g}}").format(x)
+        if self.swept == BUDGET:
+            words = f"{format_share(x)} kept"
+        return f"{words}, {named}" if named else words
+
+    @property
+    def set_apart(self) -> str:
+        """What tells this study from others, in words: its task, its arrivals, an emulated link; may be ""."""
+        return describe(self._apart)
+
+    @property
+    def set_apart_on_link(self) -> str:
+        """The same without the link."""
+        return describe({name: value for name, value in self._apart.items() if name != LINK})
+
+    @property
+    def _apart(self) -> Params:
+        return {name: self.constants[name] for name in _NAMED if name in self.constants} | self.split
 
     def samples(self, metric: str) -> Table:
         """Return the raw numbers of a metric: series -> x -> (seed, index) -> value."""
         if metric in _DERIVED:
             return _DERIVED[metric](self)
+        tail = percentile_of(metric)
+        if tail is not None and metric not in self._stored:
+            return self.samples(tail[0])
         found = self._stored.get(metric, {})
         return {key: found[key] for key in sorted(found, key=lambda key: key.order)}
 
@@ -157,16 +197,25 @@ class Study:
         """Return the unit a metric was stored in; "share" for what is right or wrong."""
         if metric in SHARES:
             return SHARE
-        if metric == "throughput_per_gb":
-            return "tokens/s/GB"
-        sources = _SOURCES.get(metric, (metric,))
+        sources = _sources(metric)
         return next((row.unit for row in self.rows if row.metric in sources), "")
 
-    def paired(self, metric: str, key: SeriesKey, x: float) -> Interval | None:
-        """Return the interval of a series minus the baseline, on the prompts both have; None without any."""
+    def paired(self, metric: str, key: SeriesKey, x: float, other: SeriesKey | None = None) -> Interval | None:
+        """Return the interval of a series minus another, the baseline unless named, on the prompts both have.
+
+        Where the budget is swept, the baseline holds everything and stands at one x only: that is its place. None
+        without a shared prompt.
+        """
         samples = self.samples(metric)
-        baseline = next((cells for other, cells in samples.items() if other.name == BASELINE), {})
-        return paired_interval(samples.get(key, {}).get(x, {}), baseline.get(x, {}))
+        other = other or next((one for one in samples if one.name == BASELINE), None)
+        if other is None:
+            return None
+        return paired_interval(self._cell(samples, key, x), self._cell(samples, other, x))
+
+    def _cell(self, samples: Table, key: SeriesKey, x: float) -> Samples:
+        cells = samples.get(key, {})
+        anywhere = self.swept == BUDGET and key.name == BASELINE and cells
+        return cells[max(cells)] if anywhere else cells.get(x, {})
 
     @cached_property
     def _stored(self) -> dict[str, Table]:
@@ -182,16 +231,20 @@ class Study:
     def _provenance(self, metric: str) -> dict[tuple[SeriesKey, float], Provenance]:
         """Return the weakest provenance of each mark's samples, or of those it was computed from."""
         found: dict[tuple[SeriesKey, float], Provenance] = {}
+        sources = _sources(metric)
         for row in self.rows:
-            if row.metric in _SOURCES.get(metric, (metric,)):
+            if row.metric in sources:
                 mark = (self._key(row), self.x_of(row.params))
                 found[mark] = max(found.get(mark, "measured"), row.provenance, key=_TRUST.index)
         return found
 
 
 def interval_of(metric: str, samples: Samples) -> Interval:
-    """Return Wilson's interval for what is right or wrong, else the median's."""
+    """Return Wilson's interval for what is right or wrong, a percentile's where its name asks, else the median's."""
     values = list(samples.values())
+    tail = percentile_of(metric)
+    if tail is not None:
+        return quantile_interval(values, tail[1])
     if metric in SHARES and set(values) <= {0.0, 1.0}:
         return wilson_interval(round(sum(values)), len(values))
     return median_interval(values)
@@ -205,56 +258,10 @@ def paired_interval(a: Samples, b: Samples) -> Interval | None:
     return paired_difference_interval([a[found] for found in shared], [b[found] for found in shared])
 
 
-def studies(rows: Iterable[Row]) -> list[Study]:
-    """Return the rows as studies, known experiments first, in the order of `EXPERIMENTS`."""
-    groups: dict[tuple[str, str, ModelRole], list[Row]] = defaultdict(list)
-    for row in rows:
-        groups[row.experiment, row.model, row.model_role].append(row)
-    order = {name: place for place, name in enumerate(EXPERIMENTS)}
-    return [
-        study
-        for group in sorted(groups, key=lambda group: (order.get(group[0], len(order)), group))
-        for study in _split(group, groups[group])
-    ]
-
-
-def _split(group: tuple[str, str, ModelRole], rows: Sequence[Row]) -> list[Study]:
-    """Split rows by every param that takes two values at one x: those conditions must not be pooled."""
-    experiment, model, role = group
-    swept = SWEPT.get(experiment)
-    if swept and not all(isinstance(row.params.get(swept), int | float) for row in rows):
-        swept = None
-    at_x: dict[tuple[object, str], set[object]] = defaultdict(set)
-    names = list(dict.fromkeys(name for row in rows for name in row.params if name not in {swept, *_NEVER_SPLIT}))
-    for row in rows:
-        for name in names:
-            at_x[row.params.get(swept or ""), name].add(row.params.get(name))
-    splitting = [name for name in names if any(len(found) > 1 for (_, other), found in at_x.items() if other == name)]
-    parts: dict[tuple[object, ...], list[Row]] = defaultdict(list)
-    for row in rows:
-        parts[tuple(row.params.get(name) for name in splitting)].append(row)
-    return [
-        Study(
-            experiment=experiment,
-            model=model,
-            model_role=role,
-            swept=swept,
-            split={name: part[0].params[name] for name in splitting if name in part[0].params},
-            rows=tuple(part),
-        )
-        for part in parts.values()
-    ]
-
-
 def _cache_after_prefill(study: Study) -> Table:
     """Return KV bytes plus sidecar bytes, the memory a strategy really needs."""
     sidecars = study.samples("sidecars_after_prefill")
     return _combine(study.samples("kv_after_prefill"), sidecars, lambda kv, beside: kv + beside)
-
-
-def _throughput_per_gb(study: Study) -> Table:
-    """Return tokens per second and GB of live bytes at their peak, sidecars included."""
-    return _combine(study.samples("output_throughput"), study.samples("kv_peak"), throughput_per_gb)
 
 
 def _combine(
@@ -277,8 +284,16 @@ def _combine(
     return found
 
 
-_DERIVED = {"cache_after_prefill": _cache_after_prefill, "throughput_per_gb": _throughput_per_gb}
-_SOURCES = {
-    "cache_after_prefill": ("kv_after_prefill", "sidecars_after_prefill"),
-    "throughput_per_gb": ("output_throughput", "kv_peak"),
-}
+def _sources(metric: str) -> tuple[str, ...]:
+    """Return the stored metrics that one is computed from."""
+    tail = percentile_of(metric)
+    return _SOURCES.get(metric, (metric, tail[0]) if tail else (metric,))
+
+
+def _told(name: str, value: object) -> bool:
+    """Whether a caption should name the param: that there is no link goes without saying."""
+    return name not in DEFAULTS or value != DEFAULTS[name]
+
+
+_DERIVED = {"cache_after_prefill": _cache_after_prefill}
+_SOURCES = {"cache_after_prefill": ("kv_after_prefill", "sidecars_after_prefill")}

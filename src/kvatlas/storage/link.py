@@ -61,7 +61,11 @@ class LinkRate:
         if not rate.endswith("/s") or (comma and match is None):
             raise ConfigError(f"link {text!r} is not understood; write it like 16GB/s,10us")
         seconds = float(match[1]) * _TIMES[match[2]] if match else 0.0
-        return cls(bytes_per_s=parse_bytes(rate.removesuffix("/s")), latency_s=seconds)
+        try:
+            bytes_per_s = parse_bytes(rate.removesuffix("/s"))
+        except ConfigError:
+            raise ConfigError(f"link {text!r} is not understood; write it like 16GB/s,10us") from None
+        return cls(bytes_per_s=bytes_per_s, latency_s=seconds)
 
     def seconds(self, num_bytes: int) -> float:
         """Return how long a move of ``num_bytes`` takes."""
@@ -103,9 +107,13 @@ class Move:
         """Whether it has ended."""
         return self._done.is_set()
 
+    def settle(self) -> None:
+        """Return when it has ended, well or not."""
+        self._done.wait()
+
     def wait(self) -> None:
         """Return when it has ended; an error of the copy is raised here."""
-        self._done.wait()
+        self.settle()
         if self.error is not None:
             raise self.error
 

@@ -74,11 +74,10 @@ def footprint(
             if strategy.attend is not None:
                 read_slots = min(slots.read, strategy.attend.most_read(slots.read) + 1)
             staged = _deeper(staged, slots, read_slots)
-            moved += layer.num_kv_heads * (
-                read_slots * layout.kv_bytes // block_size
-                if strategy.attend is not None
-                else layout.block_bytes * _blocks(slots.final, block_size)
-            )
+            visits = 1 + sum(other.shares_kv_with == index for other in shape.layers)
+            whole = layout.block_bytes * _blocks(slots.final, block_size)
+            fetched = whole if strategy.attend is None else read_slots * layout.kv_bytes // block_size
+            moved += visits * layer.num_kv_heads * fetched
             if strategy.sketch_share:
                 sketch = sketch_layout_of(layer, format, block_size, strategy.sketch_share)
                 device.add(sketch, layer.num_kv_heads, slots)

@@ -13,16 +13,18 @@ from kvatlas.experiments.experiment import Settings
 OPTIONS = {
     "strategies": "--json",
     "info": "",
-    "generate": "--prompt-file --model --strategy --kv-memory --host-memory --link --dtype --device --max-tokens --min-tokens "
-    "--temperature --top-k --top-p --seed --stop --stream --no-stream --json",
-    "characterize": "--preset --config --dump-config --records --strategy --repeats --seed --threads --list --time-limit "
-    "--no-time-limit --repeat-limit --speed-model --quality-model --dtype --device --kv-memory --host-memory --link "
-    "--max-batched-tokens --prompt-tokens --prompt-model --breakdown-prompt-tokens --breakdown-output-tokens "
-    "--breakdown-link --breakdown-model --concurrency --concurrency-prompt-tokens --concurrency-output-tokens "
-    "--pool-tries --output-tokens --output-prompt-tokens --accuracy-task --accuracy-context-tokens --accuracy-budgets "
-    "--num-prompts --context-tokens --budgets --turns --num-keys --arrivals --rates --rate-requests "
-    "--rate-prompt-tokens --rate-output-tokens --model --model-prompt-tokens --model-output-tokens --model-batch "
-    "--trace --trace-requests --trace-time-scale --trace-length-scale --trace-max-prompt-tokens --slo-ttft --slo-tpot",
+    "generate": "--prompt-file --model --strategy --kv-memory --host-memory --link --dtype --device --max-tokens "
+    "--min-tokens --temperature --top-k --top-p --seed --stop --stream --no-stream --json",
+    "characterize": "--preset --config --dump-config --records --strategy --repeats --seed --threads --list "
+    "--time-limit --no-time-limit --repeat-limit --speed-model --quality-model --dtype --device "
+    "--kv-memory --host-memory --link --max-batched-tokens --prompt-tokens --prompt-model "
+    "--breakdown-prompt-tokens --breakdown-output-tokens --breakdown-link --breakdown-model "
+    "--concurrency --concurrency-prompt-tokens --concurrency-output-tokens --pool-tries "
+    "--output-tokens --output-prompt-tokens --accuracy-task --accuracy-context-tokens "
+    "--accuracy-budgets --num-prompts --context-tokens --budgets --turns --num-keys --arrivals "
+    "--rates --rate-requests --rate-prompt-tokens --rate-output-tokens --model --model-prompt-tokens "
+    "--model-output-tokens --model-batch --trace --trace-requests --trace-time-scale "
+    "--trace-length-scale --trace-max-prompt-tokens --slo-ttft --slo-tpot",
     "drive": "--name --preset --records --trace --arrivals --rate --burstiness --prompt-tokens --output-tokens "
     "--requests --time-scale --length-scale --max-prompt-tokens --seed --slo-ttft --slo-tpot --vocabulary "
     "--served-model-name --api-key --timeout --model-name --dtype --device --kv-memory --host-memory "

@@ -53,6 +53,17 @@ def test_runs_come_back_equal(store, path):
         assert reader.runs()[1].commit is None
 
 
+def test_a_model_that_is_loaded_later_joins_the_manifest(store):
+    known = dict(manifest().models)
+    store.note_model("later", {"layers": 2})
+    store.note_model("later", {"layers": 3})
+    for name in known:
+        store.note_model(name, {})
+    store.write_point(point(1), samples())
+    (run,) = store.runs()
+    assert run.models == known | {"later": {"layers": 2}}
+
+
 def test_a_sweep_resumes(store, path):
     store.write_point(point(1), samples())
     store.write_point(point(2), status="failed", reason="out of\nmemory")

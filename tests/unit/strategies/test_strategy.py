@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from kvatlas.core.errors import CompositionError, ConfigError, UnknownNameError
+from kvatlas.core.grammar import format_value
 from kvatlas.core.vocabulary import Axis, Format, Moment, Need, Sidecar
 from kvatlas.strategies.keep.full import Full
 from kvatlas.strategies.keep.h2o import H2O
@@ -130,7 +131,11 @@ def test_shares_are_tokens(value: int | float, prompt: int) -> None:
 def test_recipes_resolve(name: str) -> None:
     recipe = RECIPES[name]
     assert Strategy.parse(name) == Strategy.parse(recipe.sentence)
-    assert str(Strategy.parse(name)) == recipe.sentence, "a recipe spells its parameters out"
+    for stage in Strategy.parse(name).stages:
+        for field in dataclasses.fields(stage):
+            value = getattr(stage, field.name)
+            spelt = f"{field.name}={format_value(value)}" in recipe.sentence
+            assert spelt or not isinstance(value, float), "a recipe spells its fractions out"
     assert recipe.paper and recipe.label
 
 
@@ -142,6 +147,7 @@ def test_every_stage_is_documented(name: str) -> None:
     assert stage.__doc__ and not stage.__doc__.startswith(f"{stage.__name__}("), "dataclass made the docstring"
     for field in dataclasses.fields(stage):
         assert re.search(rf"^\s+{field.name}: ", stage.__doc__, re.MULTILINE), f"{name}: {field.name} is not explained"
-    default = Strategy((stage(),))
-    assert Strategy.parse(str(default)) == default
-    assert Strategy.parse(name).stages, "usable by name alone"
+    companion = " | offload" if stage().lacks([]) else ""
+    assert Strategy.parse(name + companion).stages, "usable by name alone, beside what it needs"
+    default = Strategy.parse(f"{stage()}{companion}")
+    assert Strategy.parse(name + companion) == Strategy.parse(str(default)) == default

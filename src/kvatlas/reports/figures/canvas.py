@@ -14,8 +14,10 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
-from kvatlas.reports.figures.theme import Look, themed
+from kvatlas.reports.figures.theme import Look, slimmed, themed
+from kvatlas.reports.labels import short_names, told
 from kvatlas.reports.quantities import axis_scale, significant
+from kvatlas.reports.refusals import Refusal
 from kvatlas.reports.series import Mark, Series
 
 Format = Literal["png", "svg"]
@@ -62,7 +64,7 @@ class Plot:
         """Return the drawing as files' contents, on white; the same records give the same bytes."""
         with themed():
             figure = self.paint()
-            drawn: dict[Format, bytes] = {"svg": _saved(figure, "svg")}
+            drawn: dict[Format, bytes] = {"svg": slimmed(_saved(figure, "svg"))}
             figure.set_layout_engine("none")  # keeps the places found; finding them again takes as long as drawing
             drawn["png"] = _saved(figure, "png")
             return drawn
@@ -77,11 +79,11 @@ class Entry:
 
 
 def sheet(
-    title: str, caption: str, entries: Sequence[Entry], num_panels: int, panel_height: float = 2.9
+    title: str, caption: str, entries: Sequence[Entry], num_panels: int, panel_height: float = 2.9, columns: int = 2
 ) -> tuple[Figure, list[Any]]:
-    """Return a figure with this many panels, two a row, and room for title, legend and caption around them."""
+    """Return a figure with this many panels, two a row unless told, and room for title, legend and caption."""
     titles, captions = textwrap.wrap(title, _TITLE[0]), textwrap.wrap(caption, _CAPTION[0])
-    columns, legend_columns = min(num_panels, 2), _legend_columns(entries)
+    columns, legend_columns = min(num_panels, columns), _legend_columns(entries)
     rows, legend_rows = -(-num_panels // columns), -(-len(entries) // legend_columns)
     top = _MARGIN + len(titles) * _TITLE[1] + 0.04
     below = _MARGIN + len(captions) * _CAPTION[1]
@@ -120,13 +122,44 @@ def draw_lines(panel: Any, series: Sequence[Series], looks: Mapping[str, Look], 
     return unit
 
 
-def doubling_x(panel: Any, values: Iterable[float], label: str, most: int = 6) -> None:
-    """Make x an axis on which doubling is one step, with ticks at measured values only."""
+def draw_refusals(panel: Any, ends: Sequence[Refusal], looks: Mapping[str, Look]) -> None:
+    """Mark with a cross, in a row per strategy above the curves, what was refused; the first one says why."""
+    names = list(dict.fromkeys(end.name for end in ends))
+    if not names:
+        return
+    row, short = 0.075, short_names(names)
+    low, high = panel.get_ylim()
+    room = row * len(names) + 0.02
+    logarithmic = panel.get_yscale() == "log"
+    panel.set_ylim(low, high * (high / low) ** (room / (1 - room)) if logarithmic else high / (1 - room))
+    for place, name in enumerate(names):
+        y = 1 - row * (place + 0.5)
+        mine = [end for end in ends if end.name == name]
+        where = panel.get_xaxis_transform()
+        color = looks[name].color
+        panel.plot([end.x for end in mine], [y] * len(mine), "x", color=color, transform=where, markersize=6)
+        left, right = panel.get_xlim()
+        before = mine[0].x > (left * right) ** 0.5
+        panel.annotate(
+            f"{short[name]} {mine[0].told}",
+            (mine[0].x if before else mine[-1].x, y),
+            xycoords=where,
+            xytext=(-7 if before else 7, 0),
+            textcoords="offset points",
+            ha="right" if before else "left",
+            va="center",
+            fontsize=7.5,
+            color=color,
+        )
+
+
+def doubling_x(panel: Any, values: Iterable[float], label: str, most: int = 6, factor: float = 1) -> None:
+    """Make x an axis on which doubling is one step, with ticks at measured values only, printed times the factor."""
     ticks = sorted(set(values))
     panel.set_xscale("log", base=2)
     panel.xaxis.set_major_locator(FixedLocator(ticks[:: -(-len(ticks) // most)]))
     panel.xaxis.set_minor_locator(NullLocator())
-    panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value * factor:,.7g}"))
     panel.set_xlim(ticks[0] / 1.25, ticks[-1] * 1.25)
     panel.set_xlabel(label)
 
@@ -149,7 +182,7 @@ def whole_y(panel: Any) -> None:
 
 def entries_for(series: Iterable[Series], looks: Mapping[str, Look]) -> list[Entry]:
     """Return one legend line per name."""
-    return [Entry(label=name, look=looks[name]) for name in dict.fromkeys(one.key.name for one in series)]
+    return [Entry(label=told(name), look=looks[name]) for name in dict.fromkeys(one.key.name for one in series)]
 
 
 def provenance_suffix(series: Iterable[Series]) -> str:
@@ -169,17 +202,22 @@ def _line(panel: Any, marks: Sequence[Mark], look: Look, scale: float, dodge: fl
     x = [mark.x * dodge for mark in marks]
     y = [mark.interval.estimate / scale for mark in marks]
     panel.plot(x, y, color=look.color, linestyle=look.line, linewidth=1.4, alpha=0.85)
-    for place, mark in enumerate(marks):
-        spread, hollow = mark.interval, mark.interval.n == 1
-        ends = [[(spread.estimate - spread.low) / scale], [(spread.high - spread.estimate) / scale]]
+    for hollow in (False, True):
+        places = [place for place, mark in enumerate(marks) if (mark.interval.n == 1) == hollow]
+        if not places:
+            continue
+        spreads = [marks[place].interval for place in places]
+        below = [(spread.estimate - spread.low) / scale for spread in spreads]
+        above = [(spread.high - spread.estimate) / scale for spread in spreads]
         panel.errorbar(
-            [x[place]],
-            [y[place]],
-            yerr=None if hollow else ends,
+            [x[place] for place in places],
+            [y[place] for place in places],
+            yerr=None if hollow else [below, above],
             color=look.color,
             marker=look.marker,
             markersize=5,
             markerfacecolor="none" if hollow else look.color,
+            linestyle="none",
             elinewidth=1.2,
             capsize=2.5,
         )

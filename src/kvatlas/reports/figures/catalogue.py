@@ -3,41 +3,83 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
 
-from kvatlas.records.schema import RunManifest
-from kvatlas.reports.figures import concurrency, early_fact, prompt_length, trace_replay
+from kvatlas.records.schema import PointRecord, RunManifest
+from kvatlas.reports.figures import (
+    accuracy_budget,
+    early_fact,
+    evaluate,
+    model_size,
+    offload_breakdown,
+    sweeps,
+    trace_replay,
+)
 from kvatlas.reports.figures.canvas import Plot
+from kvatlas.reports.figures.scene import Scene
 from kvatlas.reports.figures.theme import Palette
+from kvatlas.reports.known import swept
 from kvatlas.reports.series import Study
 
-_FAMILIES = {
-    "prompt_length": prompt_length.plots,
-    "concurrency": concurrency.plots,
+Family = Callable[[Scene], list[Plot]]
+
+# Drawn study by study.
+_ALONE: dict[str, Family] = {**dict.fromkeys(sweeps.SWEEPS, sweeps.plots), "trace_replay": trace_replay.plots}
+# Drawn with the studies of one model side by side, in panels; model_size with those of all models.
+_TOGETHER: dict[str, Family] = {
+    "offload_breakdown": offload_breakdown.plots,
+    "accuracy_budget": accuracy_budget.plots,
     "early_fact": early_fact.plots,
-    "trace_replay": trace_replay.plots,
+    "model_size": model_size.plots,
+    "evaluate": evaluate.plots,
 }
 _UNSAFE = re.compile(r"[^a-z0-9]+")
 
 
-def all_plots(found: Sequence[Study], runs: Sequence[RunManifest]) -> list[Plot]:
+def all_plots(found: Sequence[Study], runs: Sequence[RunManifest], points: Sequence[PointRecord] = ()) -> list[Plot]:
     """Return every figure these studies allow; an experiment unknown here has none."""
-    palette = Palette.of(row.strategy for study in found for row in study.rows)
-    several = Counter(study.experiment for study in found)
+    palette = Palette.of(
+        [*(row.strategy for study in found for row in study.rows), *(record.point.strategy for record in points)]
+    )
+    groups: dict[tuple[object, ...], list[Study]] = defaultdict(list)
+    for place, study in enumerate(found):
+        groups[_group(study, place)].append(study)
+    several = Counter(key[0] for key in groups)
     plots: list[Plot] = []
-    for study in found:
-        family = _FAMILIES.get(study.experiment)
-        if family is not None and (study.swept or study.experiment == "trace_replay"):
-            taken = {plot.name for plot in plots}
-            suffix = _suffix(study) if several[study.experiment] > 1 else ""
-            plots += _renamed(family(study, palette, runs, suffix), taken)
+    for (experiment, *_), studies in groups.items():
+        family = _ALONE.get(str(experiment)) or _TOGETHER.get(str(experiment))
+        if family is None or _unswept(studies[0]):
+            continue
+        scene = Scene(
+            studies=tuple(studies),
+            palette=palette,
+            runs=runs,
+            points=points,
+            suffix=_suffix(studies) if several[experiment] > 1 else "",
+        )
+        plots += _renamed(family(scene), {plot.name for plot in plots})
     return plots
 
 
-def _suffix(study: Study) -> str:
-    """Return what sets the study apart, fit for a file's name."""
-    parts = [study.model, *(f"{name}_{value}" for name, value in study.split.items() if name != "slo")]
+def _group(study: Study, place: int) -> tuple[object, ...]:
+    if study.experiment == "model_size":
+        return study.experiment, study.model_role
+    if study.experiment in _TOGETHER:
+        return study.experiment, study.model, study.model_role
+    return study.experiment, place
+
+
+def _unswept(study: Study) -> bool:
+    """Whether a figure lacks its x axis, because the records do not say the swept value everywhere."""
+    return study.swept is None and swept(study.experiment) is not None
+
+
+def _suffix(studies: Sequence[Study]) -> str:
+    """Return what sets the studies apart, fit for a file's name."""
+    parts = [studies[0].model]
+    if len(studies) == 1:
+        parts += [f"{name}_{value}" for name, value in studies[0].split.items() if name != "slo"]
     return "_" + _UNSAFE.sub("_", "_".join(parts).lower()).strip("_")[:80]
 
 

@@ -1,105 +1,129 @@
-"""Figures of early-fact retention: a panel per budget, and the paired difference to the full cache."""
+"""Figures of early-fact retention: over the context, the paired difference to the full cache, and over turns."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Sequence
 
-from matplotlib.figure import Figure
-
-from kvatlas.records.schema import RunManifest
 from kvatlas.reports.captions import caption
-from kvatlas.reports.figures.canvas import Plot, doubling_x, draw_lines, entries_for, provenance_suffix, sheet
-from kvatlas.reports.figures.theme import Look, Palette
-from kvatlas.reports.labels import BASELINE, format_share
-from kvatlas.reports.quantities import POINTS
-from kvatlas.reports.series import AXES, Mark, Series, Study
+from kvatlas.reports.figures.answers import METRIC, REFERENCE_NOTE, Answers, at_x, differences, paint_answers
+from kvatlas.reports.figures.canvas import Plot
+from kvatlas.reports.figures.scene import Scene
+from kvatlas.reports.labels import BASELINE, describe, format_share
+from kvatlas.reports.published import GAP_REFERENCES, RETENTION_REFERENCES, Reference
+from kvatlas.reports.series import Series, Study
 
-METRIC = "correct"
+_TOLERANCE = 0.05
 
 
-def plots(study: Study, palette: Palette, runs: Sequence[RunManifest], suffix: str = "") -> list[Plot]:
-    """Return retention, and its paired difference where the full cache answered the same prompts."""
+def plots(scene: Scene) -> list[Plot]:
+    """Return retention and its paired difference for the fewest turns, and retention over turns if there are more."""
+    siblings: dict[str, list[Study]] = defaultdict(list)
+    for study in scene.studies:
+        siblings[describe({name: value for name, value in study.split.items() if name != "turns"})].append(study)
+    found: list[Plot | None] = []
+    for place, studies in enumerate(siblings.values()):
+        studies.sort(key=turns)
+        suffix = scene.suffix + (f"_{place + 1}" if place else "")
+        found += [*_over_context(scene.of(studies[0], suffix)), _over_turns(scene, studies, suffix)]
+    return [plot for plot in found if plot is not None]
+
+
+def turns(study: Study) -> int:
+    """Return the number of turns of a conversation; 1 where nobody said."""
+    return int(study.split.get("turns", study.rows[0].params.get("turns", 1)))
+
+
+def _over_context(scene: Scene) -> list[Plot | None]:
+    study = scene.study
     series = study.series(METRIC)
     if not series:
         return []
     retention = _plot(
-        study,
-        f"early_fact_retention{suffix}",
+        scene,
+        f"early_fact_retention{scene.suffix}",
         "Does a fact from the start of the context survive?",
         "Higher is better. Each panel holds one budget, the kept fraction of the cache; the full cache is repeated in "
         "each as a yardstick. Every prompt is answered right or wrong.",
-        series,
-        _Style(palette.looks(one.key.name for one in series), runs, difference=False),
+        _by_budget(series, RETENTION_REFERENCES),
     )
     lost = differences(study)
     if not lost:
         return [retention]
     paired = _plot(
-        study,
-        f"early_fact_difference{suffix}",
+        scene,
+        f"early_fact_difference{scene.suffix}",
         "What does each strategy lose against the full cache, on the same prompts?",
         "Points of retention, strategy minus full, paired prompt by prompt. A bar that reaches the zero line is a tie.",
-        lost,
-        _Style(palette.looks(one.key.name for one in lost), runs, difference=True),
+        _by_budget(lost, GAP_REFERENCES),
     )
     return [retention, paired]
 
 
-def differences(study: Study) -> list[Series]:
-    """Return, per strategy and budget, retention minus that of the full cache on the prompts both answered."""
-    found = []
-    for one in study.series(METRIC):
-        pairs = [(mark, study.paired(METRIC, one.key, mark.x)) for mark in one.marks if one.key.name != BASELINE]
-        marks = tuple(Mark(x=mark.x, interval=lost, provenance=mark.provenance) for mark, lost in pairs if lost)
-        if marks:
-            found.append(Series(key=one.key, unit=POINTS, marks=marks))
-    return found
-
-
-class _Style:
-    """What the panels of one figure share."""
-
-    def __init__(self, looks: Mapping[str, Look], runs: Sequence[RunManifest], *, difference: bool) -> None:
-        self.looks, self.runs, self.difference = looks, runs, difference
-
-
-def _plot(study: Study, name: str, title: str, reading: str, series: Sequence[Series], style: _Style) -> Plot:
-    text = caption(study, series, style.runs)
-    return Plot(
-        name=name,
-        experiment=study.experiment,
-        title=title,
-        caption=text,
-        reading=reading,
-        tables=(("difference" if style.difference else METRIC, tuple(series)),),
-        paint=lambda: _paint(study, title, text, series, style),
+def _over_turns(scene: Scene, studies: Sequence[Study], suffix: str) -> Plot | None:
+    """Return retention over the turns of a conversation: a panel per context and budget."""
+    if len(studies) < 2:
+        return None
+    contexts = sorted({mark.x for study in studies for one in study.series(METRIC) for mark in one.marks})
+    panels = [
+        Answers(heading=f"{context:,.0f} tokens, {panel.heading}", series=panel.series)
+        for context in contexts
+        for panel in _by_budget(
+            at_x([(turns(study), one, context) for study in studies for one in study.series(METRIC)]), ()
+        )
+    ]
+    return _plot(
+        scene,
+        f"early_fact_turns{suffix}",
+        "Does a fact from the first turn survive a conversation?",
+        "Higher is better. The fact opens the first turn and is asked for in the last; other turns with short answers "
+        "stand between. One turn is a single prompt. Each panel holds one context and one budget.",
+        panels,
+        swept="turns",
+        studies=studies,
     )
 
 
-def _paint(study: Study, title: str, text: str, series: Sequence[Series], style: _Style) -> Figure:
-    panels = _by_budget(series)
-    figure, axes = sheet(title, text, entries_for(series, style.looks), len(panels), 3.2 if len(panels) == 1 else 2.6)
-    lowest = min(mark.interval.low for one in series for mark in one.marks) * 100
-    for place, (axis, (budget, shown)) in enumerate(zip(axes, panels.items(), strict=True)):
-        draw_lines(axis, shown, style.looks)
-        if style.difference:
-            axis.axhline(0, color="C0", linewidth=1, linestyle=":")
-            highest = max(mark.interval.high for one in series for mark in one.marks) * 100
-            axis.set_ylim(min(lowest, 0) - 4, max(highest, 0) + 4)
-        else:
-            axis.set_ylim(-3, 103)
-        heading = f"budget {format_share(budget)}" if budget else "no budget"
-        axis.set_title(heading + provenance_suffix(shown))
-        if place % 2 == 0:
-            axis.set_ylabel("Difference to full (points)" if style.difference else "Early facts retained (%)")
-        below = place >= len(panels) - 2
-        values = [mark.x for one in series for mark in one.marks]
-        doubling_x(axis, values, AXES[study.swept] if below and study.swept else "", most=5)
-    return figure
+def _plot(
+    scene: Scene,
+    name: str,
+    title: str,
+    reading: str,
+    panels: Sequence[Answers],
+    swept: str = "context_tokens",
+    studies: Sequence[Study] | None = None,
+) -> Plot:
+    every = list({(one.key, one.unit, one.marks): one for panel in panels for one in panel.series}.values())
+    text = caption(studies or scene.study, every, scene.runs)
+    looks = scene.palette.looks(one.key.name for one in every)
+    note = f" {REFERENCE_NOTE}" if any(panel.references for panel in panels) else ""
+    metric = "difference" if every[0].unit == "points" else METRIC
+    tables: tuple[tuple[str, tuple[Series, ...]], ...] = ((metric, tuple(every)),)
+    if swept == "turns":
+        tables = tuple((f"{metric}: {panel.heading}", tuple(panel.series)) for panel in panels)
+    return Plot(
+        name=name,
+        experiment=scene.study.experiment,
+        title=title,
+        caption=text,
+        reading=reading + note,
+        tables=tables,
+        paint=lambda: paint_answers((title, text), panels, looks, swept),
+    )
 
 
-def _by_budget(series: Sequence[Series]) -> dict[float | None, list[Series]]:
-    """Return budget -> its series, from small to large; the baseline joins each."""
+def _by_budget(series: Sequence[Series], references: Sequence[Reference]) -> list[Answers]:
+    """Return a panel per budget, from small to large; the baseline joins each, and what was published for it."""
     budgets = {one.key.budget for one in series if one.key.name != BASELINE} or {None}
-    order = sorted(budgets, key=lambda budget: budget or 0.0)
-    return {budget: [one for one in series if one.key.name == BASELINE or one.key.budget == budget] for budget in order}
+    return [
+        Answers(
+            heading=f"budget {format_share(budget)}" if budget else "no budget",
+            series=[one for one in series if one.key.name == BASELINE or one.key.budget == budget],
+            references=[one for one in references if _holds(one, budget)],
+        )
+        for budget in sorted(budgets, key=lambda budget: budget or 0.0)
+    ]
+
+
+def _holds(reference: Reference, budget: float | None) -> bool:
+    return reference.budget is None or (budget is not None and abs(budget - reference.budget) <= _TOLERANCE)

@@ -3,42 +3,42 @@
 from __future__ import annotations
 
 import re
-import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import FixedLocator, NullLocator
 
-from kvatlas.records.schema import RunManifest
 from kvatlas.reports.captions import caption
+from kvatlas.reports.figures.bars import paint_bars
 from kvatlas.reports.figures.canvas import PLAIN, Plot, entries_for, log_ticks, provenance_suffix, sheet
-from kvatlas.reports.figures.theme import Look, Palette
-from kvatlas.reports.labels import SeriesKey
+from kvatlas.reports.figures.scene import Scene
+from kvatlas.reports.figures.sweep import titled
+from kvatlas.reports.figures.theme import Look
 from kvatlas.reports.quantities import axis_scale, title as metric_title
 from kvatlas.reports.series import SampleId, Series, Study
 
 _LATENCIES = ("ttft", "tpot")
-_TOTALS = ("goodput", "request_throughput", "output_throughput", "kv_peak")
+_TOTALS = ("goodput", "request_throughput", "output_throughput", "kv_peak", "host_peak")
 _LIMIT = re.compile(r"(TTFT|TPOT)\s*<=\s*([\d.]+)\s*(ms|s)\b")
 
 
-def plots(study: Study, palette: Palette, runs: Sequence[RunManifest], suffix: str = "") -> list[Plot]:
-    """Return the figures of one replay; ``suffix`` keeps the names of several replays apart."""
-    found = [_latencies(study, palette, runs, suffix), _totals(study, palette, runs, suffix)]
-    return [plot for plot in found if plot is not None]
+def plots(scene: Scene) -> list[Plot]:
+    """Return the figures of one replay."""
+    return [plot for plot in (_latencies(scene), _totals(scene)) if plot is not None]
 
 
-def _latencies(study: Study, palette: Palette, runs: Sequence[RunManifest], suffix: str) -> Plot | None:
+def _latencies(scene: Scene) -> Plot | None:
+    study = scene.study
     shown = {metric: tuple(study.series(metric)) for metric in _LATENCIES if study.samples(metric)}
     if not shown:
         return None
-    title = "How long do the trace's requests wait for the first token, and for each one after it?"
+    title = titled("How long do the trace's requests wait for the first token, and for each one after it?", study)
     every = [one for series in shown.values() for one in series]
-    text = caption(study, every, runs).replace("per mark", "requests per curve")
-    looks = palette.looks(one.key.name for one in every)
+    text = caption(study, every, scene.runs).replace("per mark", "requests per curve")
+    looks = scene.palette.looks(one.key.name for one in every)
     return Plot(
-        name=f"trace_latency{suffix}",
+        name=f"trace_latency{scene.suffix}",
         experiment=study.experiment,
         title=title,
         caption=text,
@@ -111,16 +111,19 @@ def _latency_axes(axis: Any, label: str, *, first: bool) -> None:
         axis.set_ylabel("Requests served this fast (%)")
 
 
-def _totals(study: Study, palette: Palette, runs: Sequence[RunManifest], suffix: str) -> Plot | None:
+def _totals(scene: Scene) -> Plot | None:
+    study = scene.study
     shown = {metric: tuple(study.series(metric)) for metric in _TOTALS if study.samples(metric)}
     if not shown:
         return None
-    title = "How many requests and tokens per second, and how much KV memory for them?"
+    title = titled("How many requests and tokens per second, and how much KV memory for them?", study)
     every = [one for series in shown.values() for one in series]
-    text = caption(study, every, runs).replace("per mark", "per bar")
+    text = caption(study, every, scene.runs).replace("per mark", "per bar")
     slo = study.rows[0].params.get("slo")
+    looks = scene.palette.looks(one.key.name for one in every)
+    panels = [(metric_title(metric), series) for metric, series in shown.items()]
     return Plot(
-        name=f"trace_totals{suffix}",
+        name=f"trace_totals{scene.suffix}",
         experiment=study.experiment,
         title=title,
         caption=text,
@@ -128,39 +131,5 @@ def _totals(study: Study, palette: Palette, runs: Sequence[RunManifest], suffix:
         + (f"Goodput counts the requests that meet every limit of the SLO: {slo}. " if slo else "")
         + "A bar is drawn only with its interval; a hollow mark is one replay without any.",
         tables=tuple(shown.items()),
-        paint=lambda: _paint_totals(title, text, shown, palette.looks(one.key.name for one in every)),
+        paint=lambda: paint_bars(title, text, panels, looks),
     )
-
-
-def _paint_totals(title: str, text: str, shown: Mapping[str, Sequence[Series]], looks: Mapping[str, Look]) -> Figure:
-    keys = list(dict.fromkeys(one.key for series in shown.values() for one in series))
-    figure, axes = sheet(title, text, (), len(shown), panel_height=0.75 + 0.34 * len(keys))
-    for place, (axis, (metric, series)) in enumerate(zip(axes, shown.items(), strict=True)):
-        scale, unit = axis_scale(series[0].unit, max(one.marks[0].interval.high for one in series))
-        for one in series:
-            _bar(axis, keys.index(one.key), one, looks[one.key.name], scale)
-        axis.set_title(f"{metric_title(metric)} ({unit}){provenance_suffix(series)}")
-        axis.set_ylim(len(keys) - 0.4, -0.6)
-        axis.set_xlim(left=0)
-        axis.xaxis.set_major_locator(MaxNLocator(5))
-        axis.xaxis.set_major_formatter(PLAIN)
-        axis.grid(visible=False, axis="y")
-        axis.set_yticks(range(len(keys)), [_short(key) if place % 2 == 0 else "" for key in keys])
-    return figure
-
-
-def _bar(axis: Any, place: int, one: Series, look: Look, scale: float) -> None:
-    spread = one.marks[0].interval
-    value = spread.estimate / scale
-    style = {"color": look.color, "marker": look.marker, "markersize": 6}
-    if spread.n == 1:
-        axis.plot([0, value], [place, place], color=look.color, linewidth=1, linestyle=":")
-        axis.errorbar([value], [place], markerfacecolor="none", **style)
-        return
-    ends = [[(spread.estimate - spread.low) / scale], [(spread.high - spread.estimate) / scale]]
-    axis.barh([place], [value], height=0.55, color=look.color, alpha=0.35)
-    axis.errorbar([value], [place], xerr=ends, capsize=2.5, elinewidth=1.2, **style)
-
-
-def _short(key: SeriesKey) -> str:
-    return "\n".join(textwrap.wrap(key.label, 30)[:2])

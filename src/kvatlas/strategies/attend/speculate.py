@@ -41,6 +41,8 @@ class Speculate(Attend):
             argument; ``inf``: all do.
         cap: most tokens fetched, as a fraction of those cached, in (0, 1].
         partial: columns of the rotated keys that are kept on the device, as a fraction in (0, 1].
+        dense: first layers that stay on the device and read everything, at least 1; more of them help where what a
+            layer asks depends on the layer right before it, as in small models.
 
     Raises:
         ConfigError: a number is out of range.
@@ -49,10 +51,13 @@ class Speculate(Attend):
     alpha: float = 4.0
     cap: float = 0.2
     partial: float = 0.3
+    dense: int = 1
 
     def __post_init__(self) -> None:
         if not self.alpha >= 0:
             raise ConfigError(f"speculate: alpha={self.alpha} is out of range; write a number of at least 0, or inf")
+        if self.dense < 1:
+            raise ConfigError(f"speculate: dense={self.dense} is out of range; nothing foretells the first layer")
         for name in ("cap", "partial"):
             if not 0 < getattr(self, name) <= 1:
                 raise ConfigError(
@@ -73,8 +78,8 @@ class Speculate(Attend):
 
     @property
     def dense_layers(self) -> int:
-        """The first layer has none before it to speculate from."""
-        return 1
+        """As asked for; the first layer has none before it to speculate from."""
+        return self.dense
 
     @property
     def sketch_share(self) -> float:
@@ -87,5 +92,5 @@ class Speculate(Attend):
         return self.alpha
 
     def most_read(self, cached_tokens: int) -> int:
-        """Return the cap in tokens, rounded up."""
-        return min(cached_tokens, math.ceil(self.cap * cached_tokens))
+        """Return the cap in tokens, rounded up; 0.7 of 10 are 7, though not quite in binary fractions."""
+        return min(cached_tokens, math.ceil(round(self.cap * cached_tokens, 6)))

@@ -1,0 +1,222 @@
+"""Where do the memory and the time of an offloading strategy go?
+
+The study (arXiv:2604.05012, known here second-hand): InfiniGen holds the whole cache on the host beside pinned transfer
+buffers, and its per-token fetches are not hidden by compute, so their cost never pays off. Expected here: a decode step
+takes at least as long as the longer of its compute and its moves; prefetching approaches that bound, speculation lowers
+the moves. The limit is the link, or memory bandwidth where the link is RAM.
+
+Only strategies that place keys and values on the host are measured, with `full` beside them for scale. Steps are timed
+in one run; how good speculation was is observed in another, because the comparison with exact scores takes time. On
+random weights attention is nearly flat, so that what speculation finds there says nothing of trained models.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from kvatlas.core.timeline import Event, EventKind
+from kvatlas.core.vocabulary import Axis
+from kvatlas.engine.engine import Engine
+from kvatlas.engine.params import SamplingParams
+from kvatlas.engine.request import Request
+from kvatlas.experiments.asking import encoder
+from kvatlas.experiments.experiment import Experiment, Lab, Settings
+from kvatlas.experiments.holdings import holdings
+from kvatlas.experiments.provenance import marked, moves_data
+from kvatlas.experiments.settings import link_name
+from kvatlas.records.schema import Point, Sample
+from kvatlas.strategies.strategy import Strategy
+from kvatlas.workloads.recall import read_filler
+
+TIMELINE_KINDS = (EventKind.FETCH, EventKind.STORE, EventKind.WAIT, EventKind.ATTEND, EventKind.SPECULATE)
+"""Kinds of events in ``timeline_kind``: the sample's value is the place in this list."""
+
+_OBSERVED_STEPS = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One decode step and what happened in it; seconds.
+
+    Args:
+        start_s: when it began.
+        end_s: when it ended.
+        events: all that began in it, moves included.
+    """
+
+    start_s: float
+    end_s: float
+    events: tuple[Event, ...]
+
+    @property
+    def seconds(self) -> float:
+        """How long it took."""
+        return self.end_s - self.start_s
+
+    def spent(self, kind: EventKind) -> float:
+        """Return the time of all events of a kind."""
+        return sum(event.seconds for event in self.events if event.kind == kind)
+
+
+class OffloadBreakdown(Experiment):
+    """Bytes by part and tier, and the time of a decode step by what it was spent on."""
+
+    name = "offload_breakdown"
+    question = "Where do the memory and the time of an offloading strategy go?"
+    role = "speed"
+
+    def sources(self, settings: Settings) -> tuple[str | None, ...]:
+        """Return its own model where the settings name one."""
+        return (settings.breakdown_model or settings.speed_model,)
+
+    def points(self, settings: Settings, model: str) -> Iterator[Point]:
+        """Yield every link and prompt length under `full` and every strategy that offloads; none without such."""
+        offloading = [strategy for strategy in settings.strategies if moves_data(strategy)]
+        for link in settings.breakdown_links:
+            for prompt_tokens in sorted(settings.breakdown_prompt_tokens):
+                for strategy in ("full", *offloading) if offloading else ():
+                    yield self.point(
+                        model,
+                        strategy,
+                        prompt_tokens=prompt_tokens,
+                        output_tokens=settings.breakdown_output_tokens,
+                        link=link_name(link),
+                    )
+
+    def measure(self, point: Point, lab: Lab) -> list[Sample]:
+        """Return bytes per repeat, times per decode step, and the timeline of the median step.
+
+        Raises:
+            CapacityError: prompt and output do not fit.
+        """
+        link = str(point.params["link"])
+        samples: list[Sample] = []
+        steps: list[Step] = []
+        for repeat in lab.repeats():
+            engine = lab.engine(point, link=link)
+            request = _begin(engine, point, lab.settings.seed + repeat)
+            samples += _memory(engine, request, repeat)
+            steps += _decode(engine, request)
+            samples.append(Sample(metric="device_peak", unit="bytes", value=engine.peak_used_bytes, index=repeat))
+            samples.append(Sample(metric="host_peak", unit="bytes", value=engine.peak_host_bytes, index=repeat))
+        for number, step in enumerate(steps):
+            samples += _times(step, number)
+        samples += _timeline(sorted(steps, key=lambda step: step.seconds)[len(steps) // 2])
+        if any(stage.axis == Axis.ATTEND for stage in Strategy.parse(point.strategy).stages):
+            samples += _observe(point, lab)
+        return marked(samples, point, link)
+
+
+def _begin(engine: Engine, point: Point, seed: int) -> Request:
+    """Process the prompt and return the request when its first token is there."""
+    params = SamplingParams(max_tokens=int(point.params["output_tokens"]), ignore_eos=True)
+    request = engine.add_request(_prompt(engine, int(point.params["prompt_tokens"]), seed), params, point.strategy)
+    while not request.token_times_s:
+        engine.step()
+    return request
+
+
+def _prompt(engine: Engine, length: int, seed: int) -> list[int]:
+    """Return text where the model can read, since what speculation finds depends on it; else random tokens."""
+    rng = random.Random(seed)
+    if engine.model.tokenizer is None:
+        return [rng.randrange(engine.store.lanes.shape.vocab_size) for _ in range(length)]
+    text = encoder(engine.model)(read_filler())
+    start = rng.randrange(len(text))
+    return [text[(start + place) % len(text)] for place in range(length)]
+
+
+def _memory(engine: Engine, request: Request, repeat: int) -> list[Sample]:
+    assert request.seq is not None
+    held = holdings(engine.store, request.seq)
+    parts = {
+        "device_kv": held.device_kv,
+        "device_sketch": held.device_sketch,
+        "device_staging": held.device_staging,
+        "device_sidecars": held.device_sidecars,
+        "host_kv": held.host_kv,
+    }
+    return [Sample(metric=name, unit="bytes", value=value, index=repeat) for name, value in parts.items()]
+
+
+def _decode(engine: Engine, request: Request) -> list[Step]:
+    """Run the request to its end and return its decode steps."""
+    engine.record_timeline()
+    while request.finish_reason is None:
+        engine.step()
+    return steps_of(engine.timeline or [])
+
+
+def steps_of(events: Sequence[Event]) -> list[Step]:
+    """Return the forwards of a timeline, in order, each with the events that began in it."""
+    whole = sorted((event for event in events if event.kind == EventKind.STEP), key=lambda event: event.start_s)
+    parts = sorted((event for event in events if event.kind != EventKind.STEP), key=lambda event: event.start_s)
+    return [
+        Step(
+            start_s=step.start_s,
+            end_s=step.end_s,
+            events=tuple(event for event in parts if step.start_s <= event.start_s < step.end_s),
+        )
+        for step in whole
+    ]
+
+
+def _times(step: Step, number: int) -> list[Sample]:
+    """Return where the time of a step went; ratios only if something was moved to the device."""
+    attend, speculate, wait = map(step.spent, (EventKind.ATTEND, EventKind.SPECULATE, EventKind.WAIT))
+    transfer, compute = step.spent(EventKind.FETCH), step.seconds - wait
+    seconds = {
+        "step_time": step.seconds,
+        "attend_time": attend,
+        "speculate_time": speculate,
+        "wait_time": wait,
+        "transfer_time": transfer,
+        "other_time": max(0.0, compute - attend - speculate),
+    }
+    samples = [Sample(metric=name, unit="s", value=value, index=number) for name, value in seconds.items()]
+    if transfer > 0:
+        ratios = {
+            "hidden_share": 1 - wait / transfer,
+            "transfer_to_compute": transfer / compute,
+            "bound_reached": max(compute, transfer) / step.seconds,
+        }
+        samples += [Sample(metric=name, unit="", value=value, index=number) for name, value in ratios.items()]
+    return samples
+
+
+def _timeline(step: Step) -> list[Sample]:
+    """Return the events of one step; samples of equal index are of one event."""
+    samples = []
+    shown = [event for event in step.events if event.kind in TIMELINE_KINDS]
+    for index, event in enumerate(shown):
+        fields = {
+            ("timeline_kind", ""): TIMELINE_KINDS.index(event.kind),
+            ("timeline_layer", ""): event.layer,
+            ("timeline_start", "s"): event.start_s - step.start_s,
+            ("timeline_end", "s"): event.end_s - step.start_s,
+        }
+        samples += [
+            Sample(metric=metric, unit=unit, value=value, index=index) for (metric, unit), value in fields.items()
+        ]
+    return samples
+
+
+def _observe(point: Point, lab: Lab) -> list[Sample]:
+    """Return how good speculation was over the first decode steps of a run of its own."""
+    engine = lab.engine(point)
+    request = _begin(engine, point, lab.settings.seed)
+    engine.observe_speculation()
+    while request.finish_reason is None and len(request.token_times_s) <= _OBSERVED_STEPS:
+        engine.step()
+    engine.cancel(request)
+    seen = engine.speculation
+    if seen is None or not seen.count:
+        return []
+    found = {
+        "speculation_recall": seen.recall,
+        "speculation_mass": seen.mass,
+        "selected_fraction": seen.selected_fraction,
+    }
+    return [Sample(metric=name, unit="", value=value) for name, value in found.items()]

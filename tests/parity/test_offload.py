@@ -1,0 +1,375 @@
+"""Where keys and values live changes no answer: staged from the host, swapped there and back, or made anew.
+
+The kernels are the same on either tier, so what is only placed elsewhere is compared bit by bit.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+import torch
+from tests.driving import Job, assert_empty, drive, finish, kept_positions, loaded, relative_error
+from tests.families import FAMILIES, tiny_model, token_ids
+from transformers import CONFIG_MAPPING
+
+import kvatlas
+from kvatlas.engine.engine import Engine
+from kvatlas.engine.llm import LLM
+from kvatlas.engine.params import SamplingParams
+from kvatlas.models import clone
+from kvatlas.models.loading import LoadedModel
+from kvatlas.models.probe import _causal_class
+from kvatlas.models.quiet import quiet
+
+OUTPUT_TOKENS = 8
+TOLERANCE = 1e-4
+SHARING = ("gemma3n_text", "gemma4_text")
+UNIFORM = ("llama", "qwen2", "qwen3", "mixtral", "phi3", "opt", "gpt_neox", "stablelm", "nemotron", "deepseek_v2")
+ALL = (*FAMILIES, *SHARING, "stablelm", "nemotron", "deepseek_v2")
+KEEPS = ("streaming_llm(sinks=2, recent=9)", "h2o(heavy=5, recent=4)", "snapkv(budget=9, window=4)")
+SPECULATE_ALL = "speculate(alpha=inf, cap=1.0) | offload(host)"
+SPECULATE_SOME = "speculate(alpha=inf, cap=0.5) | offload(host)"
+PLACED = ("offload(host)", "offload(host, false)", *(f"{keep} | offload(host)" for keep in KEEPS), SPECULATE_SOME)
+
+
+@cache
+def model(family: str = "llama") -> LoadedModel:
+    if family == "deepseek_v2":  # multi-head latent attention: keys wider than values
+        config = CONFIG_MAPPING["deepseek_v2"](num_experts_per_tok=2)
+        with quiet():
+            return loaded(clone.build(_causal_class(config), clone.tiny_config(config)))
+    return loaded(tiny_model(family))
+
+
+@cache
+def ids(length: int, seed: int = 0) -> list[int]:
+    return token_ids(length, seed=seed)[0].tolist()
+
+
+def vocabulary(family: str) -> int:
+    return model(family).adapter.shape.vocab_size
+
+
+def job(strategy: str, prompt_tokens: int, outputs: int = OUTPUT_TOKENS, family: str = "llama", seed: int = 0) -> Job:
+    tokens = [token % vocabulary(family) for token in ids(prompt_tokens + outputs, prompt_tokens + seed)]
+    return Job(tokens[:prompt_tokens], tokens[prompt_tokens:], strategy)
+
+
+def logits_of(done: Job) -> torch.Tensor:
+    return torch.stack(done.logits)
+
+
+def engine_of(family: str = "llama", **options) -> Engine:
+    options = {"kv_memory": "4MiB", "block_size": 4, "enable_prefix_caching": False, **options}
+    return Engine(model(family), **options)
+
+
+@cache
+def alone(family: str, strategy: str, prompt_tokens: int, outputs: int = OUTPUT_TOKENS, chunk: int = 512):
+    """Return the logits and kept positions of one job in an engine of its own."""
+    (done,) = drive(engine_of(family, max_batched_tokens=chunk), [job(strategy, prompt_tokens, outputs, family)])
+    return logits_of(done), done.kept
+
+
+def assert_close(done: Job, wanted: torch.Tensor, tolerance: float = TOLERANCE) -> None:
+    for step, (got, right) in enumerate(zip(done.logits, wanted, strict=True)):
+        error = relative_error(got, right)
+        assert error < tolerance, f"{done.strategy}, prompt of {len(done.prompt)}, output {step}: {error:.1e}"
+
+
+# On the host as on the device
+
+
+@pytest.mark.parametrize("keep", ["full", "fp16", *KEEPS, "h2o(heavy=0.3, recent=0.2) | bf16"])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gemma4_text", "deepseek_v2"])
+def test_placed_elsewhere_it_is_the_same_to_the_bit(family: str, keep: str) -> None:
+    for prompt_tokens, chunk in ((23, 9), (14, 512)):
+        plain, kept = alone(family, keep, prompt_tokens, chunk=chunk)
+        for place in ("offload(host)", "offload(host, prefetch=false)"):
+            placed, where = alone(family, f"{keep} | {place}", prompt_tokens, chunk=chunk)
+            assert torch.equal(placed, plain), f"{place}: {relative_error(placed, plain):.1e}"
+            assert where == kept
+
+
+@pytest.mark.parametrize("family", ALL)
+def test_offload_is_full(family: str) -> None:
+    for prompt_tokens in (23, 5):
+        assert torch.equal(
+            alone(family, "offload(host)", prompt_tokens, chunk=9)[0], alone(family, "full", prompt_tokens, chunk=9)[0]
+        )
+
+
+@pytest.mark.parametrize("family", UNIFORM)
+def test_speculation_that_reads_everything_is_full(family: str) -> None:
+    for prompt_tokens in (23, 5):
+        got, wanted = (alone(family, each, prompt_tokens, chunk=9)[0] for each in (SPECULATE_ALL, "full"))
+        assert all(relative_error(a, b) < TOLERANCE for a, b in zip(got, wanted, strict=True))
+
+
+def test_as_many_dense_layers_as_there_are_is_full() -> None:
+    got = alone("llama", "speculate(dense=9) | offload(host)", 23)[0]
+    assert torch.equal(got, alone("llama", "full", 23)[0])
+
+
+@pytest.mark.parametrize("strategy", PLACED)
+@pytest.mark.parametrize("family", ["llama", "gpt_oss", "gemma4_text", "phi3"])
+def test_alone_is_batched_and_whole_is_chunked(family: str, strategy: str) -> None:
+    if "speculate" in strategy and family not in UNIFORM:
+        pytest.skip("speculation is refused for windows and shared lanes")
+    lengths = (31, 3, 12)
+    jobs = [job(each, n, family=family) for n in lengths for each in (strategy, "full", "offload(host)")]
+    engine = engine_of(family, max_batched_tokens=13)
+    for done in drive(engine, jobs):
+        assert_close(done, alone(family, done.strategy, len(done.prompt))[0])
+    assert_empty(engine)
+
+
+@pytest.mark.parametrize("block_size", [1, 3, 32])
+def test_blocks_of_any_size(block_size: int) -> None:
+    jobs = [job(strategy, n) for n in (31, 12) for strategy in PLACED]
+    for done in drive(engine_of(block_size=block_size, max_batched_tokens=17), jobs):
+        assert_close(done, alone("llama", done.strategy, len(done.prompt))[0])
+
+
+def test_an_emulated_link_changes_times_only() -> None:
+    engine = engine_of(link="1GB/s,20us")
+    engine.record_timeline()
+    for done in drive(engine, [job(strategy, 12) for strategy in PLACED]):
+        assert_close(done, alone("llama", done.strategy, 12)[0])
+    assert engine.link.rate is not None and str(engine.link.rate) == "1 GB/s, 20 us"
+    for traffic in (engine.link.to_host, engine.link.to_device):
+        least = traffic.moves * 20e-6 + traffic.num_bytes / 1e9
+        assert traffic.moves > 0 and traffic.seconds >= least
+    events = engine.timeline or []
+    for kind, traffic in (("fetch", engine.link.to_device), ("store", engine.link.to_host)):
+        noted = [event for event in events if event.kind == kind]
+        assert sum(event.num_bytes for event in noted) == traffic.num_bytes and len(noted) == traffic.moves
+        assert all(event.num_bytes > 0 for event in noted), "a link is not troubled for nothing"
+
+
+@pytest.mark.parametrize("prefetch", [True, False])
+def test_what_a_step_moves(prefetch: bool) -> None:
+    """All blocks of all layers in, the new token out; and no more than the footprint says."""
+    for family in ("llama", "gemma4_text"):
+        engine = engine_of(family)
+        request = engine.add_request(
+            ids(20), SamplingParams(max_tokens=9, ignore_eos=True), f"offload(host, {str(prefetch).lower()})"
+        )
+        engine.step()
+        for _ in range(8):
+            before, cached = engine.link.to_device.num_bytes, request.computed
+            stored = engine.link.to_host.num_bytes
+            engine.step()
+            layers = model(family).adapter.shape.layers
+            fetched = engine.link.to_device.num_bytes - before
+            assert 0 < fetched <= request.footprint.moved_bytes_per_step
+            if family == "llama":
+                blocks = engine.store.layout(None, request.strategy.sidecars).groups[0].blocks
+                assert fetched == len(layers) * 2 * blocks.block_bytes * -(-(cached + 1) // 4)
+                new = sum(layer.num_kv_heads * (layer.key_dim + layer.value_dim) * 4 for layer in layers)
+                assert engine.link.to_host.num_bytes - stored == new
+
+
+# Swapped, or made anew
+
+
+INTERRUPTED = ("full", *KEEPS, "offload(host)", "h2o(heavy=5, recent=4) | offload(host)", SPECULATE_SOME)
+
+
+@pytest.mark.parametrize("strategy", INTERRUPTED)
+@pytest.mark.parametrize("host_memory", ["1GiB", 60_000, 0])
+def test_interrupted_is_uninterrupted(strategy: str, host_memory: str | int) -> None:
+    """With room on the host caches wait there; with little or none they are computed or replayed anew."""
+    if "offload" in strategy and host_memory == 0:
+        pytest.skip("there is nothing to offload to")
+    jobs = [job(strategy, n, outputs=16) for n in (9, 17, 30)]
+    engine = engine_of(max_batched_tokens=10, host_memory=host_memory)
+    drive(engine, jobs, interrupt_every=4)
+    assert sum(done.request.num_preemptions for done in jobs) >= 5
+    assert (engine.scheduler.num_swaps > 0) == (host_memory != 0)
+    for done in jobs:
+        assert_close(done, alone("llama", strategy, len(done.prompt), 16)[0])
+        assert done.kept == alone("llama", strategy, len(done.prompt), 16)[1]
+    assert_empty(engine)
+
+
+@pytest.mark.parametrize("strategy", INTERRUPTED)
+def test_a_swap_changes_not_a_bit(strategy: str) -> None:
+    """One request, swapped at every step of its life: the same forwards on the same bytes."""
+    wanted = alone("llama", strategy, 17, chunk=10)[0]
+    for every in (1, 2):
+        done, engine = job(strategy, 17), engine_of(max_batched_tokens=10)
+        drive(engine, [done], interrupt_every=every)
+        assert engine.scheduler.num_swaps == done.request.num_preemptions >= 3
+        assert torch.equal(logits_of(done), wanted)
+        assert_empty(engine)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma4_text", "phi3", "mistral"])
+@pytest.mark.parametrize("strategy", ["full", "h2o(heavy=5, recent=4)", "offload(host)"])
+def test_swaps_of_windows_shared_lanes_and_long_ropes(family: str, strategy: str) -> None:
+    jobs = [job(strategy, n, outputs=14, family=family) for n in (9, 30)]
+    engine = engine_of(family, max_batched_tokens=10)
+    drive(engine, jobs, interrupt_every=3)
+    assert engine.scheduler.num_swaps >= 5
+    for done in jobs:
+        assert_close(done, alone(family, strategy, len(done.prompt), 14)[0])
+    assert_empty(engine)
+
+
+@pytest.mark.parametrize("strategy", INTERRUPTED)
+def test_cancelled_wherever_it_is(strategy: str) -> None:
+    for steps in (0, 1, 3, 5):
+        engine = engine_of(max_batched_tokens=7)
+        requests = [
+            engine.add_request(ids(12, seed), SamplingParams(max_tokens=9, ignore_eos=True), strategy)
+            for seed in (1, 2, 3)
+        ]
+        for _ in range(steps):
+            engine.step()
+        for request in requests[:2]:
+            if request in engine.scheduler.running:
+                engine.scheduler._preempt(request)
+        engine.cancel(requests[0])
+        assert requests[0].swapped is None and requests[0].seq is None
+        engine.step()
+        engine.cancel(requests[1])
+        finish(engine)
+        assert len(requests[2].output_ids) == 9
+        assert_empty(engine)
+
+
+# Sessions, forks, prefixes
+
+
+def conversation(llm: LLM, strategy: str, *, take_after: tuple[int, ...] = (), swap: bool = True, noise: bool = False):
+    """Return the answers of four turns; the cache is taken before some of them."""
+    answers = []
+    with llm.session(strategy) as session:
+        for turn, (prompt_tokens, outputs) in enumerate([(9, 1), (7, 5), (1, 4), (12, 3)]):
+            if turn in take_after:
+                llm.engine.scheduler._take_cache(session._request, swap=swap)
+                assert (session._request.swapped is not None) == swap
+                if noise:
+                    llm.generate(ids(20, turn), SamplingParams(max_tokens=3, ignore_eos=True), strategy=strategy)
+            params = SamplingParams(max_tokens=outputs, ignore_eos=True)
+            answers.append(session.generate(ids(prompt_tokens, turn), params).outputs[0].token_ids)
+            held = kept_positions(llm.engine.store, session._request.seq)
+            answers.append(held)
+    assert_empty(llm.engine)
+    return answers
+
+
+@pytest.mark.parametrize("strategy", INTERRUPTED)
+def test_sessions_are_taken_and_brought_back(strategy: str) -> None:
+    options = {"kv_memory": "4MiB", "block_size": 4, "max_batched_tokens": 6}
+    wanted = conversation(LLM(model(), **options), strategy)
+    for taken, swap in (((1, 2, 3), True), ((2,), False), ((1, 3), False)):
+        again = conversation(LLM(model(), **options), strategy, take_after=taken, swap=swap, noise=True)
+        assert again == wanted, f"taken before {taken}, {'swapped' if swap else 'made anew'}"
+
+
+@pytest.mark.parametrize("strategy", ["offload(host)", SPECULATE_SOME, "h2o(heavy=5, recent=4) | offload(host)"])
+def test_offloaded_two_turns_are_those_of_the_plain_cache(strategy: str) -> None:
+    """Where nothing is chosen, answers are those of the device; and speculation does not forget a turn."""
+    plain = {"offload(host)": "full", SPECULATE_SOME: SPECULATE_SOME}.get(strategy, "h2o(heavy=5, recent=4)")
+    options = {"kv_memory": "4MiB", "block_size": 4, "max_batched_tokens": 6}
+    assert conversation(LLM(model(), **options), strategy) == conversation(LLM(model(), **options), plain)
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+@pytest.mark.parametrize("strategy", ["full", "offload(host)"])
+@pytest.mark.parametrize("first_to_write", [0, 1])
+def test_forks_do_not_see_each_other(strategy: str, first_to_write: int, swapped: bool) -> None:
+    params, prompts = SamplingParams(max_tokens=5, ignore_eos=True), (ids(6, 4), ids(9, 5))
+    wanted = []
+    for prompt in prompts:
+        with LLM(model(), kv_memory="4MiB", block_size=4).session("full") as session:
+            session.generate(ids(7), params)
+            wanted.append(session.generate(prompt, params).outputs[0].token_ids)
+    llm = LLM(model(), kv_memory="4MiB", block_size=4, enable_prefix_caching=False)
+    with llm.session(strategy) as session:
+        session.generate(ids(7), params)
+        if swapped:
+            llm.engine.scheduler._take_cache(session._request)
+        with session.fork() as other:
+            both = [session, other]
+            for turn in (first_to_write, 1 - first_to_write):
+                if not swapped:
+                    llm.engine.scheduler._take_cache(both[turn]._request)
+                assert both[turn].generate(prompts[turn], params).outputs[0].token_ids == wanted[turn]
+    assert_empty(llm.engine)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gemma4_text"])
+@pytest.mark.parametrize("max_batched_tokens", [5, 64])
+def test_prefixes_on_the_host(family: str, max_batched_tokens: int) -> None:
+    common = ids(22)
+    prompts = [common, common + ids(7, 1), common[:13] + ids(9, 2), common, ids(30, 3)]
+    cached = engine_of(family, max_batched_tokens=max_batched_tokens, enable_prefix_caching=True)
+    plain = engine_of(family)
+    hits = []
+    for prompt in prompts:
+        outputs = [*prompt[:3], *ids(4, 9)]
+        with_cache, without = Job(prompt, outputs, "offload(host)"), Job(prompt, outputs, "full")
+        drive(cached, [with_cache])
+        drive(plain, [without])
+        assert_close(with_cache, logits_of(without))
+        hits.append(with_cache.request.adopted_tokens)
+    assert hits[0] == hits[4] == 0
+    if family == "llama" or max_batched_tokens == 5:
+        assert hits[1:4] == [20, 12, 20]
+    books = cached.store.host.books()
+    assert books.cached > 0 == cached.store.books().cached, "prefixes of the host stay on the host"
+    assert_empty(cached)
+
+
+def test_prefixes_give_way_on_a_short_host() -> None:
+    """Many prompts after another on a host for little more than one; some share a prefix that may be gone."""
+    engine = engine_of(host_memory=60_000, enable_prefix_caching=True, kv_memory=60_000)
+    for seed in (0, 1, 0, 2, 3, 0):
+        prompt, outputs = ids(30, seed), ids(6, 9)
+        done = Job(prompt, outputs, "offload(host)")
+        drive(engine, [done])
+        assert done.request.num_preemptions == 0
+        without = Job(prompt, outputs)
+        drive(engine_of(), [without])
+        assert_close(done, logits_of(without))
+    assert engine.store.host.books().cached > 0
+    assert_empty(engine)
+
+
+def test_prefixes_never_cross_tiers() -> None:
+    engine = engine_of(enable_prefix_caching=True)
+    adopted = []
+    for strategy in ("full", "offload(host)", "offload(host)", SPECULATE_SOME, "full", "offload(host, false)"):
+        done = job(strategy, 21)
+        drive(engine, [done])
+        assert_close(done, alone("llama", strategy, 21)[0])
+        adopted.append(done.request.adopted_tokens)
+    assert adopted == [0, 0, 20, 0, 20, 20]
+
+
+# Through transformers' generate
+
+
+@pytest.mark.parametrize(
+    ("strategy", "like"), [("offload(host)", "full"), (SPECULATE_ALL, "full"), (SPECULATE_SOME, None)]
+)
+def test_attach(strategy: str, like: str | None) -> None:
+    own = tiny_model("llama")
+    prompts = torch.tensor([[0, 0, 0, *ids(9, 1)], ids(12, 2)])
+    mask = (prompts > 0).long()
+    options = {"attention_mask": mask, "max_new_tokens": 7, "do_sample": False, "eos_token_id": None}
+    if like is None:
+        llm = LLM(model(), strategy, kv_memory="4MiB", block_size=4)
+        answers = llm.generate([ids(9, 1), ids(12, 2)], SamplingParams(max_tokens=7, ignore_eos=True))
+        wanted = torch.tensor([answer.outputs[0].token_ids for answer in answers])
+    else:
+        wanted = own.generate(prompts, **options, pad_token_id=0)[:, 12:]
+    with kvatlas.attach(own, strategy, kv_memory="4MiB", block_size=4, max_batched_tokens=7) as attachment:
+        for _ in range(2):
+            assert torch.equal(own.generate(prompts, **options, pad_token_id=0)[:, 12:], wanted)
+            assert_empty(attachment.engine)
+    assert not any(module._forward_pre_hooks for module in own.modules())

@@ -1,0 +1,75 @@
+"""Which buffer on the device each layer on the host is read through."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+from hypothesis import given, strategies as st
+
+from kvatlas.core.layout import BlockLayout, sketch_layout_of, staging_buffers
+from kvatlas.core.shapes import LayerShape, ModelShape
+from kvatlas.core.vocabulary import Format
+
+KINDS = [(1, 4, 4), (2, 4, 4), (2, 8, 4)]
+
+
+def kind_of(layer: LayerShape) -> tuple[int, int, int]:
+    return layer.num_kv_heads, layer.key_dim, layer.value_dim
+
+
+@st.composite
+def models(draw: st.DrawFn) -> ModelShape:
+    """Return layers of several kinds, some of which share the lanes of an earlier one."""
+    layers: list[LayerShape] = []
+    for _ in range(draw(st.integers(1, 12))):
+        owners = [index for index, layer in enumerate(layers) if layer.shares_kv_with is None]
+        shares = draw(st.sampled_from([None, None, *owners]))
+        heads, key, value = draw(st.sampled_from(KINDS)) if shares is None else kind_of(layers[shares])
+        layers.append(
+            LayerShape(
+                num_query_heads=2 * heads, num_kv_heads=heads, key_dim=key, value_dim=value,
+                window=draw(st.sampled_from([None, 6])), shares_kv_with=shares,
+            )  # fmt: skip
+        )
+    return ModelShape(
+        name="m", layers=tuple(layers), hidden_size=8, vocab_size=9, max_positions=99, num_parameters=1
+    )
+
+
+@given(models(), st.data())
+def test_layers_of_a_kind_take_turns(shape: ModelShape, data: st.DataObject) -> None:
+    hosted = data.draw(st.sets(st.sampled_from(shape.owners)))
+    buffers = staging_buffers(shape, hosted)
+    owner = [index if layer.shares_kv_with is None else layer.shares_kv_with for index, layer in enumerate(shape.layers)]
+    assert sorted(buffers) == [index for index in range(len(shape.layers)) if owner[index] in hosted], "readers of hosts"
+    for reader, buffer in buffers.items():
+        assert buffer in hosted, "a buffer is named by a layer on the host"
+        assert kind_of(shape.layers[buffer]) == kind_of(shape.layers[reader]), "what is read would not fit"
+    for kind in KINDS:
+        readers = [index for index in buffers if kind_of(shape.layers[index]) == kind]
+        owners = [index for index in hosted if kind_of(shape.layers[index]) == kind]
+        assert {buffers[index] for index in readers} <= set(sorted(owners)[:2]), "at most two, the first ones"
+        if len(owners) >= 2:
+            assert all(buffers[one] != buffers[two] for one, two in pairwise(readers)), "one is filled, one is read"
+
+
+def test_an_offloaded_layer_and_those_that_share_it() -> None:
+    own = LayerShape(num_query_heads=2, num_kv_heads=1, key_dim=4, value_dim=4)
+    shared = LayerShape(num_query_heads=2, num_kv_heads=1, key_dim=4, value_dim=4, shares_kv_with=1)
+    shape = ModelShape(
+        name="m", layers=(own, own, own, shared), hidden_size=8, vocab_size=9, max_positions=99, num_parameters=1
+    )
+    assert staging_buffers(shape, (0, 1, 2)) == {0: 0, 1: 1, 2: 0, 3: 1}
+    assert staging_buffers(shape, (1, 2)) == {1: 1, 2: 2, 3: 1}
+    assert staging_buffers(shape, (1,)) == {1: 1, 3: 1}, "a single buffer serves one after another"
+    assert staging_buffers(shape, ()) == {}
+
+
+@given(st.integers(1, 200), st.floats(0.0, 1.0, exclude_min=True), st.sampled_from(Format), st.integers(1, 40))
+def test_a_sketch_holds_its_share_of_the_keys(key_dim: int, share: float, format: Format, block_size: int) -> None:
+    layer = LayerShape(num_query_heads=1, num_kv_heads=1, key_dim=key_dim, value_dim=7)
+    sketch = sketch_layout_of(layer, format, block_size, share)
+    assert 1 <= sketch.key_dim <= key_dim and abs(sketch.key_dim - share * key_dim) <= 1
+    assert sketch.kv_bytes == block_size * sketch.key_dim * format.element_bytes <= sketch.block_bytes
+    whole = BlockLayout(key_dim=key_dim, value_dim=7, format=format, block_size=block_size)
+    assert sketch.block_bytes <= whole.block_bytes

@@ -1,0 +1,172 @@
+"""Stages that place and speculate: sentences, refusals, what they declare, and the bytes they promise."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+from hypothesis import given, strategies as st
+
+from kvatlas.core.errors import CompositionError, ConfigError, UnknownNameError
+from kvatlas.core.footprint import Footprint
+from kvatlas.core.shapes import LayerShape, ModelShape
+from kvatlas.core.vocabulary import Axis, Format, Moment, Need, Tier
+from kvatlas.strategies.attend.speculate import Speculate
+from kvatlas.strategies.footprint import footprint
+from kvatlas.strategies.place.offload import Offload
+from kvatlas.strategies.strategy import Strategy
+
+fraction = st.floats(0, 1, exclude_min=True)
+speculations = st.builds(
+    Speculate,
+    alpha=st.floats(0, 1e6) | st.just(math.inf),
+    cap=fraction,
+    partial=fraction,
+    dense=st.integers(1, 9),
+)
+places = st.builds(Offload, prefetch=st.booleans())
+
+
+def uniform(layers: int = 8) -> ModelShape:
+    one = LayerShape(num_query_heads=4, num_kv_heads=2, key_dim=64, value_dim=64)
+    return ModelShape(
+        name="m", layers=(one,) * layers, hidden_size=256, vocab_size=9, max_positions=10**6, num_parameters=1
+    )
+
+
+def bound(strategy: str, prompt: int = 4000, output: int = 100, chunk: int = 512) -> Footprint:
+    return footprint(
+        Strategy.parse(strategy), uniform(), prompt_tokens=prompt, output_tokens=output, chunk_tokens=chunk,
+        format=Format.FP32,
+    )  # fmt: skip
+
+
+@given(speculations, places, st.sampled_from(["", " | fp16"]), st.randoms())
+def test_sentences_parse_back_in_any_order(speculate: Speculate, offload: Offload, encode: str, order: random.Random):
+    strategy = Strategy.parse(f"{speculate} | {offload}{encode}")
+    assert (strategy.attend, strategy.place) == (speculate, offload)
+    parts = str(strategy).split(" | ")
+    order.shuffle(parts)
+    again = Strategy.parse(" | ".join(parts))
+    assert again == strategy and str(again) == str(strategy) and hash(again) == hash(strategy)
+
+
+def test_short_forms() -> None:
+    assert Strategy.parse("offload") == Strategy.parse("offload(host)") == Strategy.parse("full | offload(to=host)")
+    assert Strategy.parse("offload(host, false)") == Strategy.parse("offload(prefetch=false)")
+    assert Strategy.parse("offload(prefetch=false)") != Strategy.parse("offload")
+    assert Strategy.parse("speculate(inf, 1) | offload").attend == Speculate(alpha=math.inf, cap=1.0)
+    assert Strategy.parse("infinigen") == Strategy.parse("offload | speculate")
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "message"),
+    [
+        ("speculate(alpha=-1) | offload", ConfigError, "speculate: alpha=-1.0 is out of range; write a number of at"),
+        ("speculate(alpha=nan) | offload", ConfigError, "speculate: alpha=nan is out of range"),
+        ("speculate(alpha=some) | offload", ConfigError, "speculate: alpha wants float, got 'some'"),
+        ("speculate(cap=0) | offload", ConfigError, "speculate: cap=0.0 is out of range; write a fraction in (0, 1]"),
+        ("speculate(cap=1.1) | offload", ConfigError, "speculate: cap=1.1 is out of range"),
+        ("speculate(cap=nan) | offload", ConfigError, "speculate: cap=nan is out of range"),
+        ("speculate(partial=0) | offload", ConfigError, "speculate: partial=0.0 is out of range"),
+        ("speculate(partial=2) | offload", ConfigError, "speculate: partial=2.0 is out of range"),
+        ("speculate(dense=0) | offload", ConfigError, "speculate: dense=0 is out of range"),
+        ("speculate(beta=2) | offload", UnknownNameError, "unknown parameter of speculate 'beta'"),
+        ("specualte | offload", UnknownNameError, "did you mean 'speculate'?"),
+        ("offload(disk)", ConfigError, "offload cannot place keys and values on 'disk'; write offload(host)"),
+        ("offload(device)", ConfigError, "offload cannot place keys and values on 'device'"),
+        ("offload(prefetch=1)", ConfigError, "offload: prefetch wants bool, got '1'"),
+        ("offload(host, prefetch=maybe)", ConfigError, "offload: prefetch wants bool, got 'maybe'"),
+        ("offload | offload(host, false)", CompositionError, "both answer the axis 'place'"),
+        ("infinigen | offload", CompositionError, "both answer the axis 'place'"),
+        ("speculate", CompositionError, "'speculate' cannot stand alone: it chooses what to fetch"),
+        ("speculate | fp16", CompositionError, "add '| offload(host)'"),
+        ("h2o | infinigen", CompositionError, "'speculate' and 'h2o' cannot be composed: partial keys lie beside"),
+        ("snapkv | speculate | offload", CompositionError, "leave one out"),
+        ("streaming_llm | speculate | offload", CompositionError, "leave one out"),
+    ],
+)
+def test_refused(text: str, kind: type[Exception], message: str) -> None:
+    with pytest.raises(kind) as refusal:
+        Strategy.parse(text)
+    assert message in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+def test_what_they_declare() -> None:
+    offload, infinigen = Strategy.parse("offload"), Strategy.parse("infinigen")
+    assert offload.lossless and offload.moments == {Moment.BEFORE_LAYER} and offload.sketch_share == 0.0
+    assert offload.place is not None and (offload.place.axis, offload.place.tier) == (Axis.PLACE, Tier.HOST)
+    assert offload.place.fetches_ahead and not Offload(prefetch=False).fetches_ahead
+    assert not infinigen.lossless and infinigen.needs == {Need.ROTATION}
+    assert infinigen.moments == {Moment.BEFORE_LAYER, Moment.SELECT}
+    assert (infinigen.keep.name, infinigen.sketch_share) == ("full", 0.3)
+    assert not Strategy.parse("h2o | offload").lossless and not Strategy.parse("fp16 | offload").lossless
+
+
+def test_which_layers_live_on_the_host() -> None:
+    own = LayerShape(num_query_heads=2, num_kv_heads=1, key_dim=4, value_dim=4)
+    shared = LayerShape(num_query_heads=2, num_kv_heads=1, key_dim=4, value_dim=4, shares_kv_with=0)
+    shape = ModelShape(
+        name="m", layers=(own, shared, own), hidden_size=8, vocab_size=9, max_positions=99, num_parameters=1
+    )
+    assert Strategy.parse("full").host_layers(shape) == ()
+    assert Strategy.parse("offload").host_layers(shape) == (0, 2)
+    assert Strategy.parse("infinigen").host_layers(shape) == (2,), "the first layer is dense"
+    assert Strategy.parse("speculate(dense=3) | offload").host_layers(shape) == ()
+
+
+@given(fraction, st.integers(1, 10**5))
+def test_the_cap_in_tokens(cap: float, cached: int) -> None:
+    most = Speculate(cap=cap).most_read(cached)
+    assert most <= cached and cap * cached - 1e-5 <= most < cap * cached + 1
+
+
+def test_caps_that_are_no_binary_fractions() -> None:
+    assert [Speculate(cap=cap).most_read(10) for cap in (0.1, 0.2, 0.3, 0.6, 0.7, 0.9, 1.0)] == [1, 2, 3, 6, 7, 9, 10]
+
+
+# What they promise
+
+
+def test_offload_frees_the_device_and_fills_the_host() -> None:
+    full, offload = bound("full"), bound("offload")
+    assert full.host_bytes == full.moved_bytes_per_step == 0
+    assert offload.host_bytes == full.peak_bytes, "the same blocks, elsewhere"
+    two_of_eight = full.peak_bytes / 4
+    assert two_of_eight <= offload.peak_bytes <= 1.02 * two_of_eight, "two layers visit at a time"
+    assert offload.read_bytes_per_step == full.read_bytes_per_step
+    assert offload.moved_bytes_per_step == full.final_bytes
+
+
+def test_infinigen_keeps_one_layer_a_sketch_and_what_it_fetched() -> None:
+    full, infinigen = bound("full"), bound("infinigen")
+    layer = full.final_bytes / 8
+    sketch = 7 * layer * 0.3 / 2  # of keys only
+    buffers = 2 * layer * 0.2
+    assert infinigen.final_bytes == pytest.approx(layer + sketch + buffers, rel=0.05)
+    assert infinigen.steady_bytes < full.steady_bytes / 2
+    assert infinigen.prefill_peak_bytes > infinigen.final_bytes, "prompts pass through whole layers"
+    assert infinigen.host_bytes == pytest.approx(7 * layer, rel=0.01)
+    assert infinigen.moved_bytes_per_step == pytest.approx(0.2 * 7 / 8 * full.read_bytes_per_step, rel=0.02)
+    assert infinigen.read_bytes_per_step < 0.5 * full.read_bytes_per_step
+
+
+@pytest.mark.parametrize("keep", ["h2o(heavy=0.1, recent=0.1)", "streaming_llm(recent=0.2)", "snapkv(budget=0.2)"])
+def test_what_is_cut_is_cut_on_the_host_too(keep: str) -> None:
+    kept, offloaded = bound(keep), bound(f"{keep} | offload")
+    assert offloaded.host_bytes == kept.peak_bytes
+    assert offloaded.final_bytes < 0.3 * kept.final_bytes
+    assert offloaded.moved_bytes_per_step == kept.final_bytes
+
+
+def test_layers_that_share_are_fetched_for_each_reader() -> None:
+    own = LayerShape(num_query_heads=4, num_kv_heads=2, key_dim=64, value_dim=64)
+    shared = LayerShape(num_query_heads=4, num_kv_heads=2, key_dim=64, value_dim=64, shares_kv_with=1)
+    shape = ModelShape(
+        name="m", layers=(own, own, shared), hidden_size=256, vocab_size=9, max_positions=999, num_parameters=1
+    )
+    found = footprint(
+        Strategy.parse("offload"), shape, prompt_tokens=64, output_tokens=32, chunk_tokens=64, format=Format.FP32
+    )
+    assert found.moved_bytes_per_step == found.host_bytes * 3 / 2
