@@ -144,9 +144,9 @@ async def _describe(endpoint: Endpoint) -> ServedModel:
 
 
 async def _listing(client: httpx.AsyncClient, endpoint: Endpoint) -> list[Any]:
-    """Return the server's models; none where it has no such list but was given a model's name."""
+    """Return the server's models; none where the list fails but a model is named: it tells lengths, no more."""
     response = await client.get("/v1/models")
-    if response.status_code == 404 and endpoint.model is not None:
+    if response.status_code not in (200, 401, 403) and endpoint.model is not None:
         return []
     if response.status_code != 200:
         raise _refusal(endpoint, response)

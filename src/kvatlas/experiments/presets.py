@@ -48,14 +48,16 @@ PRESETS: dict[str, Settings] = {
     ),
     "standard": Settings(
         speed_model="random:llama-long",
-        repeat_limit_s=10.0,
+        repeat_limit_s=25.0,
         time_limits=(
-            *("140", "prompt_length=1020", "output_length=200"),
+            *("140", "prompt_length=1020", "concurrency_memory=360", "output_length=200"),
             *("accuracy_budget=440", "early_fact=420", "model_size=240"),
         ),
         prompt_tokens=(1024, 4096, 16_384, 131_072),
         breakdown_prompt_tokens=(2048, 8192),
         breakdown_links=("none", "1GB/s,20us"),
+        concurrency=(1, 16, 96),
+        concurrency_prompt_tokens=512,
         output_tokens=(128, 512, 1024),
         budgets=(0.3,),
         turns=(1, 4),

@@ -76,7 +76,7 @@ class BlockClass:
         self.refs = torch.zeros(capacity, dtype=torch.int32)
         self.in_cache = torch.zeros(capacity, dtype=torch.bool)
         self.free_stack = torch.empty(capacity, dtype=torch.int32)  # ordinals
-        self.num_free = 0
+        self.num_free = self.num_cached = 0
         self.slabs: set[int] = set()
 
     @property
@@ -89,6 +89,29 @@ class BlockClass:
     def device(self) -> torch.device:
         """Where the blocks live."""
         return self.raw.device
+
+    @property
+    def num_owned(self) -> int:
+        """Blocks that have an owner."""
+        return len(self.slabs) * self.per_slab - self.num_free
+
+    @property
+    def num_only_cached(self) -> int:
+        """Blocks whose only owner is the prefix cache; looks at lent slabs only, of which there may be few."""
+        if not self.num_cached:
+            return 0
+        slabs = torch.tensor(sorted(self.slabs))
+        refs, in_cache = (counts.view(-1, self.per_slab)[slabs] for counts in (self.refs, self.in_cache))
+        return int((in_cache & (refs == 1)).sum())
+
+    @property
+    def idle_slabs(self) -> set[int]:
+        """Lent slabs without an owned block."""
+        if self.num_free < self.per_slab:
+            return set()
+        slabs = torch.tensor(sorted(self.slabs))
+        owned = (self.refs.view(-1, self.per_slab)[slabs] > 0).any(dim=1)
+        return set(slabs[~owned].tolist())
 
     def ordinals(self, ids: Tensor) -> Tensor:
         """Return the ordinals [n] int64 of block ids [n]."""
@@ -157,7 +180,7 @@ class Arena:
 
     def num_available(self, blocks: BlockClass) -> int:
         """Return how many blocks could be allocated now without reclaiming cached ones."""
-        idle = sum(len(self._idle_slabs(other)) for other in self._classes.values() if other is not blocks)
+        idle = sum(len(other.idle_slabs) for other in self._classes.values() if other is not blocks)
         return blocks.num_free + (len(self._empty_slabs) + idle) * blocks.per_slab
 
     def try_allocate(self, blocks: BlockClass, count: int) -> Tensor | None:
@@ -193,15 +216,16 @@ class Arena:
         return blocks.refs[blocks.ordinals(ids)]
 
     def mark_cached(self, blocks: BlockClass, ids: Tensor, cached: bool) -> None:
-        """Note that one owner of each of ``ids`` [n] is the prefix cache, or no longer is."""
-        blocks.in_cache[blocks.ordinals(ids)] = cached
+        """Note that one owner of each of the distinct ids [n] is the prefix cache, or no longer is."""
+        ordinals = blocks.ordinals(ids)
+        blocks.num_cached += (len(ids) if cached else 0) - int(blocks.in_cache[ordinals].sum())
+        blocks.in_cache[ordinals] = cached
 
     def books(self) -> Books:
-        """Return where the bytes are, counted from the reference counts."""
+        """Return where the bytes are; cheap enough for every step, however large the arena."""
         used = cached = used_kv = 0
         for blocks in self._classes.values():
-            owned = int((blocks.refs > 0).sum())
-            only_cached = int((blocks.in_cache & (blocks.refs == 1)).sum())
+            owned, only_cached = blocks.num_owned, blocks.num_only_cached
             used += (owned - only_cached) * blocks.block_bytes
             cached += only_cached * blocks.block_bytes
             used_kv += (owned - only_cached) * blocks.layout.kv_bytes
@@ -223,8 +247,8 @@ class Arena:
             free = blocks.free_stack[: blocks.num_free].long()
             assert len(set(free.tolist())) == blocks.num_free, "a block is free twice"
             assert not blocks.refs[free].any(), "a free block has an owner"
-            owned = int((blocks.refs > 0).sum())
-            assert owned + blocks.num_free == len(blocks.slabs) * blocks.per_slab, "blocks do not add up"
+            assert int((blocks.refs > 0).sum()) == blocks.num_owned, "blocks do not add up"
+            assert int(blocks.in_cache.sum()) == blocks.num_cached, "cached blocks do not add up"
             assert not (blocks.refs < 0).any(), "a block was released too often"
 
     def _take_slab(self, taker: BlockClass) -> int | None:
@@ -234,7 +258,7 @@ class Arena:
 
     def _return_empty_slabs(self, taker: BlockClass) -> None:
         for blocks in self._classes.values():
-            idle = set() if blocks is taker else self._idle_slabs(blocks)
+            idle = set() if blocks is taker else blocks.idle_slabs
             if not idle:
                 continue
             free = blocks.free_stack[: blocks.num_free]
@@ -244,10 +268,3 @@ class Arena:
             blocks.num_free = len(rest)
             blocks.slabs -= idle
             self._empty_slabs += sorted(idle)
-
-    @staticmethod
-    def _idle_slabs(blocks: BlockClass) -> set[int]:
-        if blocks.num_free < blocks.per_slab:
-            return set()
-        owned = (blocks.refs > 0).view(-1, blocks.per_slab).any(dim=1)
-        return {slab for slab in blocks.slabs if not owned[slab]}

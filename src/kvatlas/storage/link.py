@@ -7,11 +7,13 @@ was measured over one must say so.
 
 from __future__ import annotations
 
+import atexit
 import heapq
 import itertools
 import re
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -151,35 +153,48 @@ class Mover:
         self._queue: list[tuple[int, int, Move]] = []
         self._order = itertools.count()
         self._changed = threading.Condition()
-        self._running = False
+        self._thread: threading.Thread | None = None
+        self._stopped = False
+        _MOVERS.add(self)
 
     def submit(self, move: Move, priority: int = URGENT) -> Move:
         """Order a move and return it; among equal priorities the first comes first."""
         with self._changed:
             heapq.heappush(self._queue, (priority, next(self._order), move))
-            if not self._running:
-                self._running = True
-                self._start()
+            if self._thread is None:
+                self._thread = self._start()
             self._changed.notify()
         return move
 
-    def _start(self) -> None:
+    def stop(self) -> None:
+        """Finish the move that is under way, if one is, and carry out no further one."""
+        with self._changed:
+            self._stopped, thread = True, self._thread
+            self._changed.notify()
+        if thread is not None:
+            thread.join()
+
+    def _start(self) -> threading.Thread:
         """Start the thread, with one torch thread of its own: a team that spins beside the compute slows both."""
         ready = threading.Event()
-        threading.Thread(target=self._work, args=(ready,), name="kvatlas-mover", daemon=True).start()
+        thread = threading.Thread(target=self._work, args=(ready,), name="kvatlas-mover", daemon=True)
+        thread.start()
         ready.wait()
         torch.set_num_threads(torch.get_num_threads())  # what the mover chose must not hold for threads to come
+        return thread
 
     def _work(self, ready: threading.Event) -> None:
         torch.set_num_threads(1)
         ready.set()
         while True:
             with self._changed:
-                if not self._queue and not self._changed.wait_for(lambda: self._queue, _IDLE_S):
-                    self._running = False
+                self._changed.wait_for(lambda: self._queue or self._stopped, _IDLE_S)
+                if self._stopped or not self._queue:
+                    self._thread = None
                     return
                 _, _, move = heapq.heappop(self._queue)
             move.run(self.rate, self._traffic)
+            del move  # what it moved may be large, and the next one may be long in coming
 
 
 class Link:
@@ -193,6 +208,16 @@ class Link:
         self.rate = rate
         self.to_host, self.to_device = Traffic(), Traffic()
         self.stores, self.fetches = Mover(rate, self.to_host), Mover(rate, self.to_device)
+
+
+_MOVERS: weakref.WeakSet[Mover] = weakref.WeakSet()
+
+
+@atexit.register
+def _stop_movers() -> None:
+    """End all threads before the interpreter does: one that it kills within a copy takes the process along."""
+    for mover in list(_MOVERS):
+        mover.stop()
 
 
 def _sleep_until(deadline: float) -> None:
