@@ -1,9 +1,11 @@
 """How much of the moves is hidden behind compute, and how near is a decode step to its bound?
 
-A decode step of an offloading strategy cannot be shorter than its compute, nor than its moves over the link. Per ratio
-of the two, an *emulated* link is given the rate that makes it so; then the same steps run with prefetch and without,
-interleaved. Compute is the step less the time that its thread waited; a move that nobody waits for is hidden.
-Without an accelerator both tiers are RAM and each move is a copy too, on a core of its own while there is one.
+A decode step of an offloading strategy cannot be shorter than its compute, nor than its moves in one direction.
+Compute is that of the same strategy where nothing runs beside it: no link, no prefetch, less the time that was waited.
+Per ratio of the two, an *emulated* link is given the rate that makes it so; then the same steps run with prefetch and
+without, interleaved, and the undisturbed ones among them. Hidden is what was moved, in both directions, while nobody waited.
+Without an accelerator both tiers are RAM and each move is a copy too, on a core of its own while there is one; so
+compute that is slowed by the copies counts against the bound.
 
     python benchmarks/offload_overlap.py --model random:llama-125m --prompt-tokens 8192 --ratios 0.5 1 1.5
 """
@@ -54,25 +56,30 @@ def decode(model: LoadedModel, strategy: str, options: argparse.Namespace, rate:
     return steps_of(engine.timeline or [])
 
 
-def figures(steps: list[Step]) -> dict[str, float]:
-    """Return medians over steps, seconds, bytes and ratios."""
-    median = statistics.median
-    waits = [step.spent(EventKind.WAIT) for step in steps]
-    moves = [step.spent(EventKind.FETCH) for step in steps]
-    compute = [step.seconds - wait for step, wait in zip(steps, waits, strict=True)]
-    fetched = [sum(event.num_bytes for event in step.events if event.kind == EventKind.FETCH) for step in steps]
+def spent(steps: list[Step], *kinds: EventKind) -> float:
+    """Return the median time of a step that went to some kinds of events, seconds."""
+    return statistics.median(sum(step.spent(kind) for kind in kinds) for step in steps)
+
+
+def undisturbed(steps: list[Step]) -> float:
+    """Return the median compute of steps whose moves ran while the compute thread waited, seconds."""
+    return statistics.median(step.seconds - step.spent(EventKind.WAIT) for step in steps)
+
+
+def figures(steps: list[Step], compute: float) -> dict[str, float]:
+    """Return medians over steps, seconds and ratios."""
+    fetch, store = spent(steps, EventKind.FETCH), spent(steps, EventKind.STORE)
+    step, wait = statistics.median(each.seconds for each in steps), spent(steps, EventKind.WAIT)
     return {
-        "step": median(step.seconds for step in steps),
-        "compute": median(compute),
-        "transfer": median(moves),
-        "wait": median(waits),
-        "speculate": median(step.spent(EventKind.SPECULATE) for step in steps),
-        "bytes": median(fetched),
-        "ratio": median(moves) / median(compute),
-        "hidden": 1 - median(waits) / median(moves),
-        "bound reached": median(
-            max(c, m) / step.seconds for c, m, step in zip(compute, moves, steps, strict=True)
-        ),
+        "step": step,
+        "compute": compute,
+        "fetch": fetch,
+        "store": store,
+        "wait": wait,
+        "speculate": spent(steps, EventKind.SPECULATE),
+        "ratio": max(fetch, store) / compute,
+        "hidden": 1 - wait / (fetch + store),
+        "bound reached": max(compute, fetch, store) / step,
     }
 
 
@@ -91,24 +98,29 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     model = load_model(options.model)
     ahead, late = (" | ".join(filter(None, (options.choice, place))) for place in (AHEAD, NOT_AHEAD))
-    free = figures(decode(model, ahead, options, None))
-    headings = ("link (emulated)", "prefetch", "step ms", "compute ms", "transfer ms", "waited ms", "transfer/compute")
-    table = Table(*headings, "hidden", "of the bound", title=f"{options.model}, {ahead.split(' | ')[0]}")
+    free = decode(model, late, options, None)
+    fetched = statistics.median(
+        sum(event.num_bytes for event in step.events if event.kind == EventKind.FETCH) for step in free
+    )
+    headings = ("link (emulated)", "prefetch", "step ms", "compute ms", "fetch ms", "store ms", "waited ms")
+    table = Table(*headings, "moves/compute", "hidden", "of the bound", title=f"{options.model}, {options.choice}")
     console, results = Console(width=150), []
     console.print(
         f"{options.prompt_tokens} prompt tokens, batch {options.batch}, {options.threads} thread(s); a step fetches "
-        f"{format_bytes(free['bytes'])} and takes {free['step'] * 1e3:.1f} ms at the speed of memory"
+        f"{format_bytes(fetched)} and computes for {undisturbed(free) * 1e3:.1f} ms"
     )
     for ratio in options.ratios:
-        rate = LinkRate(bytes_per_s=free["bytes"] / (ratio * free["compute"]), latency_s=10e-6)
+        rate = LinkRate(bytes_per_s=fetched / (ratio * undisturbed(free)), latency_s=10e-6)
         steps: dict[str, list[Step]] = {ahead: [], late: []}
+        alone: list[Step] = []
         for _ in range(options.repeats):
+            alone += decode(model, late, options, None)
             for strategy in steps:
                 steps[strategy] += decode(model, strategy, options, rate)
         for strategy, found in steps.items():
-            row = figures(found)
+            row = figures(found, undisturbed(alone))
             results.append({"strategy": strategy, "link": str(rate), "emulated": True, **row})
-            milliseconds = [f"{row[name] * 1e3:.2f}" for name in ("step", "compute", "transfer", "wait")]
+            milliseconds = [f"{row[name] * 1e3:.1f}" for name in ("step", "compute", "fetch", "store", "wait")]
             shares = [f"{row['ratio']:.2f}", f"{row['hidden']:.0%}", f"{row['bound reached']:.0%}"]
             table.add_row(str(rate), "yes" if strategy == ahead else "no", *milliseconds, *shares)
     console.print(table)

@@ -143,7 +143,7 @@ def test_together_in_one_batch(chunk: int, block_size: int) -> None:
     assert_empty(engine)
 
 
-@pytest.mark.parametrize("host_memory", ["1GiB", 300_000])
+@pytest.mark.parametrize("host_memory", ["8MiB", 300_000])
 def test_interrupted(host_memory: str | int) -> None:
     """Swapped out and in, or made anew by the same steps: the columns chosen once stay chosen."""
     jobs = [job(strategy, 20) for strategy in SPECULATIONS]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
@@ -42,6 +43,7 @@ _SETTINGS = (
     *("trace_time_scale", "trace_length_scale", "trace_max_prompt_tokens", "rate_prompt_tokens", "rate_output_tokens"),
     *("seed", "slo_ttft_s", "slo_tpot_s", "dtype", "device", "kv_memory", "host_memory", "max_batched_tokens"),
 )
+_USERINFO = re.compile(r"(?<=:)//[^/?#]*@")  # name and password in a URL
 _LATE_S = 0.05
 _OFF = 0.05
 _LOAD, _SERVER, _BESIDE = "Requests", "Server", "Beside which points: what the server was started with"
@@ -158,7 +160,8 @@ def _without_key(typed: Sequence[str]) -> list[str]:
     """Return the command line as records may keep it."""
     secret = [index for index, text in enumerate(typed) if index and typed[index - 1] == "--api-key"]
     shown = ["..." if index in secret else text for index, text in enumerate(typed)]
-    return ["--api-key=..." if text.startswith("--api-key=") else text for text in shown]
+    shown = ["--api-key=..." if text.startswith("--api-key=") else text for text in shown]
+    return [_USERINFO.sub("//", text) for text in shown]
 
 
 def _check(given: Mapping[str, Any]) -> None:

@@ -20,7 +20,11 @@ def after_prompt_chunk(store: KVStore, request: Request, span_done: bool) -> Non
         _cut(store, request)
     elif request.seq is not None and not request.seq.dense:
         compact_windows(store, request.seq)
-    if span_done and request.seq is not None:
+
+
+def end_prompt(store: KVStore, request: Request) -> None:
+    """Give back what only the prompt needed of the staging buffers, once all that goes is gone."""
+    if request.seq is not None:
         store.shrink_staging(request.seq, staged_slots(store, request, 1))
 
 

@@ -88,8 +88,12 @@ class ForwardPass:
         self._staging = Staging(transport.link, visitors, len(store.lanes.shape.layers), transport.timeline)
 
     def finish(self) -> None:
-        """Return when all new keys and values are where they belong; also due after a forward that failed."""
+        """Return when all new keys and values are where they belong."""
         self._staging.finish()
+
+    def abandon(self) -> None:
+        """Leave no move behind after a forward that failed."""
+        self._staging.abandon()
 
     def before_layer(self, layer: int, foresee: Foresee) -> None:
         """Choose and fetch what the next layer will read, for groups whose strategy speculates."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kvatlas.core.timeline import EventKind
-from kvatlas.engine.eviction import after_decode_step, after_prompt_chunk
+from kvatlas.engine.eviction import after_decode_step, after_prompt_chunk, end_prompt
 from kvatlas.engine.forward import ForwardPass, Transport
 from kvatlas.engine.request import Request
 from kvatlas.engine.segments import Chunk, DecodeGroup, make_chunk, make_group
@@ -97,8 +97,10 @@ class Runner:
                 torch.tensor(last_rows, dtype=torch.int64, device=device),
                 rope_tokens=rope_tokens,
             )
-        finally:  # a move must not outlive what it moves: the blocks may be somebody else's next
             context.finish()
+        except BaseException:  # a move must not outlive what it moves: the blocks may be somebody else's next
+            context.abandon()
+            raise
         if self._transport.timeline is not None:
             self._transport.timeline.add(EventKind.STEP, -1, start, time.perf_counter())
         for request, _ in order:
@@ -132,6 +134,9 @@ class Runner:
             for request in [chunk.request for chunk in chunks] + [r for group in groups for r in group.requests]:
                 assert request.seq is not None
                 drop_passed_windows(self._store, request.seq)
+        for chunk in chunks:
+            if chunk.request.ends_prefill_span:
+                end_prompt(self._store, chunk.request)
 
 
 def _grouped(store: KVStore, requests: Seq[Request]) -> list[list[Request]]:

@@ -269,15 +269,20 @@ class Scheduler:
 
     def _preempt(self, request: Request) -> None:
         """Take the cache of a running request and queue it first; it will be swapped in, computed or replayed anew."""
-        self.running.remove(request)
         self._take_cache(request)
+        self.running.remove(request)
         request.num_preemptions += 1
         self.waiting.appendleft(request)
 
     def _take_cache(self, request: Request, *, swap: bool = True) -> None:
         """Swap a cache to the host, or give it up where that has no room; a swapped idle session stays idle."""
         assert request.seq is not None
-        request.swapped = self._swapper.try_swap_out(request.seq) if swap else None
+        if swap:
+            request.swapped = self._swapper.try_swap_out(request.seq)
+            host = self._store.host
+            if request.swapped is None and host is not None and self._prefix_cache is not None:
+                self._prefix_cache.reclaim(self._held(request), host)
+                request.swapped = self._swapper.try_swap_out(request.seq)
         if request.swapped is not None:
             request.seq = None
             self.num_swaps += 1

@@ -17,14 +17,10 @@ import torch
 from torch import Tensor
 
 from kvatlas.core.timeline import EventKind, Timeline
-from kvatlas.storage.arena import BlockClass
+from kvatlas.storage.arena import BlockClass, copy_blocks
 from kvatlas.storage.link import AHEAD, URGENT, Link, Move, Traffic
 from kvatlas.storage.sequence import Sequence
 from kvatlas.storage.store import KVStore
-
-
-_BOUNCE_BYTES = 4 << 20
-"""Most bytes on their way between reading and writing: what is in flight is in nobody's books."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,10 +84,7 @@ class Visitors:
         source_ids, target_ids = home[..., :most][held].long(), stage[..., :most][held].long()
 
         def copy() -> None:
-            at_once = max(1, _BOUNCE_BYTES // source.block_bytes)
-            for read, written in zip(source_ids.split(at_once), target_ids.split(at_once), strict=True):
-                data = source.raw.index_select(0, read).to(target.device)
-                target.raw.index_copy_(0, written.to(target.device), data)
+            copy_blocks(source, source_ids, target, target_ids)
 
         return Transfer(copy=copy, num_bytes=len(source_ids) * source.block_bytes)
 
@@ -160,7 +153,8 @@ class Staging:
         if here:
             with self.noted(EventKind.WAIT, layer):
                 for one in here:
-                    self._fetches.pop((layer, one)).wait()
+                    self._fetches[layer, one].wait()  # known until it is done, should the wait be broken off
+                    del self._fetches[layer, one]
 
     def store(self, layer: int, transfer: Transfer) -> None:
         """Send something to the host in the background."""
@@ -173,12 +167,18 @@ class Staging:
         )
 
     def finish(self) -> None:
-        """Return when everything is where it belongs; after a forward that broke off, when no move is left."""
-        moves = [*self._stores, *self._fetches.values()]
-        for move in moves:
-            move.settle()
-        for move in moves:
-            move.wait()
+        """Return when everything is where it belongs."""
+        if self._stores:
+            with self.noted(EventKind.WAIT, -1):
+                for move in self._stores:
+                    move.wait()
+
+    def abandon(self) -> None:
+        """Return when no move is left, after a forward that broke off; those not yet begun are dropped."""
+        for mover, moves in ((self._link.stores, self._stores), (self._link.fetches, self._fetches.values())):
+            for move in moves:
+                mover.drop(move)
+                move.settle()
 
     @contextmanager
     def noted(self, kind: EventKind, layer: int) -> Iterator[None]:
@@ -192,7 +192,8 @@ class Staging:
         """Order a layer's blocks; into the buffer that layer ``after`` is about to read, nothing can be fetched."""
         if layer >= self._num_layers:
             return
-        chosen = [one for one in self._visitors if one.reads_host(layer) and one.ahead and not one.chooses]
+        comers = [one for one in self._visitors if one.reads_host(layer) and one.ahead and not one.chooses]
+        chosen = [one for one in comers if (layer, one) not in self._fetches]
         if after is not None:
             chosen = [one for one in chosen if one.layout.buffers.get(after) != one.layout.buffers[layer]]
         if chosen:

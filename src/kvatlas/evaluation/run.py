@@ -18,8 +18,9 @@ import torch
 from kvatlas.core.errors import CapacityError, ConfigError, UnsupportedError
 from kvatlas.core.names import unknown_name
 from kvatlas.core.units import parse_bytes
-from kvatlas.engine.memory import check_kv_memory
+from kvatlas.engine.memory import check_host_memory, check_kv_memory
 from kvatlas.models.loading import DType, LoadedModel, load_model, resolve_dtype
+from kvatlas.records.contents import model_params
 from kvatlas.records.manifest import collect_manifest
 from kvatlas.records.schema import Facts, Point, Sample
 from kvatlas.records.store import RecordStore
@@ -105,11 +106,12 @@ def check_evaluation(evaluation: Evaluation) -> None:
     Raises:
         UnsupportedError: lm-eval is not installed, or the device is absent.
         ConfigError: the dtype or device is unknown.
-        CapacityError: the machine has less memory than ``kv_memory``.
+        CapacityError: the machine has less memory than ``kv_memory`` or ``host_memory``.
     """
     _lm_eval_version()
     resolve_dtype(evaluation.dtype, evaluation.device)
     check_kv_memory(parse_bytes(evaluation.kv_memory), torch.device(evaluation.device))
+    check_host_memory(_host_bytes(evaluation.host_memory))
 
 
 def evaluate(
@@ -250,6 +252,7 @@ def _point(evaluation: Evaluation, model: LoadedModel, name: str, task: Any, str
             "kv_memory_bytes": parse_bytes(evaluation.kv_memory),
             "host_memory_bytes": _host_bytes(evaluation.host_memory),
             "max_batched_tokens": evaluation.max_batched_tokens,
+            **model_params(evaluation.model),
         },
     )
 

@@ -11,10 +11,11 @@ what one would have to provide: found by running the same requests in smaller an
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from kvatlas.core.errors import CapacityError
-from kvatlas.experiments.experiment import Lab
+from kvatlas.experiments.experiment import Lab, Settings
 from kvatlas.experiments.load import Observation, add, step
 from kvatlas.experiments.shared_load import SharedLoad
 from kvatlas.metrics.latency import output_throughput
@@ -42,6 +43,11 @@ class DecodeThroughput(SharedLoad):
 
     name = "decode_throughput"
     question = "How many tokens per second do requests at once get, and how many per GB of memory?"
+
+    def points(self, settings: Settings, model: str) -> Iterator[Point]:
+        """Yield the points of a load, with the number of tries: the smallest pool found depends on it."""
+        for point in super().points(settings, model):
+            yield point.model_copy(update={"params": point.params | {"pool_tries": settings.pool_tries}})
 
     def samples(self, runs: list[Observation], point: Point, lab: Lab) -> list[Sample]:
         """Return the rates of each repeat, and the smallest pool once."""
@@ -74,8 +80,8 @@ def find_smallest_pool(point: Point, lab: Lab, ample: Observation) -> SmallestPo
     try. If not, pools grow by steps that double, until one suffices; then the interval between is halved.
 
     Args:
-        point: the load.
-        lab: runs it; its settings bound the number of tries.
+        point: the load, and how many tries there are.
+        lab: runs it.
         ample: a run in the pool that the point names; None comes back if even that was too small, or no smaller pool
             was found to suffice.
     """
@@ -84,7 +90,7 @@ def find_smallest_pool(point: Point, lab: Lab, ample: Observation) -> SmallestPo
     largest = int(point.params["kv_memory_bytes"])
     good, bad, up = largest, 0, _FIRST_STEP_UP
     pool = ample.peak_used_bytes
-    for _ in range(lab.settings.pool_tries):
+    for _ in range(int(point.params["pool_tries"])):
         if not bad < pool < good:
             break
         if _suffices(point, lab, pool):

@@ -15,7 +15,7 @@ from kvatlas.core.units import parse_bytes
 from kvatlas.engine.engine import Engine
 from kvatlas.engine.llm import LLM
 from kvatlas.engine.params import SamplingParams
-from kvatlas.experiments.load import Arrival, Observation, drive
+from kvatlas.experiments.load import Arrival, Observation, drive, random_prompt
 from kvatlas.experiments.settings import NO_LINK, Settings
 from kvatlas.models.loading import LoadedModel, load_model, name_of
 from kvatlas.records.schema import Facts, ModelRole, Point
@@ -126,7 +126,7 @@ class Lab:
         return [
             Arrival(
                 at_s=0.0,
-                prompt_ids=[rng.randrange(vocabulary) for _ in range(prompt_tokens)],
+                prompt_ids=random_prompt(rng, vocabulary, prompt_tokens),
                 output_tokens=output_tokens,
             )
             for _ in range(concurrency)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -79,6 +80,11 @@ class Observation:
         if self.refused:
             asked = len(self.requests) + len(self.refused)
             raise CapacityError(f"{len(self.refused)} of {asked} requests can never fit: {self.refused[0]}")
+
+
+def random_prompt(rng: random.Random, vocabulary: int, num_tokens: int) -> list[int]:
+    """Return token ids below ``vocabulary``, drawn evenly."""
+    return [rng.randrange(vocabulary) for _ in range(num_tokens)]
 
 
 def drive(engine: Engine, arrivals: Sequence[Arrival], strategy: str) -> Observation:

@@ -12,7 +12,7 @@ import random
 from collections.abc import Iterator
 
 from kvatlas.experiments.experiment import Experiment, Lab, Settings
-from kvatlas.experiments.load import Arrival, drive
+from kvatlas.experiments.load import Arrival, drive, random_prompt
 from kvatlas.experiments.provenance import marked
 from kvatlas.metrics.latency import output_throughput
 from kvatlas.models.loading import LoadedModel
@@ -59,7 +59,7 @@ class ModelSize(Experiment):
             arrivals = [
                 Arrival(
                     at_s=0.0,
-                    prompt_ids=[rng.randrange(vocabulary) for _ in range(prompt_tokens)],
+                    prompt_ids=random_prompt(rng, vocabulary, prompt_tokens),
                     output_tokens=output_tokens,
                 )
                 for _ in range(batch)

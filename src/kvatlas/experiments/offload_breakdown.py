@@ -2,20 +2,24 @@
 
 The study (arXiv:2604.05012, known here second-hand): InfiniGen holds the whole cache on the host beside pinned transfer
 buffers, and its per-token fetches are not hidden by compute, so their cost never pays off. Expected here: a decode step
-takes at least as long as the longer of its compute and its moves; prefetching approaches that bound, speculation lowers
-the moves. The limit is the link, or memory bandwidth where the link is RAM.
+cannot be much shorter than the longer of its compute and its moves; prefetching approaches that bound, speculation
+lowers the moves. The limit is the link, or memory bandwidth where the link is RAM.
 
 Only strategies that place keys and values on the host are measured, with `full` beside them for scale. Steps are timed
-in one run; how good speculation was is observed in another, because the comparison with exact scores takes time. On
-random weights attention is nearly flat, so that what speculation finds there says nothing of trained models.
+in one run; what they would compute without any move is timed in another, of the same request under `full`, because
+moves slow the compute beside them; how good speculation was is observed in a third, because the comparison with exact
+scores takes time. On random weights attention is nearly flat, so that what speculation finds there says nothing of
+trained models.
 """
 
 from __future__ import annotations
 
 import random
+import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from kvatlas.core.errors import CapacityError
 from kvatlas.core.timeline import Event, EventKind
 from kvatlas.core.vocabulary import Axis
 from kvatlas.engine.engine import Engine
@@ -24,6 +28,7 @@ from kvatlas.engine.request import Request
 from kvatlas.experiments.asking import encoder
 from kvatlas.experiments.experiment import Experiment, Lab, Settings
 from kvatlas.experiments.holdings import holdings
+from kvatlas.experiments.load import random_prompt
 from kvatlas.experiments.provenance import marked, moves_data
 from kvatlas.experiments.settings import link_name
 from kvatlas.records.schema import Point, Sample
@@ -86,27 +91,39 @@ class OffloadBreakdown(Experiment):
                     )
 
     def measure(self, point: Point, lab: Lab) -> list[Sample]:
-        """Return bytes per repeat, times per decode step, and the timeline of the median step.
+        """Return bytes and compute per repeat, times per decode step, and the timeline of the median step.
 
         Raises:
             CapacityError: prompt and output do not fit.
         """
-        link = str(point.params["link"])
         samples: list[Sample] = []
+        alone: list[Sample] = []
         steps: list[Step] = []
         for repeat in lab.repeats():
-            engine = lab.engine(point, link=link)
-            request = _begin(engine, point, lab.settings.seed + repeat)
-            samples += _memory(engine, request, repeat)
-            steps += _decode(engine, request)
-            samples.append(Sample(metric="device_peak", unit="bytes", value=engine.peak_used_bytes, index=repeat))
-            samples.append(Sample(metric="host_peak", unit="bytes", value=engine.peak_host_bytes, index=repeat))
-        for number, step in enumerate(steps):
-            samples += _times(step, number)
+            memory, found = _run(point, lab, repeat)
+            samples += memory
+            compute = _compute(point, lab, repeat) if moves_data(point.strategy) else None
+            if compute is not None:
+                alone.append(Sample(metric="compute_time", unit="s", value=compute, index=repeat))
+            for number, step in enumerate(found, start=len(steps)):
+                samples += _times(step, number, compute)
+            steps += found
         samples += _timeline(sorted(steps, key=lambda step: step.seconds)[len(steps) // 2])
         if any(stage.axis == Axis.ATTEND for stage in Strategy.parse(point.strategy).stages):
             samples += _observe(point, lab)
-        return marked(samples, point, link)
+        # nothing was moved where compute was timed
+        return marked(samples, point, str(point.params["link"])) + alone
+
+
+def _run(point: Point, lab: Lab, repeat: int) -> tuple[list[Sample], list[Step]]:
+    """Return the bytes of one repeat, and its decode steps."""
+    engine = lab.engine(point, link=str(point.params["link"]))
+    request = _begin(engine, point, lab.settings.seed + repeat)
+    samples = _memory(engine, request, repeat)
+    steps = _decode(engine, request)
+    samples.append(Sample(metric="device_peak", unit="bytes", value=engine.peak_used_bytes, index=repeat))
+    samples.append(Sample(metric="host_peak", unit="bytes", value=engine.peak_host_bytes, index=repeat))
+    return samples, steps
 
 
 def _begin(engine: Engine, point: Point, seed: int) -> Request:
@@ -122,7 +139,7 @@ def _prompt(engine: Engine, length: int, seed: int) -> list[int]:
     """Return text where the model can read, since what speculation finds depends on it; else random tokens."""
     rng = random.Random(seed)
     if engine.model.tokenizer is None:
-        return [rng.randrange(engine.store.lanes.shape.vocab_size) for _ in range(length)]
+        return random_prompt(rng, engine.store.lanes.shape.vocab_size, length)
     text = encoder(engine.model)(read_filler())
     start = rng.randrange(len(text))
     return [text[(start + place) % len(text)] for place in range(length)]
@@ -163,25 +180,44 @@ def steps_of(events: Sequence[Event]) -> list[Step]:
     ]
 
 
-def _times(step: Step, number: int) -> list[Sample]:
-    """Return where the time of a step went; ratios only if something was moved to the device."""
+def _compute(point: Point, lab: Lab, repeat: int) -> float | None:
+    """Return the median decode step of a repeat's request under `full`; None if it does not fit on the device."""
+    full = point.model_copy(update={"strategy": "full"})
+    try:
+        engine = lab.engine(full)
+        request = _begin(engine, full, lab.settings.seed + repeat)
+    except CapacityError:
+        return None
+    return statistics.median(step.seconds for step in _decode(engine, request))
+
+
+def _times(step: Step, number: int, compute: float | None) -> list[Sample]:
+    """Return where the time of a step went; ratios only if something was moved.
+
+    Args:
+        step: the step.
+        number: its place among those of all repeats.
+        compute: seconds that a step takes without any move, or None where that is not known.
+    """
     attend, speculate, wait = map(step.spent, (EventKind.ATTEND, EventKind.SPECULATE, EventKind.WAIT))
-    transfer, compute = step.spent(EventKind.FETCH), step.seconds - wait
+    fetch, store = step.spent(EventKind.FETCH), step.spent(EventKind.STORE)
+    transfer = max(fetch, store)  # both directions are busy at once
     seconds = {
         "step_time": step.seconds,
         "attend_time": attend,
         "speculate_time": speculate,
         "wait_time": wait,
+        "fetch_time": fetch,
+        "store_time": store,
         "transfer_time": transfer,
-        "other_time": max(0.0, compute - attend - speculate),
+        "other_time": step.seconds - attend - speculate - wait,
     }
     samples = [Sample(metric=name, unit="s", value=value, index=number) for name, value in seconds.items()]
     if transfer > 0:
-        ratios = {
-            "hidden_share": 1 - wait / transfer,
-            "transfer_to_compute": transfer / compute,
-            "bound_reached": max(compute, transfer) / step.seconds,
-        }
+        ratios = {"hidden_share": 1 - wait / (fetch + store)}
+        if compute is not None:
+            ratios["transfer_to_compute"] = transfer / compute
+            ratios["bound_reached"] = max(compute, transfer) / step.seconds
         samples += [Sample(metric=name, unit="", value=value, index=number) for name, value in ratios.items()]
     return samples
 

@@ -13,7 +13,7 @@ import random
 from collections.abc import Iterator
 
 from kvatlas.experiments.experiment import Experiment, Lab, Settings
-from kvatlas.experiments.load import Arrival, drive
+from kvatlas.experiments.load import Arrival, drive, random_prompt
 from kvatlas.experiments.provenance import marked
 from kvatlas.records.schema import Point, Sample
 
@@ -46,7 +46,7 @@ class OutputLength(Experiment):
             vocabulary = engine.store.lanes.shape.vocab_size
             request = Arrival(
                 at_s=0.0,
-                prompt_ids=[rng.randrange(vocabulary) for _ in range(int(point.params["prompt_tokens"]))],
+                prompt_ids=random_prompt(rng, vocabulary, int(point.params["prompt_tokens"])),
                 output_tokens=int(point.params["output_tokens"]),
             )
             seen = drive(engine, [request], point.strategy)

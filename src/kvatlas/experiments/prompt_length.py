@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from kvatlas.engine.params import SamplingParams
 from kvatlas.experiments.experiment import Experiment, Lab, Settings
 from kvatlas.experiments.holdings import holdings
+from kvatlas.experiments.load import random_prompt
 from kvatlas.experiments.provenance import marked
 from kvatlas.records.schema import Point, Sample
 
@@ -51,7 +52,7 @@ class PromptLength(Experiment):
             engine = lab.engine(point)
             rng = random.Random(lab.settings.seed + repeat)
             vocabulary = engine.store.lanes.shape.vocab_size
-            prompt = [rng.randrange(vocabulary) for _ in range(prompt_tokens)]
+            prompt = random_prompt(rng, vocabulary, prompt_tokens)
             request = engine.add_request(prompt, SamplingParams(max_tokens=2, ignore_eos=True), point.strategy)
             cpu = time.process_time()
             while not request.token_times_s:

@@ -1,4 +1,4 @@
-"""Mark what an emulated link has slowed: such times are neither this machine's nor a real link's."""
+"""Mark what an emulated link has changed: such figures are neither this machine's nor a real link's."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from kvatlas.records.schema import Point, Sample
 from kvatlas.strategies.strategy import Strategy
 
 _UNITS = frozenset({"s", "CPU-s", "tokens/s", "tokens/CPU-s", "requests/s", "tokens/s/GB"})
+_COUNTS = frozenset({"preemptions", "swaps"})
 _RATIOS = frozenset({"hidden_share", "transfer_to_compute", "bound_reached"})
 _TIMELINE = frozenset({"timeline_start", "timeline_end"})
 
@@ -18,20 +19,22 @@ def moves_data(strategy: str) -> bool:
     return any(stage.axis == Axis.PLACE for stage in Strategy.parse(strategy).stages)
 
 
-def emulated(samples: Iterable[Sample]) -> list[Sample]:
-    """Return the samples with those that depend on time marked as emulated."""
+def emulated(samples: Iterable[Sample], *, every: bool = False) -> list[Sample]:
+    """Return the samples with those that depend on time, or all of them, marked as emulated."""
     return [
-        sample.model_copy(update={"provenance": "emulated"}) if depends_on_time(sample) else sample
+        sample.model_copy(update={"provenance": "emulated"}) if every or depends_on_time(sample) else sample
         for sample in samples
     ]
 
 
 def depends_on_time(sample: Sample) -> bool:
     """Return whether a slower link changes the value."""
-    return sample.unit in _UNITS or sample.metric in _RATIOS | _TIMELINE
+    return sample.unit in _UNITS | _COUNTS or sample.metric in _RATIOS | _TIMELINE
 
 
-def marked(samples: Iterable[Sample], point: Point, link: str, moved: bool = False) -> list[Sample]:
+def marked(
+    samples: Iterable[Sample], point: Point, link: str, *, moved: bool = False, timed: bool = False
+) -> list[Sample]:
     """Return the samples of a point, marked where an emulated link took part.
 
     Args:
@@ -39,7 +42,9 @@ def marked(samples: Iterable[Sample], point: Point, link: str, moved: bool = Fal
         point: what they are of.
         link: "none", or the rate that was emulated.
         moved: whether data was moved although the strategy does not place any elsewhere: caches were swapped.
+        timed: whether requests arrived at times of their own: then the link decides how many are alive together, and
+            so changes bytes and counts too.
     """
     if link == "none" or not (moved or moves_data(point.strategy)):
         return list(samples)
-    return emulated(samples)
+    return emulated(samples, every=timed)

@@ -17,7 +17,7 @@ from kvatlas.core.units import parse_bytes
 from kvatlas.experiments.experiment import Experiment, Lab, Settings
 from kvatlas.experiments.load import drive
 from kvatlas.experiments.provenance import marked
-from kvatlas.experiments.traffic import check_arrivals, drawn_traffic, latency_samples, load_samples
+from kvatlas.experiments.traffic import check_arrivals, drawn_traffic, latency_samples, load_samples, trace_params
 from kvatlas.metrics.latency import Slo
 from kvatlas.records.schema import Point, Sample
 
@@ -42,6 +42,7 @@ class RequestRate(Experiment):
     def points(self, settings: Settings, model: str) -> Iterator[Point]:
         """Yield every rate and kind of arrivals under every strategy, slow ones first."""
         slo = Slo(ttft_s=settings.slo_ttft_s, tpot_s=settings.slo_tpot_s)
+        content = {arrivals: trace_params(arrivals) for arrivals in settings.arrivals}
         for rate in sorted(settings.rates):
             for arrivals in settings.arrivals:
                 for strategy in settings.strategies:
@@ -55,6 +56,7 @@ class RequestRate(Experiment):
                         output_tokens=settings.rate_output_tokens,
                         kv_memory_bytes=parse_bytes(settings.kv_memory),
                         slo=str(slo),
+                        **content[arrivals],
                     )
 
     def measure(self, point: Point, lab: Lab) -> list[Sample]:
@@ -70,4 +72,4 @@ class RequestRate(Experiment):
         seen.want_all()
         slo = Slo(ttft_s=settings.slo_ttft_s, tpot_s=settings.slo_tpot_s)
         samples = latency_samples(seen.times, seen.wall_s, slo) + load_samples(seen)
-        return marked(samples, point, settings.link, moved=seen.moved)
+        return marked(samples, point, settings.link, moved=seen.moved, timed=True)

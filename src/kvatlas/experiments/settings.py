@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from kvatlas.core.errors import ConfigError
 from kvatlas.core.units import parse_bytes
@@ -84,7 +84,7 @@ class Settings:
         slo_tpot_s: limit of goodput on TPOT.
 
     Raises:
-        ConfigError: a strategy cannot be read, or a number is out of range.
+        ConfigError: a strategy cannot be read, a number is out of range, or a list is empty.
     """
 
     strategies: tuple[str, ...] = (
@@ -156,6 +156,7 @@ class Settings:
     def __post_init__(self) -> None:
         for strategy in self.strategies:
             Strategy.parse(strategy)
+        self._check_lists()
         parse_bytes(self.kv_memory)
         host_bytes(self.host_memory)
         for link in (self.link, *self.breakdown_links):
@@ -171,6 +172,12 @@ class Settings:
         self._check("repeat_limit_s", lambda value: value > 0, "seconds above 0; inf: no limit")
         self._check("seed", lambda value: 0 <= value < 2**63, "0 or more, below 2**63")
         self._check("trace_time_scale", lambda value: 0 <= value < math.inf, "a finite factor of at least 0")
+
+    def _check_lists(self) -> None:
+        """Refuse empty lists: nothing would be measured, and nobody be told."""
+        for field in fields(self):
+            if getattr(self, field.name) == () and field.name != "time_limits":
+                raise ConfigError(f"{field.name} is empty; name at least one, or leave it out for the preset's")
 
     def _check(self, name: str, good: Callable[[float], bool], wanted: str) -> None:
         value = getattr(self, name)

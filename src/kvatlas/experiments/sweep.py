@@ -12,7 +12,7 @@ from rich.markup import escape
 from kvatlas.core.errors import CapacityError, KvatlasError
 from kvatlas.core.names import unknown_name
 from kvatlas.core.units import format_seconds, parse_bytes
-from kvatlas.engine.memory import check_kv_memory
+from kvatlas.engine.memory import check_host_memory, check_kv_memory
 from kvatlas.experiments.accuracy_budget import AccuracyBudget
 from kvatlas.experiments.concurrency_memory import ConcurrencyMemory
 from kvatlas.experiments.decode_throughput import DecodeThroughput
@@ -30,6 +30,7 @@ from kvatlas.experiments.request_rate import RequestRate
 from kvatlas.experiments.settings import host_bytes, link_name, time_limit
 from kvatlas.experiments.trace_replay import TraceReplay
 from kvatlas.models.loading import resolve_dtype
+from kvatlas.records.contents import model_params
 from kvatlas.records.manifest import collect_manifest
 from kvatlas.records.schema import Params, Point
 from kvatlas.records.store import RecordStore
@@ -74,7 +75,7 @@ class Outcome:
 
 
 def find_experiments(names: Sequence[str]) -> list[Experiment]:
-    """Return the experiments of these names; all of them if none is given.
+    """Return the experiments of these names, each once; all of them if none is given.
 
     Raises:
         UnknownNameError: a name does not exist.
@@ -82,7 +83,7 @@ def find_experiments(names: Sequence[str]) -> list[Experiment]:
     for name in names:
         if name not in EXPERIMENTS:
             raise unknown_name("experiment", name, EXPERIMENTS)
-    return [EXPERIMENTS[name] for name in names or EXPERIMENTS]
+    return [EXPERIMENTS[name] for name in dict.fromkeys(names or EXPERIMENTS)]
 
 
 def check_sweep(experiments: Sequence[Experiment], settings: Settings) -> None:
@@ -91,12 +92,13 @@ def check_sweep(experiments: Sequence[Experiment], settings: Settings) -> None:
     Raises:
         ConfigError: the dtype, device, a time limit, a task or an arrival process is unknown.
         UnsupportedError: the device is absent.
-        CapacityError: the machine has less memory than ``kv_memory``.
+        CapacityError: the machine has less memory than ``kv_memory`` or ``host_memory``.
         TraceError: a trace cannot be read.
         CheckpointError: a model does not exist.
     """
     resolve_dtype(settings.dtype, settings.device)
     check_kv_memory(parse_bytes(settings.kv_memory), torch.device(settings.device))
+    check_host_memory(host_bytes(settings.host_memory))
     for entry in settings.time_limits:
         name, equals, _ = entry.rpartition("=")
         if equals:
@@ -161,8 +163,9 @@ def _first_sources(experiment: Experiment, settings: Settings) -> list[str | Non
 def _points(experiment: Experiment, settings: Settings, lab: Lab) -> list[Point]:
     """Return all points of an experiment; what is named twice is measured once."""
     points = (
-        conditioned(point, settings)
+        conditioned(point, settings, **content)
         for source in experiment.sources(settings)
+        for content in (model_params(source),)
         for point in experiment.points(settings, lab.name(source))
     )
     return list({point.key: point for point in points}.values())
@@ -197,8 +200,14 @@ def _line(error: BaseException) -> str:
     return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
-def conditioned(point: Point, settings: Settings) -> Point:
-    """Return the point with everything that changes its samples, so that a resumed sweep mixes no settings."""
+def conditioned(point: Point, settings: Settings, **others: int | float | str) -> Point:
+    """Return the point with everything that changes its samples, so that a resumed sweep mixes no settings.
+
+    Args:
+        point: as the experiment names it.
+        settings: those in force.
+        others: conditions that no setting names.
+    """
     conditions: Params = {
         "dtype": settings.dtype,
         "device": settings.device,
@@ -207,6 +216,7 @@ def conditioned(point: Point, settings: Settings) -> Point:
         "host_memory_bytes": host_bytes(settings.host_memory),
         "link": link_name(settings.link),
         "max_batched_tokens": settings.max_batched_tokens,
+        **others,
     }
     own = {name: value for name, value in conditions.items() if name not in point.params}
     return point.model_copy(update={"params": point.params | own})

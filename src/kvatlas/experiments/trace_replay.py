@@ -12,7 +12,7 @@ from kvatlas.core.units import parse_bytes
 from kvatlas.experiments.experiment import Experiment, Lab, Settings
 from kvatlas.experiments.load import drive
 from kvatlas.experiments.provenance import marked
-from kvatlas.experiments.traffic import latency_samples, load_samples, load_trace, trace_traffic
+from kvatlas.experiments.traffic import latency_samples, load_samples, load_trace, trace_params, trace_traffic
 from kvatlas.metrics.latency import Slo
 from kvatlas.records.schema import Point, Sample
 
@@ -37,6 +37,7 @@ class TraceReplay(Experiment):
         """Yield every trace under every strategy."""
         slo = Slo(ttft_s=settings.slo_ttft_s, tpot_s=settings.slo_tpot_s)
         for trace in settings.traces:
+            content = trace_params(trace)
             for strategy in settings.strategies:
                 yield self.point(
                     model,
@@ -48,6 +49,7 @@ class TraceReplay(Experiment):
                     max_prompt_tokens=settings.trace_max_prompt_tokens,
                     kv_memory_bytes=parse_bytes(settings.kv_memory),
                     slo=str(slo),
+                    **content,
                 )
 
     def measure(self, point: Point, lab: Lab) -> list[Sample]:
@@ -63,4 +65,4 @@ class TraceReplay(Experiment):
         seen.want_all()
         slo = Slo(ttft_s=settings.slo_ttft_s, tpot_s=settings.slo_tpot_s)
         samples = latency_samples(seen.times, seen.wall_s, slo) + load_samples(seen)
-        return marked(samples, point, settings.link, moved=seen.moved)
+        return marked(samples, point, settings.link, moved=seen.moved, timed=True)

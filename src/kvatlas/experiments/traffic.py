@@ -11,9 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
-from kvatlas.core.errors import ConfigError
+from kvatlas.core.errors import ConfigError, TraceError
 from kvatlas.experiments.load import Arrival, Observation
 from kvatlas.metrics.latency import RequestTimes, Slo, goodput, output_throughput, request_throughput
+from kvatlas.records.contents import file_digest
 from kvatlas.records.schema import Params, Sample
 from kvatlas.workloads.arrivals import gamma_arrivals
 from kvatlas.workloads.excerpts import EXCERPT_NAMES, load_excerpt
@@ -34,6 +35,21 @@ def load_trace(name: str, limit: int | None = None) -> Trace:
         TraceError: the file or a line of it cannot be read.
     """
     return load_excerpt(name) if name in EXCERPT_NAMES else read_trace(name, limit=limit)
+
+
+def trace_params(name: str) -> Params:
+    """Return what a point says of a trace beside its name: for a file, a digest of what it holds.
+
+    Raises:
+        TraceError: the file cannot be read.
+    """
+    path = Path(name)
+    if name in EXCERPT_NAMES or not path.is_file():
+        return {}
+    try:
+        return {"trace_digest": file_digest(path)}
+    except OSError as error:
+        raise TraceError(f"trace {name} cannot be read ({error.strerror}); check the path and its rights") from error
 
 
 def trace_traffic(params: Params, vocabulary: int, seed: int) -> list[Arrival]:

@@ -66,6 +66,7 @@ def quotient_interval(numerator: Interval, denominator: Interval) -> Interval | 
         n=min(numerator.n, denominator.n),
         method="quotient of the ends of two intervals",
         level=min(numerator.level, denominator.level),
+        of_one_run=numerator.of_one_run or denominator.of_one_run,
     )
 
 

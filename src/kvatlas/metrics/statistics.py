@@ -32,6 +32,8 @@ class Interval:
         n: number of samples.
         method: how it was made, in words for a caption.
         level: the coverage the method claims here, 0 to 1; below 0.95 where samples are too few.
+        of_one_run: "requests" or "steps" where all samples are of a single run: they depend on each other, so the
+            ends show a spread and decide nothing; "" where samples are independent.
 
     Raises:
         ConfigError: an end is not finite or out of order.
@@ -43,6 +45,7 @@ class Interval:
     n: int
     method: str = "given"
     level: float = LEVEL
+    of_one_run: str = ""
 
     def __post_init__(self) -> None:
         if not (self.low <= self.estimate <= self.high and math.isfinite(self.high - self.low)):

@@ -27,7 +27,7 @@ from kvatlas.models.attention import AttentionCall
 from kvatlas.models.dense_context import DenseContext, Segment
 
 _LOG = logging.getLogger(__name__)
-_SAMPLED = 256  # numbers of each weight that enter the digest
+_VERSION = 1  # of how a rotation is found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +96,8 @@ def rotations_for(adapter: Adapter, tokens: Sequence[int], folder: Path | None =
         folder: of the files; None: ``$KVATLAS_CACHE`` or ``~/.cache/kvatlas``. A folder that cannot be written to
             costs the calibration at every start, no more.
     """
-    path = (folder or cache_folder()) / f"rotation-{model_digest(adapter.model)}.safetensors"
+    sample = hashlib.blake2b(repr((_VERSION, list(tokens))).encode(), digest_size=4).hexdigest()
+    path = (folder or cache_folder()) / f"rotation-{model_digest(adapter.model)}-{sample}.safetensors"
     try:
         return _read(path, adapter)
     except FileNotFoundError:
@@ -117,13 +118,11 @@ def cache_folder() -> Path:
 
 
 def model_digest(model: PreTrainedModel) -> str:
-    """Return 16 hexadecimal digits of a model's config and of evenly spaced numbers of every weight."""
+    """Return 16 hexadecimal digits of a model's config and all its weights; takes about a second per GB."""
     digest = hashlib.blake2b(digest_size=8)
     for name, weight in sorted(model.state_dict().items()):
-        flat = weight.detach().reshape(-1)
-        step = max(1, flat.numel() // _SAMPLED)
         digest.update(f"{name}{tuple(weight.shape)}{weight.dtype}".encode())
-        digest.update(flat[::step][:_SAMPLED].float().cpu().numpy().tobytes())
+        digest.update(weight.detach().reshape(-1).contiguous().view(torch.uint8).cpu().numpy())
     digest.update(repr(sorted(model.config.to_diff_dict().items(), key=str)).encode())
     return digest.hexdigest()
 

@@ -51,6 +51,10 @@ def _sentence(rows: Sequence[WinnerRow]) -> str:
     single = [_single(short, found) for short, found in groups.items() if all(row.verdict == "n=1" for row in found)]
     if single:
         parts.append(f"no verdict on {listed(single)}, with one sample each")
+    runs = [_single(short, found) for short, found in groups.items() if all(row.verdict == "one run" for row in found)]
+    if runs:
+        parts.append(f"no verdict on {listed(runs)}, with one run each")
+    parts += _lost(groups)
     alone = [short for short, found in groups.items() if all(row.verdict == "only one" for row in found)]
     if alone:
         parts.append(f"nothing to compare {listed(rows[0].names)} with by {listed(alone)}")
@@ -78,6 +82,17 @@ def _parts(short: str, rows: Sequence[WinnerRow]) -> list[str]:
     return parts
 
 
+def _lost(groups: dict[str, list[WinnerRow]]) -> list[str]:
+    """Return who lost requests, the most of all settings, so that nobody takes its silence for a defeat."""
+    every = [row for found in groups.values() for row in found]
+    names = dict.fromkeys(name for row in every for name in row.failed)
+    return [
+        f"no latencies compared of {short_name(name, every)} "
+        f"({listed(dict.fromkeys(row.failed[name] for row in every if name in row.failed))})"
+        for name in names
+    ]
+
+
 def _single(short: str, rows: Sequence[WinnerRow]) -> str:
     """Return the criterion, and who was ahead wherever it was measured."""
     always = sorted(set.intersection(*(set(row.names) for row in rows)))
@@ -93,7 +108,7 @@ def _of(count: int, rows: Sequence[WinnerRow]) -> str:
 
 def short_name(name: str, rows: Iterable[WinnerRow]) -> str:
     """Return the strategy without its numbers where that names only one."""
-    return short_names(other for row in rows for other in row.candidates)[name]
+    return short_names(other for row in rows for other in (*row.candidates, *row.failed))[name]
 
 
 def _overall(rows: Sequence[WinnerRow]) -> str:

@@ -24,6 +24,8 @@ class Criterion:
     short: str = ""
 
 
+_PER_GB = "throughput per GB of live device memory"
+
 # experiment, name, metric, short, whether higher is better
 CRITERIA = tuple(
     Criterion(experiment=experiment, name=name, metric=metric, short=short, higher_is_better=higher)
@@ -48,7 +50,7 @@ CRITERIA = tuple(
         ("decode_throughput", "Decode throughput", "decode_throughput", "decode throughput", True),
         ("decode_throughput", "Output throughput", "output_throughput", "", True),
         ("decode_throughput", "Output throughput per CPU second", "output_throughput_cpu", "", True),
-        ("decode_throughput", "Throughput per live GB", "throughput_per_live_gb", "throughput per GB", True),
+        ("decode_throughput", "Throughput per GB of live device memory", "throughput_per_live_gb", _PER_GB, True),
         ("decode_throughput", "Throughput per GB of the smallest pool", "throughput_per_pool_gb", "", True),
         ("request_latency", "End-to-end latency, median", "e2e_p50", "median latency", False),
         ("request_latency", "End-to-end latency, p99", "e2e_p99", "", False),

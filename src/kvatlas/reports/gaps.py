@@ -21,7 +21,7 @@ class Gap:
         experiment: its name.
         strategy: the sentence or series.
         setting: the condition in words.
-        status: "failed", "refused" or "not run".
+        status: "failed", "refused", "in part" or "not run".
         reason: why, or what the others have that it lacks.
     """
 
@@ -33,7 +33,7 @@ class Gap:
 
 
 def gaps(points: Sequence[PointRecord], found: Sequence[Study]) -> list[Gap]:
-    """Return failed and refused points, holes of the grid, and experiments that were not run."""
+    """Return failed and refused points, points that lost requests, holes of the grid, and experiments not run."""
     unfinished = [
         Gap(
             experiment=record.point.experiment,
@@ -47,7 +47,8 @@ def gaps(points: Sequence[PointRecord], found: Sequence[Study]) -> list[Gap]:
     ]
     tried = [record.point for record in points if record.status != "done"]
     holes = [gap for study in found for gap in _holes(study, tried)]
-    return [*unfinished, *holes, *_not_run({record.point.experiment for record in points})]
+    lost = [gap for study in found for gap in _lost(study)]
+    return [*unfinished, *lost, *holes, *_not_run({record.point.experiment for record in points})]
 
 
 def provenance_lines(rows: Sequence[Row]) -> list[str]:
@@ -56,6 +57,22 @@ def provenance_lines(rows: Sequence[Row]) -> list[str]:
     return [
         f"{title(metric)} in {experiment}: {count} {'number is' if count == 1 else 'numbers are'} {provenance}"
         for (provenance, experiment, metric), count in sorted(counts.items())
+    ]
+
+
+def _lost(study: Study) -> list[Gap]:
+    """Return the finished points of which requests failed."""
+    return [
+        Gap(
+            experiment=study.experiment,
+            strategy=key.label,
+            setting=study.condition(x),
+            status="in part",
+            reason=f"{lost}; its latencies are of the others, and compared with nobody's",
+        )
+        for key, cells in study.samples("failed_requests").items()
+        for x in cells
+        if (lost := study.failed("ttft", key, x))
     ]
 
 

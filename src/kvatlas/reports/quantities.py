@@ -23,12 +23,11 @@ _TITLES = {
     "kv_after_prefill": "KV memory after prefill",
     "sidecars_after_prefill": "Sidecars after prefill",
     "cache_after_prefill": "KV memory and sidecars after prefill",
-    "outside_pool_peak": "Peak memory outside the pool",
     "output_throughput": "Output throughput",
     "output_throughput_cpu": "Output throughput per CPU second",
     "decode_throughput": "Decode throughput",
     "request_throughput": "Request throughput",
-    "throughput_per_live_gb": "Throughput per GB of live bytes",
+    "throughput_per_live_gb": "Throughput per GB of live device memory",
     "throughput_per_pool_gb": "Throughput per GB of the smallest pool",
     "smallest_pool": "Smallest pool that runs all at once",
     "peak_running": "Most requests running at once",
@@ -97,7 +96,7 @@ def significant(value: float) -> str:
 
 
 def format_range(interval: Interval, unit: str) -> str:
-    """Return ``"12.1 to 13.0 ms"``, with the coverage it really has where that is below 95 %."""
+    """Return ``"12.1 to 13.0 ms"``, with the coverage it really has where that is below 95 %, or that it has none."""
     if interval.n == 1:
         return "n=1, no interval"
     if interval.low == interval.high:
@@ -105,6 +104,8 @@ def format_range(interval: Interval, unit: str) -> str:
     low, high = format_quantity(interval.low, unit), format_quantity(interval.high, unit)
     number, _, low_unit = low.partition(" ")
     text = f"{number if low_unit == high.partition(' ')[2] else low} to {high}"
+    if interval.of_one_run:
+        return f"{text} ({interval.n} {interval.of_one_run} of one run)"
     return text if interval.level >= LEVEL else f"{text} (range of {interval.n}: {interval.level:.0%})"
 
 

@@ -25,13 +25,15 @@ PEER_NOTE = (
 VERDICT_NOTE = (
     "The best estimate wins; whoever's interval overlaps that of the best ties with it, and for right or wrong answers "
     "whoever's paired difference to the best contains 0. n=1: a single sample has no interval, so an order may be "
-    "noise; too few samples: an interval covers less than half. Repeats and requests: the median or percentile, "
-    "between order statistics; right or wrong answers: Wilson's interval."
+    "noise; one run: requests or steps of a single run depend on each other, so their number is no proof; too few "
+    "samples: an interval covers less than half; failed: latencies of a point that lost requests are not compared. "
+    "Repeats: the median, of requests or steps each run's median or percentile, between order statistics; right or "
+    "wrong answers: Wilson's interval."
 )
 MAP_NOTE = (
     "Each table sweeps one value and holds the others fixed; more criteria are under the tables. A filled name wins; "
-    "names with an outline tie; a name with a question mark is ahead by single or too few samples; a dash: only one "
-    "strategy was measured."
+    "names with an outline tie; a name with a question mark is ahead by a single run, or by single or too few samples; "
+    "a dash: only one strategy was measured, or all lost requests."
 )
 _OUT_OF_PLACE = "At one setting"
 
@@ -89,15 +91,20 @@ def _setting(row: WinnerRow) -> str:
 def _cell(row: WinnerRow | None, palette: Palette) -> str:
     if row is None:
         return "<td></td>"
-    if row.verdict == "only one":
-        return "<td>–</td>"
+    lost = [f"{short_name(name, [row])}: {count}" for name, count in row.failed.items()]
+    if row.verdict in ("only one", "failed"):
+        return f"<td>–{_asides(lost)}</td>"
+    mark = _asides([*([] if row.best_provenance == "measured" else [row.best_provenance]), *lost])
     kind = {"winner": "won", "tie": "tied"}.get(row.verdict, "unsure")
     everyone = len(row.names) == len(row.candidates) and len(row.names) > 2
-    mark = "" if row.best_provenance == "measured" else f" <small>{row.best_provenance}</small>"
     if everyone:
         return f'<td><span class="chip all">all {len(row.names)} tie</span>{mark}</td>'
     chips = "".join(_chip(name, row, palette, kind) for name in row.names)
     return f'<td title="{text(f"{row.value_text} ({row.interval_text})")}">{chips}{mark}</td>'
+
+
+def _asides(words: Sequence[str]) -> str:
+    return "".join(f" <small>{text(word)}</small>" for word in words)
 
 
 def _chip(name: str, row: WinnerRow, palette: Palette, kind: str) -> str:
@@ -131,7 +138,7 @@ def _cells(row: WinnerRow) -> str:
     notes = [row.note, "" if row.provenance == "measured" else f"rests on {row.provenance} numbers"]
     kind = {"winner": "wins", "tie": "tie"}.get(row.verdict, "single")
     return (
-        f'<td class="tight">{text(row.condition)}</td><td class="{kind}">{text(row.verdict_text)}</td>'
+        f'<td class="tight">{text(row.condition)}</td><td class="{kind}">{text(row.verdict_sentence)}</td>'
         f'<td class="tight">{text(row.value_text)}</td><td class="tight">{text(row.interval_text)}</td>'
         f"<td>{text('; '.join(note for note in notes if note))}</td>"
     )

@@ -9,9 +9,19 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-from kvatlas.metrics.quantiles import quantile_interval
-from kvatlas.metrics.statistics import Interval, median_interval, paired_difference_interval, wilson_interval
+from kvatlas.metrics.statistics import Interval
 from kvatlas.records.schema import ModelRole, Params, Provenance, Row
+from kvatlas.reports.intervals import (
+    COUNTED_BY,
+    LATENCIES,
+    SampleId,
+    Samples,
+    interval_of,
+    interval_over_runs,
+    paired_interval,
+    pooled,
+    split_runs,
+)
 from kvatlas.reports.known import CONDITIONS
 from kvatlas.reports.labels import (
     BASELINE,
@@ -26,8 +36,6 @@ from kvatlas.reports.labels import (
 )
 from kvatlas.reports.quantities import SHARE, SHARES, percentile_of
 
-SampleId = tuple[int, int]
-Samples = Mapping[SampleId, float]
 Table = dict[SeriesKey, dict[float, dict[SampleId, float]]]
 
 # Numbers of samples are not settings; a budget tells series apart, not studies.
@@ -46,7 +54,7 @@ class Mark:
 
     Args:
         x: the swept value; 0 where nothing is swept.
-        interval: of all samples taken there.
+        interval: of all samples taken there; over runs, where a run has many samples.
         provenance: the weakest among the samples.
     """
 
@@ -186,7 +194,7 @@ class Study:
                 key=key,
                 unit=unit,
                 marks=tuple(
-                    Mark(x=x, interval=interval_of(metric, cell), provenance=trust.get((key, x), "measured"))
+                    Mark(x=x, interval=self._interval(metric, key, x, cell), provenance=trust.get((key, x), "measured"))
                     for x, cell in sorted(cells.items())
                 ),
             )
@@ -211,6 +219,26 @@ class Study:
         if other is None:
             return None
         return paired_interval(self._cell(samples, key, x), self._cell(samples, other, x))
+
+    def failed(self, metric: str, key: SeriesKey, x: float) -> str:
+        """Return ``"50 of 64 failed"`` for a latency of a point that lost requests, else "".
+
+        What is left of such a point are the requests that were lucky, so its latencies compare with nobody's.
+        """
+        tail = percentile_of(metric)
+        if (tail[0] if tail else metric) not in LATENCIES:
+            return ""
+        lost = sum(self._stored.get("failed_requests", {}).get(key, {}).get(x, {}).values())
+        served = max(len(self._stored.get(name, {}).get(key, {}).get(x, {})) for name in LATENCIES)
+        return f"{lost:,.0f} of {lost + served:,.0f} failed" if lost else ""
+
+    def _interval(self, metric: str, key: SeriesKey, x: float, cell: Samples) -> Interval:
+        kind = pooled(self.experiment, metric)
+        if not kind:
+            return interval_of(metric, cell)
+        params = self.constants | ({self.swept: x} if self.swept else {})
+        counted = self._stored.get(COUNTED_BY.get(self.experiment, ""), {}).get(key, {}).get(x, {})
+        return interval_over_runs(metric, split_runs(self.experiment, cell, params, counted), kind)
 
     def _cell(self, samples: Table, key: SeriesKey, x: float) -> Samples:
         cells = samples.get(key, {})
@@ -237,25 +265,6 @@ class Study:
                 mark = (self._key(row), self.x_of(row.params))
                 found[mark] = max(found.get(mark, "measured"), row.provenance, key=_TRUST.index)
         return found
-
-
-def interval_of(metric: str, samples: Samples) -> Interval:
-    """Return Wilson's interval for what is right or wrong, a percentile's where its name asks, else the median's."""
-    values = list(samples.values())
-    tail = percentile_of(metric)
-    if tail is not None:
-        return quantile_interval(values, tail[1])
-    if metric in SHARES and set(values) <= {0.0, 1.0}:
-        return wilson_interval(round(sum(values)), len(values))
-    return median_interval(values)
-
-
-def paired_interval(a: Samples, b: Samples) -> Interval | None:
-    """Return the interval of a - b over the (seed, index) they share, or None."""
-    shared = sorted(a.keys() & b.keys())
-    if not shared:
-        return None
-    return paired_difference_interval([a[found] for found in shared], [b[found] for found in shared])
 
 
 def _cache_after_prefill(study: Study) -> Table:

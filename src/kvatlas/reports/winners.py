@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from kvatlas.metrics.statistics import Interval, Winner, winners
 from kvatlas.records.schema import ModelRole, Provenance
 from kvatlas.records.store import RecordStore
 from kvatlas.reports.criteria import CRITERIA, Criterion
-from kvatlas.reports.labels import BASELINE, BUDGET, NO_LINK, SeriesKey, format_share, listed, told
+from kvatlas.reports.labels import BASELINE, BUDGET, NO_LINK, SeriesKey, format_share, listed, short_names, told
 from kvatlas.reports.quantities import POINTS, SHARE, SHARES, format_quantity, format_range
 from kvatlas.reports.series import Mark, Study
 from kvatlas.reports.studies import read_studies
 
-Verdict = Literal["winner", "tie", "n=1", "too few", "only one"]
+Verdict = Literal["winner", "tie", "n=1", "one run", "too few", "only one", "failed"]
 # Below it an interval says next to nothing: of a 99th percentile of 48 samples, 37 % is left.
 _LEAST_LEVEL = 0.5
 _Candidates = Mapping[str, tuple[SeriesKey, Mark]]
@@ -32,13 +32,16 @@ class WinnerRow:
         condition: the setting in words.
         criterion: what "best" means.
         verdict: "winner"; "tie" where intervals overlap; "n=1" where a candidate has one sample, so that the
-            order may be noise; "too few" where an interval covers less than half; "only one" without anyone to
-            compare with.
+            order may be noise; "one run" where all of a candidate's samples are of a single run, which comes to the
+            same; "too few" where an interval covers less than half; "only one" without anyone to compare with;
+            "failed" where all have lost requests.
         names: the best, and what ties with it, best estimate first.
         best: interval of the best estimate.
         level: lowest coverage among the intervals compared; below 0.95 the verdict is a hint.
         unit: unit of the intervals.
         candidates: series label -> interval, all that were compared.
+        failed: series label -> ``"50 of 64 failed"``: those whose latencies are compared with nobody's.
+        short: series label -> its name in as few words as tell it from all others of the experiment.
         provenance: the weakest among the candidates.
         provenances: all of them.
         best_provenance: that of the best.
@@ -68,19 +71,30 @@ class WinnerRow:
     split: str = ""
     budget: float | None = None
     note: str = ""
+    failed: Mapping[str, str] = field(default_factory=dict)
+    short: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def verdict_text(self) -> str:
-        """Return ``"h2o"``, ``"tie: full, h2o"`` or ``"h2o (n=1)"``."""
-        names = listed(self.names)
+        """Return ``"h2o"``, ``"tie: full, h2o"`` or ``"h2o (n=1)"``: the short names, for a summary."""
+        return self._told([self.short.get(name, name) for name in self.names])
+
+    @property
+    def verdict_sentence(self) -> str:
+        """Return the same with whole labels, for a table that shows every number."""
+        return self._told(self.names)
+
+    def _told(self, found: Sequence[str]) -> str:
+        names = listed(found)
         if self.verdict == "tie":
             return f"tie of all {len(self.names)}" if len(self.names) == len(self.candidates) > 2 else f"tie: {names}"
         if self.verdict == "n=1":
             if len(self.names) == len(self.candidates):
                 return f"all {len(self.names)} equal (n=1)"
             return f"{'equal: ' if len(self.names) > 1 else ''}{names} (n=1)"
-        if self.verdict == "too few":
-            return f"{names} (too few samples)"
+        doubts = {"too few": "too few samples", "one run": "one run", "failed": "no verdict, requests failed"}
+        if self.verdict in doubts:
+            return f"{names} ({doubts[self.verdict]})"
         return f"{names} (no other)" if self.verdict == "only one" else names
 
     @property
@@ -107,7 +121,17 @@ def winner_rows(found: Sequence[Study]) -> list[WinnerRow]:
     """
     rows = [row for study in found for criterion in _criteria(study) for row in _rows(study, criterion)]
     real = {_place(row) for row in rows if row.link == NO_LINK}
-    return [row for row in rows if row.link == NO_LINK or "emulated" in row.provenances or _place(row) not in real]
+    kept = [row for row in rows if row.link == NO_LINK or "emulated" in row.provenances or _place(row) not in real]
+    return _shortened(kept)
+
+
+def _shortened(rows: Sequence[WinnerRow]) -> list[WinnerRow]:
+    """Give each row the short names of all strategies of its experiment, so that a name means one throughout."""
+    labels: dict[str, dict[str, None]] = {}
+    for row in rows:
+        labels.setdefault(row.experiment, {}).update(dict.fromkeys([*row.candidates, *row.failed]))
+    short = {experiment: short_names(found) for experiment, found in labels.items()}
+    return [replace(row, short=short[row.experiment]) for row in rows]
 
 
 def _place(row: WinnerRow) -> tuple[object, ...]:
@@ -156,6 +180,9 @@ def _row(
     study: Study, criterion: Criterion, unit: str, place: tuple[float, float | None, str], fair: _Candidates
 ) -> WinnerRow:
     x, budget, where = place
+    failed = {name: lost for name, (key, _) in fair.items() if (lost := study.failed(criterion.metric, key, x))}
+    every_failed = len(failed) == len(fair)
+    fair = fair if every_failed else {name: one for name, one in fair.items() if name not in failed}
     candidates = {name: mark.interval for name, (_, mark) in fair.items()}
 
     def pairs(one: str, other: str) -> Interval | None:
@@ -163,6 +190,8 @@ def _row(
 
     same_prompts = criterion.metric in SHARES
     verdict, names, level = judge(candidates, criterion.higher_is_better, pairs if same_prompts else None)
+    if every_failed:
+        verdict, level = "failed", 0.0
     provenances = {mark.provenance for _, mark in fair.values()}
     return WinnerRow(
         experiment=study.experiment,
@@ -183,7 +212,8 @@ def _row(
         x=x,
         split=study.set_apart_on_link,
         budget=budget,
-        note=_note(study, criterion, x, fair),
+        note=_note(study, criterion, x, fair, failed),
+        failed=failed,
     )
 
 
@@ -206,6 +236,8 @@ def judge(
     if min(interval.n for interval in candidates.values()) == 1:
         best = candidates[found.names[0]].estimate
         return "n=1", tuple(name for name, interval in candidates.items() if interval.estimate == best), found.level
+    if any(interval.of_one_run for interval in candidates.values()):
+        return "one run", found.names[:1], 0.0
     if found.level < _LEAST_LEVEL:
         return "too few", found.names[:1], found.level
     return ("tie" if found.tie else "winner"), found.names, found.level
@@ -231,7 +263,19 @@ def _paired(
     return Winner(names=tuple(names), tie=len(names) > 1, level=found.level)
 
 
-def _note(study: Study, criterion: Criterion, x: float, fair: _Candidates) -> str:
+def _note(study: Study, criterion: Criterion, x: float, fair: _Candidates, failed: Mapping[str, str]) -> str:
+    """Return the SLO beside a goodput, what is of one run, what lost requests; for retention, what its budget costs."""
+    single = dict.fromkeys(
+        f"{mark.interval.n:,} {mark.interval.of_one_run} of one run"
+        for _, mark in fair.values()
+        if mark.interval.of_one_run
+    )
+    alone = f"{' or '.join(single)}, which depend on each other" if single else ""
+    lost = "; ".join(f"{name}: {count}, so its latencies are not compared" for name, count in failed.items())
+    return "; ".join(part for part in (_aside(study, criterion, x, fair), alone, lost) if part)
+
+
+def _aside(study: Study, criterion: Criterion, x: float, fair: _Candidates) -> str:
     """Return the SLO beside a goodput; for retention, who is best within the budget and what that costs."""
     if criterion.metric == "goodput":
         slo = study.rows[0].params.get("slo")

@@ -21,6 +21,7 @@ from kvatlas.core.vocabulary import Format, Sidecar
 TORCH_DTYPES = {Format.FP32: torch.float32, Format.BF16: torch.bfloat16, Format.FP16: torch.float16}
 _SIDECAR_DTYPES = {Sidecar.POSITIONS: torch.int32, Sidecar.COLUMN_SUMS: torch.float32}
 _RAW_BYTES = torch.int32.itemsize  # copying whole blocks as words is ten times faster than as bytes
+_BOUNCE_BYTES = 4 << 20  # most bytes between reading and writing: what is on its way is in nobody's books
 _SLAB_AIM_BYTES = 1024 * 1024
 _BLOCKS_PER_SLAB = 16  # at least, so that little is left over where another layout does not fit exactly
 
@@ -107,7 +108,7 @@ class BlockClass:
     @property
     def idle_slabs(self) -> set[int]:
         """Lent slabs without an owned block."""
-        if self.num_free < self.per_slab:
+        if not self.slabs or self.num_free < self.per_slab:
             return set()
         slabs = torch.tensor(sorted(self.slabs))
         owned = (self.refs.view(-1, self.per_slab)[slabs] > 0).any(dim=1)
@@ -133,6 +134,22 @@ class BlockClass:
         return max(0, (memory.numel() - self.block_bytes) // GRANULE + 1)
 
 
+def copy_blocks(source: BlockClass, source_ids: Tensor, target: BlockClass, target_ids: Tensor) -> None:
+    """Copy whole blocks between two classes of one layout, a few MiB at a time.
+
+    Args:
+        source: where they lie.
+        source_ids: int64 [n].
+        target: where they go.
+        target_ids: int64 [n].
+    """
+    at_once = max(1, _BOUNCE_BYTES // source.block_bytes)
+    for first in range(0, len(source_ids), at_once):
+        part = slice(first, first + at_once)
+        data = source.raw.index_select(0, source_ids[part].to(source.device))
+        target.raw.index_copy_(0, target_ids[part].to(target.device), data.to(target.device))
+
+
 class Arena:
     """Lends blocks, counts references, and keeps books.
 
@@ -153,10 +170,10 @@ class Arena:
         device: torch.device | str = "cpu",
         option: str = "--kv-memory",
     ) -> None:
-        sizes = [layout.block_bytes for layout in layouts]
+        sizes, tier = [layout.block_bytes for layout in layouts], "host" if option == "--host-memory" else "KV"
         if sizes[0] > budget_bytes:
             raise CapacityError(
-                f"KV memory of {format_bytes(budget_bytes)} does not hold one block of {format_bytes(sizes[0])}; "
+                f"{tier} memory of {format_bytes(budget_bytes)} does not hold one block of {format_bytes(sizes[0])}; "
                 f"give more memory ({option}) or a smaller block size"
             )
         aim = max(_BLOCKS_PER_SLAB * max(sizes), min(_SLAB_AIM_BYTES, budget_bytes // 64))
@@ -174,10 +191,6 @@ class Arena:
             self._classes[layout] = BlockClass(self, layout, self._memory, self.slab_bytes)
         return self._classes[layout]
 
-    def capacity_bytes(self, layout: BlockLayout) -> int:
-        """Return the bytes that blocks of ``layout`` alone could take; a rest of each slab may stay unused."""
-        return self.num_slabs * self.block_class(layout).per_slab * layout.block_bytes
-
     def num_available(self, blocks: BlockClass) -> int:
         """Return how many blocks could be allocated now without reclaiming cached ones."""
         idle = sum(len(other.idle_slabs) for other in self._classes.values() if other is not blocks)
@@ -185,6 +198,8 @@ class Arena:
 
     def try_allocate(self, blocks: BlockClass, count: int) -> Tensor | None:
         """Return ``count`` block ids [count] int32 with one reference each, or None if there are too few."""
+        if count and not blocks.per_slab:
+            return None  # a block of this layout is larger than a slab of so small a budget
         while blocks.num_free < count:
             slab = self._take_slab(blocks)
             if slab is None:

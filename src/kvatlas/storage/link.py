@@ -74,9 +74,10 @@ class LinkRate:
         return self.latency_s + num_bytes / self.bytes_per_s
 
     def __str__(self) -> str:
-        """Return ``"16 GB/s, 10 us"``."""
-        latency = f", {self.latency_s * 1e6:g} us" if self.latency_s else ""
-        return f"{self.bytes_per_s / 1e9:g} GB/s{latency}"
+        """Return ``"16 GB/s, 10 us"``, which parses back; other units only where these would need an exponent."""
+        rate = f"{self.bytes_per_s / 1e9:g} GB/s" if self.bytes_per_s >= 1e6 else f"{self.bytes_per_s:g} B/s"
+        late = f"{self.latency_s * 1e6:g} us" if self.latency_s < 0.1 else f"{self.latency_s:g} s"
+        return f"{rate}, {late}" if self.latency_s else rate
 
 
 @dataclass(kw_only=True)
@@ -108,6 +109,10 @@ class Move:
     def done(self) -> bool:
         """Whether it has ended."""
         return self._done.is_set()
+
+    def end(self) -> None:
+        """Let whoever waits go on."""
+        self._done.set()
 
     def settle(self) -> None:
         """Return when it has ended, well or not."""
@@ -160,11 +165,21 @@ class Mover:
     def submit(self, move: Move, priority: int = URGENT) -> Move:
         """Order a move and return it; among equal priorities the first comes first."""
         with self._changed:
+            assert not self._stopped, "nobody would carry it out"
             heapq.heappush(self._queue, (priority, next(self._order), move))
             if self._thread is None:
                 self._thread = self._start()
             self._changed.notify()
         return move
+
+    def drop(self, move: Move) -> None:
+        """Take a move out of the queue, if it has not begun; it then counts as ended."""
+        with self._changed:
+            left = [entry for entry in self._queue if entry[2] is not move]
+            if len(left) < len(self._queue):
+                self._queue = left
+                heapq.heapify(self._queue)
+                move.end()
 
     def stop(self) -> None:
         """Finish the move that is under way, if one is, and carry out no further one."""

@@ -35,6 +35,7 @@ class Sequence(LaneRow):
         forked: its partly filled last blocks may have other owners, and are copied before the next write.
         starts: position of slot 0 per sliding window, while dense.
         digests: hashes of its full blocks, as far as the prefix cache has needed them.
+        reserved: columns of each lane [lanes] that room has been made for, until tokens are appended; else None.
         staging: device blocks that its lanes on the host are read through.
         sketch: device blocks of partial keys of its lanes on the host.
         sketch_columns: per layer, which columns of the rotated keys the sketch holds, int64 [lanes of the layer, r].
@@ -48,6 +49,7 @@ class Sequence(LaneRow):
     forked: bool = False
     starts: dict[int, int] = field(default_factory=dict)
     digests: list[bytes] = field(default_factory=list)
+    reserved: Tensor | None = None
     staging: LaneRow | None = None
     sketch: LaneRow | None = None
     sketch_columns: dict[int, Tensor] = field(default_factory=dict)

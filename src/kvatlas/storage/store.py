@@ -106,6 +106,7 @@ class KVStore:
 
     def close(self, seq: Sequence) -> None:
         """Give all blocks of ``seq`` back; the sequence must not be used again."""
+        self._release_reserved(seq)
         for row in seq.rows:
             self.release_columns(row, torch.zeros(self.lanes.count, dtype=torch.int64), self.columns_held(row))
             self.free_row(row)
@@ -207,6 +208,7 @@ class KVStore:
             count: tokens of every lane.
             staged: slots that each lane of a staging buffer shall have at least.
         """
+        self._release_reserved(seq)
         granted = self.try_allocate(self.blocks_needed(seq, count, staged))
         if granted is None:
             return False
@@ -217,6 +219,7 @@ class KVStore:
         ]
         if seq.forked:
             own = [(group, self._copy_shared_tails(seq, group, ids)) for group, ids in own]
+        seq.reserved = self.columns_held(seq) + new
         self.put(seq, new, own)
         for row, slots, more in companions:
             self.put(row, more, rest[: len(row.layout.groups)])
@@ -224,6 +227,12 @@ class KVStore:
             self.length[row.row] = torch.maximum(self.length[row.row], slots)
         seq.forked = False
         return True
+
+    def _release_reserved(self, seq: Sequence) -> None:
+        """Give back room that no token came into, because a step broke off between the two."""
+        if seq.reserved is not None:
+            self.release_columns(seq, self.columns_held(seq), seq.reserved)
+            seq.reserved = None
 
     def longest_on_host(self, seq: Sequence) -> int:
         """Return the most slots that a lane on the host has in use."""
@@ -296,6 +305,7 @@ class KVStore:
         ``try_extend`` must have made the room. A sequence with holes takes one token here at a time through
         ``append_step``; close them first for more.
         """
+        seq.reserved = None
         slot = self.length[seq.row][None, :] + torch.arange(count)[:, None]
         self.length[seq.row] += count
         block = self.table[seq.row].long().gather(1, (slot // self.block_size).T).T
@@ -320,6 +330,7 @@ class KVStore:
         self._note(seqs[0].layout, slots, torch.tensor([seq.seen for seq in seqs], dtype=torch.int32))
         for seq in seqs:
             seq.seen += 1
+            seq.reserved = None
         return slots
 
     def needs_blocks(self, seqs: Seq[Sequence], staged: Seq[int]) -> list[bool]:

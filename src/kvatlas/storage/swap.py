@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvatlas.storage.arena import BlockClass
+from kvatlas.storage.arena import BlockClass, copy_blocks
 from kvatlas.storage.lanes import LaneGroup
 from kvatlas.storage.link import URGENT, Link, Move, Mover
 from kvatlas.storage.sequence import LaneRow, Sequence
@@ -93,7 +93,12 @@ class Swapper:
             parked.append(
                 _ParkedRow(row=row, columns=columns, length=length, hole=hole, groups=groups, waiting=waiting)
             )
-        _carry(self._link.stores, pairs)
+        try:
+            _carry(self._link.stores, pairs)
+        except BaseException:  # Ctrl-C arrives here if anywhere: what was taken must not be lost
+            for _, _, taken, taken_ids in pairs:
+                host.release(taken, taken_ids)
+            raise
         for blocks, ids, _, _ in pairs:
             blocks.arena.release(blocks, ids)
         if seq.staging is not None:
@@ -118,21 +123,28 @@ class Swapper:
         if granted is None:
             return None
         pairs: _Pairs = []
+        entries: list[list[tuple[LaneGroup, Tensor]]] = []
+        fresh = iter(granted)
         for row in swapped.parked:
-            row.row.row = store.take_row()
-            entries = []
+            entries.append([])
             for group, (blocks, ids) in zip(row.groups, row.waiting, strict=True):
+                new_ids = ids
                 if group.blocks.arena is not host:
-                    _, new_ids = granted.pop(0)
+                    _, new_ids = next(fresh)
                     pairs.append((blocks, ids, group.blocks, new_ids))
-                    entries.append((group, new_ids))
-                else:
-                    entries.append((group, ids))
-            store.put(row.row, row.columns, entries)
+                entries[-1].append((group, new_ids))
+        try:
+            _carry(self._link.fetches, pairs)
+        except BaseException:  # the sequence stays on the host, whole
+            for group, new_ids in granted:
+                group.blocks.arena.release(group.blocks, new_ids)
+            raise
+        for row, found in zip(swapped.parked, entries, strict=True):
+            row.row.row = store.take_row()
+            store.put(row.row, row.columns, found)
             store.length[row.row.row], store.hole[row.row.row] = row.length, row.hole
         if seq.staging is not None:
             seq.staging.row = store.take_row()
-        _carry(self._link.fetches, pairs)
         for blocks, ids, _, _ in pairs:
             host.release(blocks, ids)
         return seq
@@ -150,9 +162,15 @@ def _carry(mover: Mover, pairs: _Pairs) -> None:
 
     def copy() -> None:
         for source, source_ids, target, target_ids in pairs:
-            data = source.raw.index_select(0, source_ids.long().to(source.device))
-            target.raw.index_copy_(0, target_ids.long().to(target.device), data.to(target.device))
+            copy_blocks(source, source_ids.long(), target, target_ids.long())
 
     num_bytes = sum(len(ids) * source.block_bytes for source, ids, _, _ in pairs)
-    if num_bytes:
-        mover.submit(Move(copy=copy, num_bytes=num_bytes), URGENT).wait()
+    if not num_bytes:
+        return
+    move = mover.submit(Move(copy=copy, num_bytes=num_bytes), URGENT)
+    try:
+        move.wait()
+    except BaseException:
+        mover.drop(move)
+        move.settle()  # nothing may be written to blocks that are given back
+        raise

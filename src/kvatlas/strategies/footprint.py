@@ -8,6 +8,7 @@ from kvatlas.core.footprint import Footprint
 from kvatlas.core.layout import DEFAULT_BLOCK_SIZE, BlockLayout, layout_of, sketch_layout_of, staging_buffers
 from kvatlas.core.shapes import LayerShape, ModelShape
 from kvatlas.core.vocabulary import Format, Moment
+from kvatlas.strategies.stage import Attend
 from kvatlas.strategies.strategy import Strategy
 
 
@@ -73,7 +74,7 @@ def footprint(
         if index in host_layers:
             if strategy.attend is not None:
                 read_slots = min(slots.read, strategy.attend.most_read(slots.read) + 1)
-            staged = _deeper(staged, slots, read_slots)
+            staged = _deeper(staged, slots, strategy.attend)
             visits = 1 + sum(other.shares_kv_with == index for other in shape.layers)
             whole = layout.block_bytes * _blocks(slots.final, block_size)
             fetched = whole if strategy.attend is None else read_slots * layout.kv_bytes // block_size
@@ -97,13 +98,13 @@ def footprint(
     )
 
 
-def _deeper(staged: _Slots, slots: _Slots, read_slots: int) -> _Slots:
-    """Return the slots of a staging lane: the past and the chunk in a prompt, later what one step reads."""
-    later = min(read_slots + 1, slots.final + 1)
+def _deeper(staged: _Slots, slots: _Slots, attend: Attend | None) -> _Slots:
+    """Return the slots of a staging lane: the past and the chunk in a prompt, later what one step reads and writes."""
+    steady, final = (n if attend is None else attend.most_read(n) for n in (slots.steady, slots.final))
     return _Slots(
         peak=max(staged.peak, slots.peak),
-        steady=max(staged.steady, later),
-        final=max(staged.final, later),
+        steady=max(staged.steady, steady + 1),
+        final=max(staged.final, final + 1),
         read=0,
     )
 

@@ -186,6 +186,15 @@ def test_the_records_do_not_keep_the_key(records, key):
     assert "secret" not in run.command
 
 
+def test_the_records_do_not_keep_a_password(records):
+    with serving() as server:
+        url = server.url.replace("http://", "http://me:secret@")
+        assert kvatlas("drive", url, "--name", "x", *DRAWN, "--records", records).status == 0
+    (run,) = contents(records)[2]
+    assert f"drive {server.url} " in run.command
+    assert "secret" not in run.model_dump_json()
+
+
 def test_the_key_may_come_from_the_environment(records, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "hidden")
     with serving() as server:

@@ -27,21 +27,24 @@ def models(draw: st.DrawFn) -> ModelShape:
         heads, key, value = draw(st.sampled_from(KINDS)) if shares is None else kind_of(layers[shares])
         layers.append(
             LayerShape(
-                num_query_heads=2 * heads, num_kv_heads=heads, key_dim=key, value_dim=value,
-                window=draw(st.sampled_from([None, 6])), shares_kv_with=shares,
-            )  # fmt: skip
+                num_query_heads=2 * heads,
+                num_kv_heads=heads,
+                key_dim=key,
+                value_dim=value,
+                window=draw(st.sampled_from([None, 6])),
+                shares_kv_with=shares,
+            )
         )
-    return ModelShape(
-        name="m", layers=tuple(layers), hidden_size=8, vocab_size=9, max_positions=99, num_parameters=1
-    )
+    return ModelShape(name="m", layers=tuple(layers), hidden_size=8, vocab_size=9, max_positions=99, num_parameters=1)
 
 
 @given(models(), st.data())
 def test_layers_of_a_kind_take_turns(shape: ModelShape, data: st.DataObject) -> None:
     hosted = data.draw(st.sets(st.sampled_from(shape.owners)))
     buffers = staging_buffers(shape, hosted)
-    owner = [index if layer.shares_kv_with is None else layer.shares_kv_with for index, layer in enumerate(shape.layers)]
-    assert sorted(buffers) == [index for index in range(len(shape.layers)) if owner[index] in hosted], "readers of hosts"
+    sources = enumerate(layer.shares_kv_with for layer in shape.layers)
+    owner = [index if source is None else source for index, source in sources]
+    assert sorted(buffers) == [index for index in range(len(shape.layers)) if owner[index] in hosted]
     for reader, buffer in buffers.items():
         assert buffer in hosted, "a buffer is named by a layer on the host"
         assert kind_of(shape.layers[buffer]) == kind_of(shape.layers[reader]), "what is read would not fit"

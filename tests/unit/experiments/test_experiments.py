@@ -1,5 +1,6 @@
 """Every experiment on tiny settings: the points it names, the metrics it promises, and what they must obey."""
 
+import random
 from collections import defaultdict
 from dataclasses import replace
 from itertools import pairwise
@@ -12,8 +13,8 @@ from kvatlas.core.timeline import Event, EventKind
 from kvatlas.experiments.decode_throughput import find_smallest_pool
 from kvatlas.experiments.early_fact import in_turns
 from kvatlas.experiments.lab import Lab
-from kvatlas.experiments.load import Observation, drive
-from kvatlas.experiments.offload_breakdown import TIMELINE_KINDS, Step, steps_of
+from kvatlas.experiments.load import Observation, drive, random_prompt
+from kvatlas.experiments.offload_breakdown import TIMELINE_KINDS, Step, _times, steps_of
 from kvatlas.experiments.sweep import EXPERIMENTS
 from kvatlas.experiments.traffic import arrival_times
 from kvatlas.strategies.strategy import Strategy
@@ -72,7 +73,7 @@ PARAMS = {
     "prompt_length": ["prompt_tokens"],
     "offload_breakdown": ["prompt_tokens", "output_tokens", "link"],
     "concurrency_memory": ["concurrency", "prompt_tokens", "output_tokens", "kv_memory_bytes"],
-    "decode_throughput": ["concurrency", "prompt_tokens", "output_tokens", "kv_memory_bytes"],
+    "decode_throughput": ["concurrency", "prompt_tokens", "output_tokens", "kv_memory_bytes", "pool_tries"],
     "request_latency": ["concurrency", "prompt_tokens", "output_tokens", "kv_memory_bytes"],
     "output_length": ["prompt_tokens", "output_tokens"],
     "accuracy_budget": ["task", "context_tokens", "budget", "n"],
@@ -149,17 +150,57 @@ def test_the_breakdown_adds_up():
         assert len(values["step_time"]) == steps
         for number in range(steps):
             parts = sum(values[name][number] for name in ("attend_time", "speculate_time", "wait_time", "other_time"))
-            assert parts >= 0.99 * values["step_time"][number]
+            assert parts == pytest.approx(values["step_time"][number])
         placed = point.strategy != FULL
-        assert (
-            (values["host_kv"][0] > 0) == placed == bool(values["transfer_to_compute"]) == bool(values["hidden_share"])
-        )
-        assert all(value <= 1 for value in values["hidden_share"])
+        assert (values["host_kv"][0] > 0) == placed
+        assert len(values["compute_time"]) == (TINY.repeats if placed else 0)
+        for name in ("hidden_share", "transfer_to_compute", "bound_reached"):
+            assert len(values[name]) == (steps if placed else 0)
+        if placed:
+            assert min(values["fetch_time"] + values["store_time"]) > 0
         speculates = "speculate" in point.strategy
         assert bool(values["speculation_recall"]) == (values["device_sketch"][0] > 0) == speculates
         if speculates:
             assert all(0 < values[name][0] <= 1 for name in ("speculation_recall", "speculation_mass"))
             assert values["selected_fraction"][0] == pytest.approx(0.5, abs=0.05)
+
+
+def test_times_and_ratios_of_a_step():
+    """Moves of both directions run at once; compute is that of a run without any."""
+    spans = [
+        *((EventKind.ATTEND, 0, 2), (EventKind.SPECULATE, 2, 3), (EventKind.WAIT, 3, 5)),
+        *((EventKind.FETCH, 0, 5), (EventKind.STORE, 4, 6), (EventKind.STORE, 6, 7), (EventKind.WAIT, 6, 10)),
+    ]
+    events = tuple(Event(kind=kind, layer=0, start_s=start, end_s=end) for kind, start, end in spans)
+    step = Step(start_s=0.0, end_s=10.0, events=events)
+    values = {sample.metric: sample.value for sample in _times(step, 0, 4.0)}
+    assert values == {
+        "step_time": 10,
+        "attend_time": 2,
+        "speculate_time": 1,
+        "wait_time": 6,
+        "other_time": 1,
+        "fetch_time": 5,
+        "store_time": 3,
+        "transfer_time": 5,
+        "hidden_share": 1 - 6 / 8,
+        "transfer_to_compute": 5 / 4,
+        "bound_reached": 5 / 10,
+    }
+    unknown = {sample.metric for sample in _times(step, 0, None)}
+    assert values.keys() - unknown == {"transfer_to_compute", "bound_reached"}
+
+
+def test_no_compute_where_the_full_cache_does_not_fit():
+    """What offloading makes possible must not be refused for want of a yardstick."""
+    settings = replace(
+        TINY, kv_memory="1MiB", breakdown_prompt_tokens=(512,), repeats=1, breakdown_model="random:llama-long"
+    )
+    with pytest.raises(CapacityError):
+        samples_of("offload_breakdown", settings, FULL)
+    ((_, samples),) = samples_of("offload_breakdown", settings, OFFLOADED)
+    values = by_metric(samples)
+    assert values["hidden_share"] and not values["compute_time"] and not values["bound_reached"]
 
 
 def test_the_timeline_is_of_one_step():
@@ -203,8 +244,48 @@ def test_an_emulated_link_marks_the_times_of_what_moves():
             assert not emulated
         else:
             assert {"step_time", "hidden_share", "timeline_start"} <= emulated
-            assert not emulated & {"host_kv", "device_peak", "timeline_kind", "speculation_recall"}
+            assert not emulated & {"host_kv", "device_peak", "timeline_kind", "speculation_recall", "compute_time"}
         assert point.params["link"] == "1 GB/s, 1 us"
+
+
+@pytest.mark.parametrize("name", ["request_rate", "trace_replay"])
+def test_an_emulated_link_marks_all_that_timed_arrivals_show(name):
+    """The link decides how many requests are alive together, and so their bytes."""
+    for point, samples in samples_of(name, replace(TINY, link="1GB/s,1us", strategies=("full", OFFLOAD))):
+        expected = "measured" if point.strategy == FULL else "emulated"
+        assert {sample.provenance for sample in samples} == {expected}
+
+
+def test_an_emulated_link_marks_preemptions_and_swaps():
+    settings = replace(TINY, link="1GB/s,1us", strategies=(OFFLOAD,), repeats=1)
+    ((_, samples),) = samples_of("concurrency_memory", settings)
+    assert {sample.metric for sample in samples if sample.provenance == "emulated"} == {"preemptions", "swaps"}
+
+
+def test_another_number_of_tries_is_another_point():
+    one, other = (
+        [point.key for point in EXPERIMENTS["decode_throughput"].points(replace(TINY, pool_tries=tries), "any")]
+        for tries in (1, 2)
+    )
+    assert not set(one) & set(other)
+
+
+@pytest.mark.parametrize(("name", "setting"), [("trace_replay", "traces"), ("request_rate", "arrivals")])
+def test_a_trace_of_other_content_is_another_point(name, setting, tmp_path):
+    path = tmp_path / "t.jsonl"
+    settings = replace(TINY, **{setting: (str(path),)})
+    keys = []
+    for text in ("one", "two", "one"):
+        path.write_text(text)
+        keys.append([point.key for point in EXPERIMENTS[name].points(settings, "any")])
+    assert keys[0] == keys[2]
+    assert not set(keys[0]) & set(keys[1])
+
+
+def test_a_random_prompt():
+    drawn = [random_prompt(random.Random(seed), 7, 50) for seed in (0, 0, 1)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert len(drawn[0]) == 50 and set(drawn[0]) == set(range(7))
 
 
 def test_the_experiments_on_load_share_their_runs():

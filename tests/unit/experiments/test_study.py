@@ -17,17 +17,19 @@ WHOLE = st.integers(1, 10**12)
 ABOVE_0 = st.floats(min_value=1e-300, max_value=1e300)
 SETTINGS = st.builds(
     Settings,
-    strategies=st.lists(st.sampled_from(["full", "h2o(heavy=0.1, recent=0.3)", "infinigen"]), max_size=3).map(tuple),
+    strategies=st.lists(
+        st.sampled_from(["full", "h2o(heavy=0.1, recent=0.3)", "infinigen"]), min_size=1, max_size=3
+    ).map(tuple),
     quality_model=st.none() | TEXTS.filter(bool),
     speed_model=TEXTS,
     prompt_model=st.none() | TEXTS.filter(bool),
     seed=st.integers(0, 2**63 - 1),
     repeat_limit_s=ABOVE_0 | st.just(math.inf),
     time_limits=st.lists(TEXTS, max_size=2).map(tuple),
-    prompt_tokens=st.lists(WHOLE, max_size=3).map(tuple),
-    rates=st.lists(ABOVE_0, max_size=3).map(tuple),
+    prompt_tokens=st.lists(WHOLE, min_size=1, max_size=3).map(tuple),
+    rates=st.lists(ABOVE_0, min_size=1, max_size=3).map(tuple),
     trace_time_scale=st.floats(0, 1e300),
-    traces=st.lists(TEXTS, max_size=2).map(tuple),
+    traces=st.lists(TEXTS, min_size=1, max_size=2).map(tuple),
 )
 
 
@@ -88,6 +90,8 @@ def test_files_that_cannot_be_used(text, parts):
         ({"repeat_limit_s": 0.0}, ["repeat_limit_s=0.0", "above 0"]),
         ({"accuracy_budgets": (1.5,)}, ["accuracy_budgets=(1.5,)", "(0, 1]"]),
         ({"seed": -1}, ["seed=-1"]),
+        ({"strategies": ()}, ["strategies is empty", "at least one"]),
+        ({"prompt_tokens": ()}, ["prompt_tokens is empty"]),
         ({"trace_time_scale": math.nan}, ["trace_time_scale=nan"]),
     ],
 )
@@ -126,6 +130,12 @@ def test_flags_override_the_file_and_the_file_the_preset(tmp_path):
     found = parse_study(other.out, "-")
     assert (found.experiments, found.records) == (("model_size",), "x")
     assert replace(PRESETS["full"], **found.changes) == replace(PRESETS["quick"], seed=3, repeats=9)
+
+
+def test_an_empty_list_in_a_file_is_one_line(tmp_path):
+    study = tmp_path / "study.toml"
+    study.write_text("breakdown_links = []\n")
+    assert "breakdown_links is empty" in kvatlas("characterize", "--config", study).error
 
 
 def test_a_file_that_is_not_there(tmp_path):

@@ -2,15 +2,18 @@
 
 import math
 from dataclasses import replace
+from io import StringIO
 
 import pytest
 import torch
+from rich.console import Console
 from tests.unit.experiments.tiny import H2O, TINY, sweep
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from kvatlas.core.errors import ConfigError, UnknownNameError
+from kvatlas.core.errors import CapacityError, ConfigError, UnknownNameError
 from kvatlas.experiments.pace import Pace, seconds_left
 from kvatlas.experiments.prompt_length import PromptLength
-from kvatlas.experiments.sweep import EXPERIMENTS, check_sweep
+from kvatlas.experiments.sweep import EXPERIMENTS, check_sweep, find_experiments, run_sweep
 from kvatlas.records.schema import Sample
 from kvatlas.records.store import RecordStore
 
@@ -65,6 +68,39 @@ def test_each_experiment_has_its_own_time(records, measured):
 def test_what_is_named_twice_is_measured_once(records, measured):
     outcome, _ = sweep(records, replace(SETTINGS, strategies=("full", "full"), prompt_tokens=(16, 16)), "prompt_length")
     assert outcome.measured == len(measured) == 1
+
+
+def test_an_experiment_named_twice_is_run_once(records, measured):
+    assert [one.name for one in find_experiments(["early_fact", "prompt_length", "early_fact"])] == [
+        *("early_fact", "prompt_length")
+    ]
+    outcome = run_twice(records)
+    assert outcome.measured == len(measured) == 6
+
+
+def run_twice(path):
+    with RecordStore(path) as store:
+        named = find_experiments(["prompt_length", "prompt_length"])
+        return run_sweep(named, SETTINGS, store, "test", Console(file=StringIO()))
+
+
+def test_another_model_in_a_folder_of_the_same_name_is_measured(records, measured, tmp_path):
+    outcomes = []
+    for place, seed in (("a", 0), ("b", 0), ("c", 1)):
+        folder = tmp_path / place / "m"
+        folder.parent.mkdir()
+        random_checkpoint(folder, seed)
+        settings = replace(SETTINGS, strategies=("full",), prompt_tokens=(16,), prompt_model=str(folder))
+        outcomes.append(sweep(records, settings, "prompt_length")[0])
+    assert [(one.measured, one.resumed) for one in outcomes] == [(1, 0), (0, 1), (1, 0)]
+
+
+def random_checkpoint(folder, seed):
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model(
+        "llama", hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=32
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
 
 
 def test_pace():
@@ -147,6 +183,7 @@ def test_a_model_that_cannot_be_loaded_fails_its_points_alone(records, tmp_path)
         ({"models": ("random:llama-9t",)}, UnknownNameError, "llama-mini"),
         ({"accuracy_tasks": ("hay",)}, ConfigError, "unknown task 'hay'"),
         ({"arrivals": ("posson",)}, ConfigError, "'posson'"),
+        ({"host_memory": "900TiB"}, CapacityError, "host memory of 900 TiB exceeds"),
     ],
 )
 def test_what_could_never_run_is_found_before_anything_does(changes, error, text):

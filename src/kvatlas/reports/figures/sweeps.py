@@ -10,9 +10,9 @@ from kvatlas.reports.figures.scene import Scene
 from kvatlas.reports.figures.sweep import Panel, Sweep, sweep_plot
 
 _TAIL = (
-    "Percentiles are over requests, repeats together, with order-statistic intervals; few requests leave a 99th "
-    "percentile less than 95 % coverage, and the table says how much. Requests of one run wait for each other, so "
-    "they are not independent, and the intervals are too narrow."
+    "Percentiles are over the requests of a run. Requests of one run wait for each other, so they are not independent: "
+    "of several runs the bar is over their percentiles, and the table says what coverage is left; of a single run it "
+    "shows how its requests spread, and claims nothing."
 )
 
 
@@ -46,13 +46,7 @@ SWEEPS: dict[str, tuple[Sweep, ...]] = {
             "beside them, such as importance sums; the host tier holds what was offloaded. Both axes are logarithmic, "
             "so a strategy with nothing there has no mark.",
             panels=_panels(
-                "kv_peak",
-                "device_peak",
-                "host_peak",
-                "kv_after_prefill",
-                "sidecars_after_prefill",
-                "outside_pool_peak",
-                log_y=True,
+                "kv_peak", "device_peak", "host_peak", "kv_after_prefill", "sidecars_after_prefill", log_y=True
             ),
         ),
     ),
@@ -84,8 +78,8 @@ SWEEPS: dict[str, tuple[Sweep, ...]] = {
         Sweep(
             name="throughput_per_gb_by_concurrency",
             title="How many tokens per second does each GB of device memory buy?",
-            reading="Higher is better. Per GB of live cache bytes, and per GB of the smallest pool in which the whole "
-            "number runs at once without preemption (GB = 10⁹ bytes, sidecars included; no host memory, not the "
+            reading="Higher is better. Per GB of live device memory, and per GB of the smallest pool in which the "
+            "whole number runs at once without preemption (GB = 10⁹ bytes, sidecars included; no host memory, not the "
             "memory of the whole process). The pool itself: lower is better. All axes are logarithmic.",
             panels=_panels("throughput_per_live_gb", "throughput_per_pool_gb", "smallest_pool", log_y=True),
         ),

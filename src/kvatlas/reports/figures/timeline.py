@@ -14,9 +14,10 @@ from kvatlas.reports.captions import caption
 from kvatlas.reports.figures.canvas import PLAIN, Plot, sheet
 from kvatlas.reports.figures.scene import Scene
 from kvatlas.reports.figures.theme import PARTS
+from kvatlas.reports.intervals import Samples
 from kvatlas.reports.labels import NO_LINK, SeriesKey, describe, family, short_names
 from kvatlas.reports.quantities import axis_scale
-from kvatlas.reports.series import Samples, Study
+from kvatlas.reports.series import Study
 
 # Code of a kind in the records -> its row. The first three are on the compute thread; moves run beside it.
 _KINDS = {3: "attention", 4: "speculate", 2: "wait", 0: "fetch", 1: "store"}

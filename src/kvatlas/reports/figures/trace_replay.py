@@ -15,8 +15,9 @@ from kvatlas.reports.figures.canvas import PLAIN, Plot, entries_for, log_ticks, 
 from kvatlas.reports.figures.scene import Scene
 from kvatlas.reports.figures.sweep import titled
 from kvatlas.reports.figures.theme import Look
+from kvatlas.reports.intervals import SampleId
 from kvatlas.reports.quantities import axis_scale, title as metric_title
-from kvatlas.reports.series import SampleId, Series, Study
+from kvatlas.reports.series import Series, Study
 
 _LATENCIES = ("ttft", "tpot")
 _TOTALS = ("goodput", "request_throughput", "output_throughput", "kv_peak", "host_peak")
@@ -35,7 +36,8 @@ def _latencies(scene: Scene) -> Plot | None:
         return None
     title = titled("How long do the trace's requests wait for the first token, and for each one after it?", study)
     every = [one for series in shown.values() for one in series]
-    text = caption(study, every, scene.runs).replace("per mark", "requests per curve")
+    single = any(mark.interval.of_one_run for one in every for mark in one.marks)
+    text = caption(study, every, scene.runs).replace("per mark", f"{'requests' if single else 'replays'} per curve")
     looks = scene.palette.looks(one.key.name for one in every)
     return Plot(
         name=f"trace_latency{scene.suffix}",
@@ -44,7 +46,7 @@ def _latencies(scene: Scene) -> Plot | None:
         caption=text,
         reading="Share of requests that were at least this fast: further left is better. The mark on each curve is its "
         "median, the bar its interval; a vertical line is a limit of the SLO, where it lies near. Requests of one "
-        "replay queue behind each other, so they are not independent and the intervals are too narrow.",
+        "replay queue behind each other, so they are not independent: the bar shows a spread and claims no coverage.",
         tables=tuple(shown.items()),
         paint=lambda: _paint_latencies(study, title, text, shown, looks),
     )

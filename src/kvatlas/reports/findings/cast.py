@@ -118,5 +118,7 @@ def ratio_text(found: Interval, *, emulated: bool) -> str:
     mark = ", emulated" if emulated else ""
     if found.n == 1:
         return f"{significant(found.estimate)}x (n = 1, no interval{mark})"
+    if found.of_one_run:
+        return f"{significant(found.estimate)}x (one run, no interval{mark})"
     ends = f"{significant(found.low)} to {significant(found.high)}"
     return f"{significant(found.estimate)}x ({ends}, n = {found.n}{mark})"

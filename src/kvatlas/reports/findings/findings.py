@@ -56,7 +56,9 @@ class Finding:
         """Return link -> verdict: what rests on an emulated link is never judged together with what does not."""
         links = list(dict.fromkeys(one.link for one in self.judged))
         found = {
-            link: together([part.outcome for one in self.judged if one.link == link for part in one.parts])
+            link: together(
+                [part.outcome for one in self.judged if one.link == link for part in one.parts if part.decides]
+            )
             for link in links
         }
         return found or {NO_LINK: "not testable here"}

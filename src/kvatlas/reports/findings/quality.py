@@ -8,6 +8,7 @@ from kvatlas.metrics.statistics import Interval
 from kvatlas.records.schema import PointRecord
 from kvatlas.reports.findings.cast import NAMES, play
 from kvatlas.reports.findings.rules import (
+    LEAST_ANSWERS,
     TOLERANCE,
     Outcome,
     Part,
@@ -55,7 +56,10 @@ def _lost_at(study: Study, role: str, budget: float, published: str, loss: tuple
     found = study.paired("correct", one.key, mark.x)
     if found is None:
         return untested(statement, published, "no prompts answered by the full cache, too")
-    if loss is None:
+    outcome: Outcome
+    if found.n < LEAST_ANSWERS:
+        outcome = "not testable here"
+    elif loss is None:
         outcome = judge_equal(found, (-TOLERANCE, TOLERANCE))
     else:
         outcome = judge_effect(found, (loss[0] - TOLERANCE, loss[1] + TOLERANCE), 0)
@@ -69,6 +73,7 @@ def _lost_at(study: Study, role: str, budget: float, published: str, loss: tuple
             for note in (
                 f"{one.key.label}, {study.condition(mark.x)}: {_share(mark.interval)}; the difference is paired",
                 coverage_note(found),
+                _too_few([found]),
             )
             if note
         ),
@@ -94,13 +99,17 @@ def _level(study: Study, role: str) -> Part:
     cells = {mark.x: mark.interval for mark in one.marks if CONTEXTS[0] <= mark.x <= CONTEXTS[1]}
     if not cells:
         return untested(statement, published, "no context of 1K–8K tokens was measured")
-    longest = cells[max(cells)]
+    longest, every = cells[max(cells)], list(cells.values())
+    outcome = judge_level(every, (band[0] - TOLERANCE, band[1] + TOLERANCE))
+    why = _too_few(every)
+    if outcome == "not testable here" and not why:
+        why = "too few samples: an interval reaches across an end of the widened range"
     return Part(
         statement=statement,
         published=published,
-        outcome=judge_level(list(cells.values()), band),
+        outcome=outcome,
         measured=_told(cells, SHARE),
-        evidence=one.key.label,
+        evidence="; ".join(note for note in (one.key.label, why) if note),
         kind="share",
         published_range=band,
         interval=longest,
@@ -137,12 +146,16 @@ def _gap(study: Study, h2o: Series | None) -> Part:
     if h2o is None or not cells:
         return untested(statement, published, "no context of 4K–8K tokens was answered by both")
     found = cells[max(cells)]
+    outcome: Outcome = "not testable here"
+    if found.n >= LEAST_ANSWERS:
+        outcome = judge_effect(found, (EARLY_GAP - TOLERANCE, EARLY_GAP + TOLERANCE), 0)
+    where = f"{h2o.key.label} minus full, paired, {study.condition(max(cells))}"
     return Part(
         statement=statement,
         published=published,
-        outcome=judge_effect(found, (EARLY_GAP - TOLERANCE, EARLY_GAP + TOLERANCE), 0),
+        outcome=outcome,
         measured=_points(found),
-        evidence=f"{h2o.key.label} minus full, paired, {study.condition(max(cells))}",
+        evidence="; ".join(note for note in (where, _too_few([found])) if note),
         kind="points",
         published_range=(EARLY_GAP, EARLY_GAP),
         interval=found,
@@ -171,6 +184,11 @@ def _lost(study: Study, one: Series | None) -> dict[float, Interval]:
         return {}
     pairs = {mark.x: study.paired("correct", one.key, mark.x) for mark in one.marks}
     return {x: found for x, found in pairs.items() if found is not None}
+
+
+def _too_few(found: Sequence[Interval]) -> str:
+    least = min(one.n for one in found)
+    return f"too few samples: {least} answers, {LEAST_ANSWERS} wanted" if least < LEAST_ANSWERS else ""
 
 
 def _points(found: Interval) -> str:

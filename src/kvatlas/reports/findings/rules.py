@@ -18,6 +18,8 @@ FACTOR = 1.5
 EQUAL = 1.25
 # Differences of accuracy, in shares.
 TOLERANCE = 0.05
+# Fewer answers than this decide nothing about a published share, or a published difference of shares.
+LEAST_ANSWERS = 100
 
 RULES = (
     f"An effect (a ratio, a loss): reproduced where our interval reaches the published range, widened by a factor of "
@@ -26,13 +28,16 @@ RULES = (
     "both.",
     f"An equality (flat, similar, near): reproduced where our whole interval lies within a factor of {EQUAL:g} or "
     f"{TOLERANCE * 100:g} points of equal; refuted where all of it lies outside; else not testable.",
-    "A level (a share of right answers): reproduced where every interval reaches the published range; in part where "
-    "some do; refuted where none does.",
-    "A limit: what is refused for lack of memory, and what runs, at lengths that the full cache ran.",
-    "Compared at the largest setting that both have, growth over at most the study's own factor of 6; one sample has "
-    "no interval and decides nothing. A finding is reproduced where all its statements are, refuted where at least one "
-    "is and none holds, and reproduced in part in between; statements that are not testable keep it from being "
-    "reproduced in full.",
+    f"A level (a share of right answers): reproduced where every whole interval lies within the published range, "
+    f"widened by {TOLERANCE * 100:g} points; in part where some do; refuted where all lie wholly outside; else not "
+    f"testable. Levels, and differences against a published number, want at least {LEAST_ANSWERS} answers.",
+    "A limit: reproduced where prompts of that length ran; refuted where memory ended them earlier; not testable where "
+    "none so long was tried. That memory ends early: refuted where ours ran beyond it.",
+    "Requests or steps of one run depend on each other, so a single run decides nothing. Compared at the largest "
+    "setting that both have, growth over at most the study's own factor of 6; one sample has no interval and decides "
+    "nothing. A finding is reproduced where all its statements are, refuted where at least one is and none holds, and "
+    "reproduced in part in between; statements that are not testable keep it from being reproduced in full, but for "
+    "those that no record of this engine could ever test.",
 )
 
 
@@ -50,6 +55,7 @@ class Part:
         published_range: ends of the published number, for a figure.
         interval: ours, for a figure.
         emulated: True where ours rests on an emulated link.
+        decides: False for what no record of this engine could test: shown, but no part of the finding's verdict.
     """
 
     statement: str
@@ -61,11 +67,24 @@ class Part:
     published_range: Range | None = None
     interval: Interval | None = None
     emulated: bool = False
+    decides: bool = True
 
 
-def untested(statement: str, published: str, why: str) -> Part:
-    """Return a statement that these records cannot decide."""
-    return Part(statement=statement, published=published, outcome="not testable here", evidence=why)
+def untested(statement: str, published: str, why: str, *, measured: str = "", decides: bool = True) -> Part:
+    """Return a statement that these records cannot decide, with our number where there is one."""
+    return Part(
+        statement=statement,
+        published=published,
+        outcome="not testable here",
+        measured=measured,
+        evidence=why,
+        decides=decides,
+    )
+
+
+def proves_nothing(found: Interval) -> bool:
+    """Whether an interval is no more than one independent sample: one number, or one run."""
+    return found.n < 2 or bool(found.of_one_run)
 
 
 def judge_effect(found: Interval, published: Range, neutral: float) -> Outcome:
@@ -76,7 +95,7 @@ def judge_effect(found: Interval, published: Range, neutral: float) -> Outcome:
         published: the published range, widened already.
         neutral: no effect: 1 for a ratio, 0 for a difference.
     """
-    if found.n < 2:
+    if proves_nothing(found):
         return "not testable here"
     reaches = found.low <= published[1] and found.high >= published[0]
     if found.contains(neutral):
@@ -89,7 +108,7 @@ def judge_effect(found: Interval, published: Range, neutral: float) -> Outcome:
 
 def judge_equal(found: Interval, equal: Range) -> Outcome:
     """Return the verdict on an equality: inside, outside, or across the border."""
-    if found.n < 2:
+    if proves_nothing(found):
         return "not testable here"
     if equal[0] <= found.low and found.high <= equal[1]:
         return "reproduced"
@@ -97,11 +116,22 @@ def judge_equal(found: Interval, equal: Range) -> Outcome:
 
 
 def judge_level(found: Sequence[Interval], published: Range) -> Outcome:
-    """Return the verdict on a level that several intervals should reach."""
-    held = [one for one in found if one.low <= published[1] and one.high >= published[0]]
-    if len(held) == len(found):
+    """Return the verdict on a share that holds at several settings.
+
+    An interval must lie within, or without, as a whole: to ask that it touches the range would reward few samples.
+
+    Args:
+        found: ours, one per setting.
+        published: the published range, widened already.
+    """
+    enough = [one for one in found if one.n >= LEAST_ANSWERS]
+    held = [one for one in enough if published[0] <= one.low and one.high <= published[1]]
+    missed = [one for one in enough if one.high < published[0] or one.low > published[1]]
+    if found and len(held) == len(found):
         return "reproduced"
-    return "reproduced in part" if held else "refuted"
+    if found and len(missed) == len(found):
+        return "refuted"
+    return "reproduced in part" if held else "not testable here"
 
 
 def together(outcomes: Sequence[Outcome]) -> Outcome:
@@ -120,5 +150,7 @@ def widened(low: float, high: float) -> Range:
 
 
 def coverage_note(found: Interval) -> str:
-    """Return what the reader must know where an interval covers less than 95 %."""
+    """Return what the reader must know where an interval covers less than 95 %, or claims nothing."""
+    if found.of_one_run:
+        return f"{found.of_one_run} of one run depend on each other, so no verdict"
     return "" if found.level >= LEVEL else f"coverage {found.level:.0%}, so a hint"
