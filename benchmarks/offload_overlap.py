@@ -3,7 +3,8 @@
 A decode step of an offloading strategy cannot be shorter than its compute, nor than its moves in one direction.
 Compute is that of the same strategy where nothing runs beside it: no link, no prefetch, less the time that was waited.
 Per ratio of the two, an *emulated* link is given the rate that makes it so; then the same steps run with prefetch and
-without, interleaved, and the undisturbed ones among them. Hidden is what was moved, in both directions, while nobody waited.
+without, interleaved, and the undisturbed ones among them. Hidden is what was moved, in both directions, while nobody
+waited.
 Without an accelerator both tiers are RAM and each move is a copy too, on a core of its own while there is one; so
 compute that is slowed by the copies counts against the bound.
 

@@ -75,6 +75,7 @@ def test_strategies_that_do_not_exist(command, strategy, parts):
         (["characterize", "prompt_lenght"], ["unknown experiment 'prompt_lenght'", "did you mean 'prompt_length'"]),
         (["characterize", "--preset", "quik"], ["unknown preset 'quik'", "did you mean 'quick'"]),
         (["characterize", "--kv-memory", "100TiB"], ["100 TiB", "lower --kv-memory"]),
+        (["characterize", "--host-memory", "900TiB"], ["900 TiB", "lower --host-memory"]),
         (["characterize", "--repeats", 0], ["repeats=0", "at least 1"]),
         (["characterize", "--prompt-tokens", "32,-1"], ["prompt_tokens=(32, -1)", "at least 1"]),
         (["characterize", "--budgets", 20], ["budgets=(20.0,)", "(0, 1]"]),

@@ -62,7 +62,7 @@ def recipe_facts(name: str) -> dict[str, Any]:
     parts = [stage for stage in strategy.stages if str(stage) != "full"]
     return {
         "name": name,
-        "sentence": f"{name} = {recipe.sentence}",
+        "sentence": recipe.sentence,
         "parameters": {},
         "axis": " and ".join(stage.axis.value for stage in parts),
         "summary": f"{recipe.label}: {'; '.join(stage.info.summary for stage in parts)}",
@@ -79,7 +79,8 @@ def _table(found: list[dict[str, Any]]) -> Table:
     table.add_column("strategy, with defaults", overflow="fold")
     table.add_column("what it does to the cache", overflow="fold")
     for one in found:
-        about = f"[bold]{escape(one['sentence'])}[/]\n{escape(one['summary'])}\n[dim]{escape(one['paper'])}[/]"
+        named = one["sentence"] if one["sentence"].startswith(one["name"]) else f"{one['name']} = {one['sentence']}"
+        about = f"[bold]{escape(named)}[/]\n{escape(one['summary'])}\n[dim]{escape(one['paper'])}[/]"
         lines = [
             f"axis: {one['axis']}",
             f"saves: {', '.join(one['saves']) or 'nothing'}",

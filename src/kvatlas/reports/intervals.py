@@ -21,7 +21,8 @@ Samples = Mapping[SampleId, float]
 LATENCIES = frozenset({"ttft", "tpot", "e2e", "itl"})
 _OF_A_STEP = frozenset(
     {
-        *("step_time", "attend_time", "speculate_time", "wait_time", "transfer_time", "other_time"),
+        *("step_time", "attend_time", "speculate_time", "wait_time", "other_time"),
+        *("fetch_time", "store_time", "transfer_time"),
         *("hidden_share", "transfer_to_compute", "bound_reached"),
     }
 )

@@ -2,21 +2,32 @@ import json
 
 from tests.unit.cli.running import kvatlas
 
-from kvatlas.cli.strategies import facts
+from kvatlas.cli.strategies import facts, recipe_facts
+from kvatlas.strategies.recipes import RECIPES
 from kvatlas.strategies.registry import stages
 from kvatlas.strategies.strategy import Strategy
 
 
 def test_json_equals_the_registry():
     listed = json.loads(kvatlas("strategies", "--json").out)
-    assert {one["name"] for one in listed} == set(stages())
+    assert [one["name"] for one in listed] == list(dict.fromkeys(one["name"] for one in listed)), "each name once"
+    assert {one["name"] for one in listed} == set(stages()) | set(RECIPES)
     for one in listed:
-        assert one == facts(stages()[one["name"]])
+        stage = stages().get(one["name"])
+        assert one == (recipe_facts(one["name"]) if stage is None else facts(stage))
 
 
 def test_sentences_can_be_used_as_they_are():
     for one in json.loads(kvatlas("strategies", "--json").out):
-        assert one["sentence"] in str(Strategy.parse(one["sentence"]))
+        stage = stages().get(one["name"])
+        beside = " | offload(host)" if stage is not None and stage().lacks(()) else ""  # what cannot stand alone
+        assert str(Strategy.parse(one["sentence"] + beside))
+
+
+def test_a_recipe_is_the_sentence_it_stands_for():
+    for name in RECIPES:
+        one = recipe_facts(name)
+        assert Strategy.parse(one["sentence"]) == Strategy.parse(name)
 
 
 def test_the_table_shows_every_strategy(monkeypatch):

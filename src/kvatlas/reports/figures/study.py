@@ -14,7 +14,7 @@ from kvatlas.metrics.statistics import Interval
 from kvatlas.reports.figures.canvas import PLAIN, Entry, Plot, log_ticks, sheet
 from kvatlas.reports.figures.theme import Look
 from kvatlas.reports.findings.findings import Finding
-from kvatlas.reports.findings.rules import Kind, Range
+from kvatlas.reports.findings.rules import Kind, Range, proves_nothing
 from kvatlas.reports.labels import NO_LINK
 from kvatlas.reports.published import TRUST
 
@@ -68,8 +68,8 @@ def _plot(kind: Kind, axis: str, rows: Sequence[Row]) -> Plot:
         title=title,
         caption=text,
         reading="Each row is one statement; its number leads to the finding below. The diamond, with its range, is the "
-        f"study's number ({TRUST}); the dot is ours, with its interval. A number alone is no verdict: the rules are "
-        "above.",
+        f"study's number ({TRUST}); the dot is ours, with its interval, hollow where a single sample or run decides "
+        "nothing. A number alone is no verdict: the rules are above.",
         tables=(),
         paint=lambda: _paint(kind, axis, (title, text), rows),
     )
@@ -109,7 +109,7 @@ def _paint(kind: Kind, axis_name: str, words: tuple[str, str], rows: Sequence[Ro
         _mark(axis, place - 0.16, (low, middle, high), _PUBLISHED, hollow=True)
         ends = tuple(end * factor for end in (row.interval.low, row.interval.estimate, row.interval.high))
         look = _EMULATED if row.emulated else _OURS
-        _mark(axis, place + 0.16, (ends[0], ends[1], ends[2]), look, hollow=row.interval.n == 1)
+        _mark(axis, place + 0.16, (ends[0], ends[1], ends[2]), look, hollow=proves_nothing(row.interval))
     axis.set_ylim(len(rows) - 0.4, -0.6)
     axis.set_yticks(range(len(rows)), ["\n".join(textwrap.wrap(row.label, 52)[:2]) for row in rows], fontsize=7.5)
     if kind != "share":
