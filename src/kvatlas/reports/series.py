@@ -44,7 +44,10 @@ NEVER_SPLIT = frozenset({BUDGET, "n"})
 DEFAULTS: Params = {LINK: NO_LINK, "turns": 1}
 # Always said beside a swept value; and what captions say, so that conditions need not.
 _NAMED = ("trace", "task", "arrivals", LINK)
-_OF_THE_MACHINE = {"dtype", "device", "threads", "kv_memory_bytes", "host_memory_bytes", "max_batched_tokens"}
+_OF_THE_MACHINE = {
+    *("dtype", "device", "threads", "kv_memory_bytes", "host_memory_bytes", "max_batched_tokens"),
+    *("model_digest", "trace_digest", "pool_tries"),
+}
 _TRUST: tuple[Provenance, ...] = ("measured", "emulated", "estimated")
 
 
