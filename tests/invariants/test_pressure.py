@@ -120,7 +120,7 @@ def test_requests_that_compete_answer_as_alone(data: st.DataObject, family: str)
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@settings(SETTINGS, max_examples=400)
+@settings(SETTINGS, max_examples=120)
 @given(st.data(), st.sampled_from(["llama", "llama", "gemma4_text"]))
 def test_requests_that_compete_answer_as_alone_long(data: st.DataObject, family: str) -> None:
     requests_compete(data, family, 12)
@@ -225,7 +225,7 @@ def test_sessions_that_compete_answer_as_alone(data: st.DataObject, family: str)
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@settings(SETTINGS, max_examples=400)
+@settings(SETTINGS, max_examples=120)
 @given(st.data(), st.sampled_from(["llama", "llama", "gemma4_text"]))
 def test_sessions_that_compete_answer_as_alone_long(data: st.DataObject, family: str) -> None:
     sessions_compete(data, family, 25)

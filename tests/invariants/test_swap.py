@@ -79,7 +79,7 @@ def test_what_comes_back_is_what_went(data: st.DataObject) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@settings(SETTINGS, max_examples=600)
+@settings(SETTINGS, max_examples=200)
 @given(st.data())
 def test_what_comes_back_is_what_went_long(data: st.DataObject) -> None:
     schedule(data, 60)
