@@ -161,7 +161,9 @@ class Staging:
         self._stores.append(
             self._link.stores.submit(
                 Move(
-                    copy=transfer.copy, num_bytes=transfer.num_bytes, note=self._note(EventKind.STORE, layer, transfer)
+                    copy=transfer.copy,
+                    num_bytes=transfer.num_bytes,
+                    note=self._note(EventKind.STORE, layer, transfer.num_bytes),
                 )
             )
         )
@@ -207,15 +209,15 @@ class Staging:
             for transfer in transfers:
                 transfer.copy()
 
-        both = Transfer(copy=copy, num_bytes=sum(transfer.num_bytes for transfer in transfers))
-        if not both.num_bytes:  # a prompt's first chunk has no past
+        num_bytes = sum(transfer.num_bytes for transfer in transfers)
+        if not num_bytes:  # a prompt's first chunk has no past
             nothing = Move(copy=copy, num_bytes=0)
             nothing.run(None, Traffic())
             return nothing
-        move = Move(copy=both.copy, num_bytes=both.num_bytes, note=self._note(EventKind.FETCH, layer, both))
+        move = Move(copy=copy, num_bytes=num_bytes, note=self._note(EventKind.FETCH, layer, num_bytes))
         return self._link.fetches.submit(move, priority)
 
-    def _note(self, kind: EventKind, layer: int, transfer: Transfer) -> Callable[[float, float], None] | None:
+    def _note(self, kind: EventKind, layer: int, num_bytes: int) -> Callable[[float, float], None] | None:
         if self._timeline is None:
             return None
-        return partial(self._timeline.add, kind, layer, num_bytes=transfer.num_bytes)
+        return partial(self._timeline.add, kind, layer, num_bytes=num_bytes)
