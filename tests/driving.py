@@ -124,12 +124,14 @@ def assert_empty(engine: Engine) -> None:
 def kept_positions(store: KVStore, seq: StoredSequence) -> list[list[int]]:
     """Return the positions that each lane holds, ascending, read from the sidecars."""
     kept: list[list[int]] = [[] for _ in range(store.lanes.count)]
-    for group in seq.layout.groups:
-        for lane in group.lanes.tolist():
-            slot = torch.arange(int(store.length[seq.row, lane]))
-            slot = slot[slot != store.hole[seq.row, lane]]
-            block = store.table[seq.row, lane, slot // store.block_size].long()
-            kept[lane] = sorted(group.blocks.positions[block, slot % store.block_size].tolist())
+    for row in (seq, seq.encoded):
+        for group in [] if row is None else row.layout.groups:
+            for lane in group.lanes.tolist():
+                slot = torch.arange(int(store.length[row.row, lane]))
+                slot = slot[slot != store.hole[row.row, lane]]
+                block = store.table[row.row, lane, slot // store.block_size].long()
+                positions = group.blocks.positions[block, slot % store.block_size]
+                kept[lane] = sorted(kept[lane] + positions[positions >= 0].tolist())
     return kept
 
 

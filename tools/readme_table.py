@@ -25,12 +25,16 @@ _HEADER = ("stage, with defaults", "axis", "what it does", "lowers", "outputs", 
 _ARXIV = re.compile(r"arXiv:(\d{4}\.\d{4,5})")
 _MOMENTS = {
     Moment.BEFORE_LAYER: "before each layer",
-    Moment.SELECT: "one layer ahead",
+    Moment.SELECT: "before a layer reads",
     Moment.AFTER_CHUNK: "after each chunk",
     Moment.AFTER_PREFILL: "after the prompt",
     Moment.AFTER_STEP: "after each decode step",
 }
-_NEEDS = {Need.COLUMN_SUMS: "attention sums", Need.ROTATION: "calibrated rotations"}
+_NEEDS = {
+    Need.COLUMN_SUMS: "attention sums",
+    Need.ROTATION: "calibrated rotations",
+    Need.KEY_BOUNDS: "bounds of keys",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -43,12 +43,23 @@ keeps = st.one_of(
     ),
     st.builds(lambda budget: f"snapkv(budget={budget!r}, window=4)", st.floats(0.01, 1.0)),
 )
-encodes, places = st.sampled_from(["", " | fp16"]), st.sampled_from(["", " | offload(host)", " | offload(host, false)"])
+encodes, places = (
+    st.sampled_from(["", " | fp16", " | int8"]),
+    st.sampled_from(["", " | offload(host)", " | offload(host, false)"]),
+)
 speculations = st.builds(
     lambda alpha, cap, partial: f"speculate(alpha={alpha!r}, cap={cap!r}, partial={partial!r}) | offload(host)",
     st.sampled_from([0.0, 1.0, 4.0, float("inf")]), st.floats(0.01, 1.0), st.floats(0.01, 1.0),
 )  # fmt: skip
-strategies = st.builds("{}{}{}".format, keeps, encodes, places)
+pages = st.builds(
+    lambda encode, budget, dense: f"snapkv(budget=20, window=4){encode} | quest(budget={budget}, dense={dense})",
+    encodes, small, st.integers(0, 2),
+)  # fmt: skip
+strategies = st.one_of(*[st.builds("{}{}{}".format, keeps, encodes, places)] * 3, pages)
+packed = st.builds(
+    lambda keep, bits, residual: f"{keep} | kivi(bits={bits}, residual={residual})",
+    keeps, st.sampled_from([2, 4]), st.integers(0, 60),
+)  # fmt: skip
 
 
 def strategies_for(family: str) -> st.SearchStrategy[str]:
@@ -155,6 +166,50 @@ def step(engine: Engine, requests: list[Request]) -> None:
     for request in requests:
         assert request.peak_bytes <= request.footprint.peak_bytes
         assert held(engine, request, on_host=True) <= request.footprint.host_bytes
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    strategy=packed, family=st.sampled_from(("llama", "gemma2")), prompt=st.integers(1, 100),
+    outputs=st.integers(1, 28), chunk=st.integers(1, 120),
+)  # fmt: skip
+def test_bounds_of_packed_formats_hold(strategy, family, prompt, outputs, chunk) -> None:
+    engine = Engine(model(family), kv_memory="8MiB", max_batched_tokens=chunk)
+    request = engine.add_request(IDS[:prompt], params(outputs), strategy)
+    bound = request.footprint
+    while engine.has_work:
+        engine.step()
+        kind = bound.prefill_peak_bytes if request.prefill_end is not None else bound.peak_bytes
+        assert held(engine, request) <= kind
+        check(engine)
+    assert request.peak_bytes <= bound.peak_bytes
+    assert_empty(engine)
+
+
+@settings(max_examples=15, deadline=None)
+@given(data=st.data(), share=st.floats(1.0, 3.0), chunk=st.integers(8, 60), host=st.booleans())
+def test_packed_requests_share_tiny_memory(data, share, chunk, host) -> None:
+    """Caches of two formats come and go, are swapped or replayed; nobody exceeds a footprint, everything ends."""
+    sentences = [data.draw(packed) for _ in range(data.draw(st.integers(1, 5)))]
+    sizing = Engine(model("llama"), kv_memory="8MiB", max_batched_tokens=chunk)
+    most = max(sizing.footprint(Strategy.parse(each), 90, 20).peak_bytes for each in sentences)
+    engine = Engine(
+        model("llama"), kv_memory=int(share * most) + sizing.store.arena.slab_bytes,
+        host_memory="8MiB" if host else 0, max_batched_tokens=chunk,
+    )  # fmt: skip
+    requests = []
+    for sentence in sentences:
+        try:
+            requests.append(engine.add_request(IDS[: data.draw(st.integers(1, 90))], params(20), sentence))
+        except CapacityError:
+            continue
+    for _ in range(5000):
+        if not engine.has_work:
+            break
+        step(engine, requests)
+    assert not engine.has_work, "goes round in circles"
+    assert all(len(request.output_ids) == 20 for request in requests)
+    assert_empty(engine)
 
 
 @settings(max_examples=25, deadline=None)

@@ -35,9 +35,9 @@ from kvatlas.storage.eviction import (
     close_holes,
     compact_windows,
     drop_passed_windows,
+    evict_one,
     keep_slots,
     lane_view,
-    open_holes,
 )
 from kvatlas.storage.lanes import LaneGroup
 from kvatlas.storage.link import Link
@@ -143,7 +143,7 @@ class StoreMachine(RuleBasedStateMachine):
                 if victims[-1] >= 0:
                     position = int(self.slot(model, group, lane, torch.tensor(victims[-1]))[2])
                     del model.lanes[lane][position]
-            open_holes(self.store, [model.seq], group, torch.tensor([victims]))
+            evict_one(self.store, [model.seq], group, torch.tensor([victims]), num_old=0)
         model.cut = True
 
     @rule(model=live)
@@ -230,7 +230,8 @@ class StoreMachine(RuleBasedStateMachine):
         for group in model.seq.layout.groups:
             if not bool((self.store.length[model.seq.row, group.lanes] > 0).any()):
                 continue
-            view, live = lane_view(self.store, [model.seq], group, [0])
+            slots = lane_view(self.store, [model.seq], group, [0])
+            view, live = slots.view, slots.live_BHS
             for row, lane in enumerate(group.lanes.tolist()):
                 assert sorted(view.positions_BHS[0, row][live[0, row]].tolist()) == sorted(model.lanes[lane])
                 window = WINDOW if lane in WINDOW_LANES else 10**6
@@ -319,7 +320,7 @@ class StoreMachine(RuleBasedStateMachine):
         for model in self.models:
             for row in model.seq.rows:
                 for group in row.layout.groups:
-                    assert (self.store.table[row.row, group.lanes] < len(group.blocks.keys)).all()
+                    assert (self.store.table[row.row, group.lanes] < group.blocks.pool.rows).all()
 
     @invariant()
     def poison(self) -> None:
@@ -399,8 +400,8 @@ class StoreMachine(RuleBasedStateMachine):
         number = float(next(self.numbers) % 2000)  # exact in fp16
         for group in model.seq.layout.groups:
             block, offset = slots.block[row, group.lanes], slots.offset[row, group.lanes]
-            group.blocks.keys[block, offset] = number
-            group.blocks.values[block, offset] = -number
+            group.blocks.pool.keys[block, offset] = number
+            group.blocks.pool.values[block, offset] = -number
             if group.blocks.column_sums is not None:
                 assert (group.blocks.column_sums[block, offset] == 0.0).all()
                 group.blocks.column_sums[block, offset] = number
@@ -408,7 +409,7 @@ class StoreMachine(RuleBasedStateMachine):
             lane[position] = number
         if model.seq.sketch is not None:
             for group, block, offset in self.sketch_slots(model, torch.tensor([position])):
-                group.blocks.keys[block, offset] = number
+                group.blocks.pool.keys[block, offset] = number
 
     def sketch_slots(self, model: Model, slots: Tensor) -> list[tuple[LaneGroup, Tensor, Tensor]]:
         """Return for each group of sketched lanes the block ids and offsets [lanes, n] of slots [n]."""
@@ -424,7 +425,7 @@ class StoreMachine(RuleBasedStateMachine):
         """Assert that partial keys lie slot by slot beside the keys."""
         numbers = torch.tensor([model.lanes[0][position] for position in range(len(model.tokens))])
         for group, block, offset in self.sketch_slots(model, torch.arange(len(model.tokens))):
-            held = group.blocks.keys[block, offset].float()
+            held = group.blocks.pool.keys[block, offset].float()
             assert (held == numbers[None, :, None]).all()
 
     def slot(
@@ -434,8 +435,8 @@ class StoreMachine(RuleBasedStateMachine):
         block, offset = self.store.table[model.seq.row, lane, slot // BLOCK].long(), slot % BLOCK
         sums = group.blocks.column_sums
         return (
-            group.blocks.keys[block, offset],
-            group.blocks.values[block, offset],
+            group.blocks.pool.keys[block, offset],
+            group.blocks.pool.values[block, offset],
             group.blocks.positions[block, offset],
             None if sums is None else sums[block, offset],
         )

@@ -30,7 +30,7 @@ def info() -> None:
     for name, version in manifest.versions.items():
         table.add_row(name, version)
     table.add_row("commit", commit if manifest.commit else "not a checkout")
-    for name, text in (*_processor(manifest.hardware), *_accelerators(), ("kernels", _kernels()), *_bundled()):
+    for name, text in (*_processor(manifest.hardware), *_accelerators(), *_kernels(), *_bundled()):
         table.add_row(name, text)
     Console().print(table, markup=False)
 
@@ -65,15 +65,22 @@ def _accelerator(index: int) -> str:
     return f"cuda:{index} {torch.cuda.get_device_name(index)}, {format_bytes(free)} free of {format_bytes(total)}"
 
 
-def _kernels() -> str:
+def _kernels() -> list[tuple[str, str]]:
+    """Name the form of each operation that runs on each device, and why."""
     try:
-        from kvatlas.kernels.dispatch import use_reference
+        import torch
 
-        if use_reference():
-            return "reference forms, because KVATLAS_KERNELS=reference"
+        from kvatlas.kernels.dispatch import active_paths
+
+        gpus = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
+        devices = [torch.device("cpu"), *(torch.device("cuda", index) for index in gpus)]
+        return [
+            (f"kernels on {device}" if first else "", f"{each.operation}: {each.path} ({each.why})")
+            for device in devices
+            for first, each in zip([True, *[False] * 9], active_paths(device), strict=False)
+        ]
     except (ConfigError, ImportError) as error:
-        return f"none: {error}"
-    return "torch forms, on every device; KVATLAS_KERNELS=reference chooses the slow, obvious ones"
+        return [("kernels", f"none: {error}")]
 
 
 def _bundled() -> list[tuple[str, str]]:

@@ -6,17 +6,38 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
 
+from kvatlas.core.errors import ConfigError
 from kvatlas.core.shapes import LayerShape, ModelShape
 from kvatlas.core.vocabulary import SIDECAR_SLOT_BYTES, Format, Sidecar
 
 DEFAULT_BLOCK_SIZE = 32
 GRANULE = 64
 """Blocks start and end at multiples of this many bytes: a cache line, and enough for every element type."""
+QUAD = 4
+"""Elements that one integer dot product of the processor sums over."""
+GROUP = 32
+"""Tokens, or channels, that share one scale in packed formats."""
+PARAM_BYTES = 2
+"""Bytes of a scale or a minimum: float16."""
+BOUND_BYTES = 4
+"""Bytes of the bound of a key channel: float32, so that it is a bound in every format."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BlockLayout:
     """A block: ``block_size`` slots of one lane.
+
+    In this order: codes of the keys, codes of the values, parameters of the keys (scales, minima), parameters of the
+    values, sidecars. Parameters are float16. With s slots, Dk and Dv elements of a key and a value:
+
+    - float formats: keys [s, Dk], values [s, Dv]; no parameters.
+    - ``int8``: signed codes [s, Dk] and [s, Dv]; scales [s] of the keys, [s] of the values.
+    - ``int4``, ``int2`` (s is 32): unsigned codes, packed so that integer dot products need no shuffles. A *quad* is
+      4 elements that one product sums over: 4 channels of a key, 4 tokens of a value. Keys: for each 4 channels
+      (Dk rounded up), a run of 16 * bits bytes; values: for each 32 channels (Dv rounded up), for each 4 tokens, such
+      a run. Byte 4 * i + j of a run holds element j of the quads i, i + n, i + 2n .. in ascending bits, where
+      n = 4 * bits; a key's quad i is token i of the block, a value's is channel i of the 32.
+      Parameters: keys [2, Dk], values [2, ceil(Dv / 32), s]: scales, then minima; element = code * scale + minimum.
 
     Args:
         key_dim: elements of one key.
@@ -32,15 +53,41 @@ class BlockLayout:
     block_size: int = DEFAULT_BLOCK_SIZE
     sidecars: tuple[Sidecar, ...] = (Sidecar.POSITIONS,)
 
+    def __post_init__(self) -> None:
+        if self.format.is_packed and self.block_size != GROUP:
+            raise ConfigError(
+                f"{self.format.value} is stored in blocks of {GROUP} tokens, one group of scales; "
+                f"a block size of {self.block_size} cannot hold it"
+            )
+
     @cached_property
     def key_bytes(self) -> int:
-        """Bytes of the keys of one block."""
-        return self.block_size * self.key_dim * self.format.element_bytes
+        """Bytes of the codes of one block's keys; its values start here."""
+        columns = _rounded(self.key_dim, QUAD) if self.format.is_packed else self.key_dim
+        return self.block_size * columns * self.format.bits // 8
+
+    @cached_property
+    def value_bytes(self) -> int:
+        """Bytes of the codes of one block's values."""
+        columns = _rounded(self.value_dim, GROUP) if self.format.is_packed else self.value_dim
+        return self.block_size * columns * self.format.bits // 8
+
+    @cached_property
+    def key_params_offset(self) -> int:
+        """Where the scales of the keys start, bytes."""
+        return _rounded(self.key_bytes + self.value_bytes, PARAM_BYTES)
+
+    @cached_property
+    def value_params_offset(self) -> int:
+        """Where the scales of the values start, bytes."""
+        keys = 0 if self.format.is_float else 2 * self.key_dim if self.format.is_packed else self.block_size
+        return self.key_params_offset + keys * PARAM_BYTES
 
     @cached_property
     def kv_bytes(self) -> int:
-        """Bytes of the keys and values of one block."""
-        return self.key_bytes + self.block_size * self.value_dim * self.format.element_bytes
+        """Bytes of the keys and values of one block, their scales and minima included."""
+        groups = 2 * -(-self.value_dim // GROUP) if self.format.is_packed else 0 if self.format.is_float else 1
+        return self.value_params_offset + groups * self.block_size * PARAM_BYTES
 
     @cached_property
     def sidecar_bytes(self) -> int:
@@ -50,24 +97,32 @@ class BlockLayout:
     @cached_property
     def block_bytes(self) -> int:
         """Bytes of one block with its sidecars, rounded up to a cache line."""
-        return -(-(self._sidecar_start + self._sidecar_span) // GRANULE) * GRANULE
+        end = self._sidecar_start + sum(self.sidecar_size(sidecar) for sidecar in self.sidecars)
+        return _rounded(end, GRANULE)
 
     def sidecar_offset(self, sidecar: Sidecar) -> int:
         """Return where a sidecar starts inside the block, bytes."""
-        index = self.sidecars.index(sidecar)
-        return self._sidecar_start + index * self.block_size * SIDECAR_SLOT_BYTES
+        before = self.sidecars[: self.sidecars.index(sidecar)]
+        return self._sidecar_start + sum(self.sidecar_size(each) for each in before)
 
     @property
     def _sidecar_start(self) -> int:
-        return -(-self.kv_bytes // SIDECAR_SLOT_BYTES) * SIDECAR_SLOT_BYTES
+        return _rounded(self.kv_bytes, SIDECAR_SLOT_BYTES)
 
-    @property
-    def _sidecar_span(self) -> int:
-        return len(self.sidecars) * self.block_size * SIDECAR_SLOT_BYTES
+    def sidecar_size(self, sidecar: Sidecar) -> int:
+        """Return how many bytes of a block a sidecar takes."""
+        if sidecar is Sidecar.KEY_BOUNDS:
+            return _rounded(2 * self.key_dim * BOUND_BYTES, SIDECAR_SLOT_BYTES)
+        return self.block_size * SIDECAR_SLOT_BYTES
+
+
+def _rounded(number: int, step: int) -> int:
+    return -(-number // step) * step
 
 
 def sketch_layout_of(layer: LayerShape, format: Format, block_size: int, share: float) -> BlockLayout:
     """Return the block layout of partial keys: a ``share`` of the columns of each key, and no values."""
+    format = format if format.is_float else Format.FP16
     return BlockLayout(
         key_dim=max(1, round(share * layer.key_dim)), value_dim=0, format=format, block_size=block_size, sidecars=()
     )

@@ -33,6 +33,7 @@ class Need(StrEnum):
 
     COLUMN_SUMS = "column_sums"
     ROTATION = "rotation"
+    KEY_BOUNDS = "key_bounds"
 
 
 class Tier(StrEnum):
@@ -47,6 +48,7 @@ class Sidecar(StrEnum):
 
     POSITIONS = "positions"
     COLUMN_SUMS = "column_sums"
+    KEY_BOUNDS = "key_bounds"
 
 
 class Saves(StrEnum):
@@ -57,17 +59,40 @@ class Saves(StrEnum):
 
 
 class Format(StrEnum):
-    """How the elements of keys and values are stored."""
+    """How the elements of keys and values are stored.
+
+    ``int8`` has a scale per token; ``int4`` and ``int2`` have a scale and a minimum per key channel of a block, and
+    per token and 32 value channels (KIVI's layout). Codes of ``int4`` and ``int2`` are packed; see `core.layout`.
+    """
 
     FP32 = "fp32"
     BF16 = "bf16"
     FP16 = "fp16"
+    INT8 = "int8"
+    INT4 = "int4"
+    INT2 = "int2"
+
+    @property
+    def bits(self) -> int:
+        """Bits of one stored element, scales left out."""
+        return {Format.FP32: 32, Format.INT8: 8, Format.INT4: 4, Format.INT2: 2}.get(self, 16)
+
+    @property
+    def is_float(self) -> bool:
+        """Whether elements are floating-point numbers, so that no scale goes with them."""
+        return self in (Format.FP32, Format.BF16, Format.FP16)
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether elements share bytes, so that a block is written whole or not at all."""
+        return self.bits < 8
 
     @property
     def element_bytes(self) -> int:
-        """Bytes of one stored element."""
-        return 4 if self is Format.FP32 else 2
+        """Bytes of one stored element, where it has bytes of its own."""
+        assert not self.is_packed, f"{self.value} packs several elements into a byte"
+        return self.bits // 8
 
 
 SIDECAR_SLOT_BYTES = 4
-"""Bytes of one sidecar entry of one slot: an int32 position or a float32 sum."""
+"""Bytes of one sidecar entry of one slot: an int32 position or a float32 sum. Key bounds are per block."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from kvatlas.core.errors import CapacityError
 from kvatlas.core.units import format_bytes
 from kvatlas.engine.engine import Engine
-from kvatlas.engine.eviction import staged_slots
+from kvatlas.engine.eviction import residual, staged_slots
 from kvatlas.engine.params import SamplingParams
 from kvatlas.engine.request import Request
 from kvatlas.engine.runner import Batch, Runner
@@ -139,6 +139,7 @@ class _Rows:
             output_start=len(prompt),
         )
         request.seq = store.open(layout_under(store, self._strategy))
+        request.seq.residual = residual(self._strategy, in_prompt=True)
         return request
 
     def _extend(self, request: Request, count: int) -> None:

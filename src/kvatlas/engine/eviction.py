@@ -8,9 +8,10 @@ import torch
 
 from kvatlas.core.vocabulary import Moment
 from kvatlas.engine.request import Request
-from kvatlas.storage.eviction import compact_windows, keep_slots, lane_view, open_holes
+from kvatlas.storage.eviction import compact_windows, evict_one, keep_only, lane_view
 from kvatlas.storage.lanes import LaneGroup
 from kvatlas.storage.store import KVStore
+from kvatlas.strategies.strategy import Strategy
 
 
 def after_prompt_chunk(store: KVStore, request: Request, span_done: bool) -> None:
@@ -23,9 +24,23 @@ def after_prompt_chunk(store: KVStore, request: Request, span_done: bool) -> Non
 
 
 def end_prompt(store: KVStore, request: Request) -> None:
-    """Give back what only the prompt needed of the staging buffers, once all that goes is gone."""
+    """Give back what only the prompt needed of the staging buffers, once all that goes is gone.
+
+    What stays of the prompt under a strategy that evicts may be encoded from now on.
+    """
     if request.seq is not None:
         store.shrink_staging(request.seq, staged_slots(store, request, 1))
+        request.seq.residual = residual(request.strategy, in_prompt=False)
+
+
+def residual(strategy: Strategy, *, in_prompt: bool) -> int | None:
+    """Return how many newest tokens of a sequence are not encoded; None: nothing is, for now.
+
+    What will be cut at the end of a prompt is encoded after it: encoded blocks cannot be cut well.
+    """
+    if strategy.packed is None or strategy.encode is None or (in_prompt and strategy.evicts):
+        return None
+    return strategy.encode.residual
 
 
 def staged_slots(store: KVStore, request: Request, count: int) -> int:
@@ -54,12 +69,13 @@ def after_decode_step(store: KVStore, requests: Seq[Request]) -> None:
     recent = [strategy.keep.recent_tokens(request.prompt_tokens) for request in full]
     limits = torch.tensor([capacities[request] for request in full])
     for group in seqs[0].layout.groups:
-        view, live = lane_view(store, seqs, group, recent)
+        slots = lane_view(store, seqs, group, recent)
+        view, live = slots.view, slots.live_BHS
         scores = strategy.keep.scores(view).masked_fill(~view.valid_BHS, -torch.inf)
         victims = scores.masked_fill(~live, torch.inf).argmin(dim=-1).cpu()
         windows = store.lanes.window_of_lane[group.lanes]
         crowded = live.sum(dim=-1).cpu() >= torch.minimum(limits[:, None], windows)
-        open_holes(store, seqs, group, victims.masked_fill(~crowded, -1))
+        evict_one(store, seqs, group, victims.masked_fill(~crowded, -1), slots.num_old)
 
 
 def _cut(store: KVStore, request: Request) -> None:
@@ -76,7 +92,8 @@ def _cut(store: KVStore, request: Request) -> None:
     for index in store.lanes.shape.owners:
         lanes = store.lanes.slices[index]
         group = LaneGroup(blocks=seq.layout.of_layer(index), lanes=torch.arange(lanes.start, lanes.stop))
-        view, _ = lane_view(store, [seq], group, recent)
+        slots = lane_view(store, [seq], group, recent)
+        view = slots.view
         window = store.lanes.shape.layers[index].window
         limit = most_kept if window is None else min(most_kept, window - 1)
         scores = keep.scores(view).masked_fill(~view.valid_BHS, -torch.inf)[0]
@@ -85,4 +102,4 @@ def _cut(store: KVStore, request: Request) -> None:
         kept = scores.topk(most, dim=-1).indices
         unused = torch.arange(most, device=kept.device) >= count[:, None]
         kept = kept.masked_fill(unused, scores.shape[-1]).sort(dim=-1).values
-        keep_slots(store, seq, group, kept.cpu(), count.cpu())
+        keep_only(store, seq, group, kept.cpu(), count.cpu(), slots.num_old)

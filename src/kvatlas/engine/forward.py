@@ -9,7 +9,7 @@ Shapes: T packed tokens, n tokens of a chunk, R sequences of a group, H KV heads
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypedDict
 
 import torch
@@ -18,15 +18,18 @@ from torch import Tensor
 from kvatlas.core.timeline import EventKind, Timeline
 from kvatlas.core.vocabulary import Need
 from kvatlas.engine.segments import Chunk, DecodeGroup, sequence_of
+from kvatlas.engine.selection import choose_pages
+from kvatlas.engine.sources import Blocks, old_blocks
 from kvatlas.engine.speculation import Choice, Foresee, Sketch, Speculator, by_kv_head, choose
 from kvatlas.engine.staging import Staging, Transfer, Visitors
+from kvatlas.kernels.blocks import read_keys, write_slots
 from kvatlas.kernels.chunk_attention import chunk_attention
 from kvatlas.kernels.column_sums import column_sums
 from kvatlas.kernels.decode_attention import decode_attention
-from kvatlas.kernels.gather import gather_slots
-from kvatlas.kernels.visibility import slot_mask
+from kvatlas.kernels.pool import Part
 from kvatlas.models.adapter import AttentionCall
 from kvatlas.storage.arena import BlockClass
+from kvatlas.storage.bounds import bound_blocks, widen
 from kvatlas.storage.link import Link
 from kvatlas.storage.sequence import Sequence, Slots
 from kvatlas.storage.store import KVStore
@@ -65,7 +68,6 @@ class _Limits(TypedDict):
     softcap: float | None
     window: int | None
     reach: tuple[int, int] | None
-    dense_start: int | None
 
 
 class ForwardPass:
@@ -133,28 +135,59 @@ class ForwardPass:
         seq, strategy = sequence_of(chunk.request), chunk.request.strategy
         lanes = self._store.lanes.slices[call.layer]
         past = chunk.past_length[lanes]
-        columns = -(-int(past.max()) // self._store.block_size)
         source = self._source(call, seq, chunk.visitors, chunk.table[lanes][None])
-        k, v = self._write(call, seq.layout.of_layer(call.layer), chunk.slots, k, v, source.visiting)
+        home = seq.layout.of_layer(call.layer)
+        k, v = self._write(call, home, chunk.slots, k, v, source.visiting)
+        if home.pool.key_bounds is not None:
+            bound_blocks(home, *self._touched(chunk, lanes))
         reach = strategy.keep.reach(chunk.request.prompt_tokens)
-        starts = chunk.dense_starts
         limits = _Limits(
             scale=call.scale,
             softcap=call.softcap,
             window=call.window,
             reach=None if reach is None else (reach.sinks, reach.recent),
-            dense_start=None if starts is None else starts[call.window or 0],
         )
-        blocks, table = source.blocks, source.table[0, :, :columns]
-        out, lse = chunk_attention(
-            q, k, v, chunk.positions, blocks.keys, blocks.values, blocks.positions, table, past.to(q.device),
-            sinks=call.sinks, **limits,
-        )  # fmt: skip
+        parts = self._past_parts(call, chunk, Blocks.of(source.blocks, source.table[0], past.to(q.device), past))
+        out, lse = chunk_attention(q, k, v, chunk.positions, parts, sinks=call.sinks, **limits)
         if Need.COLUMN_SUMS in strategy.needs:
             self._add_column_sums(call, chunk, source, q, k, lse, limits)
         if seq.sketch is not None and source.visiting:
             self._extend_sketch(call, chunk, source, q, k)
         return out
+
+    def _touched(self, chunk: Chunk, lanes: slice) -> tuple[Tensor, Tensor]:
+        """Return the blocks [H, m] that a chunk writes to, and how many of their slots [H, m] are used then."""
+        size, past = self._store.block_size, chunk.past_length[lanes]
+        most = -(-(int((past % size).max()) + chunk.count) // size)
+        column = past[:, None] // size + torch.arange(most)
+        used = (past[:, None] + chunk.count - column * size).clamp(min=0, max=size)
+        table = chunk.table[lanes]
+        return table.gather(1, column.clamp(max=table.shape[1] - 1).to(table.device)), used
+
+    def _bound_keys(self, call: AttentionCall, group: DecodeGroup, home: BlockClass) -> None:
+        """Let the bounds of the blocks that a step writes to cover the new keys."""
+        if home.pool.key_bounds is None or self._store.lanes.shape.layers[call.layer].shares_kv_with is not None:
+            return
+        lanes, slots = self._store.lanes.slices[call.layer], group.slots
+        last = slots.index[:, lanes] == group.host_length[:, lanes] - 1
+        fresh = last & (slots.index[:, lanes] % self._store.block_size == 0)
+        widen(home, slots.block[:, lanes], slots.offset[:, lanes], fresh)
+
+    def _past_parts(self, call: AttentionCall, chunk: Chunk, own: Blocks) -> list[Part]:
+        """Return what a chunk reads of the past: encoded blocks, then ``own``."""
+        starts, old = chunk.dense_starts, self._old(call, chunk)
+        parts = [own.part(dense_start=None if starts is None else starts[call.window or 0])]
+        if old is not None:
+            parts.insert(0, old.part(hide_empty=starts is None, dense_start=None if starts is None else 0))
+        return parts
+
+    def _old(self, call: AttentionCall, segment: Chunk | DecodeGroup) -> Blocks | None:
+        """Return the encoded blocks of a layer, [H, C] for a chunk; None if there are none."""
+        seq = sequence_of(segment.request) if isinstance(segment, Chunk) else segment.seqs[0]
+        found = old_blocks(
+            seq.layout.old_of(seq.layout.of_layer(call.layer)), segment.old, self._store.lanes.slices[call.layer]
+        )
+        return found.first() if found is not None and isinstance(segment, Chunk) else found
 
     def _source(self, call: AttentionCall, seq: Sequence, visitors: Visitors | None, table: Tensor) -> _Source:
         """Return where a segment reads a layer; ``table`` [R, H, C] holds where its blocks live."""
@@ -177,28 +210,27 @@ class ForwardPass:
             return
         before = chunk.past_length[lanes]
         past = before + first  # tokens of the chunk before the first observed one count as past
-        columns = -(-int(past.max()) // self._store.block_size)
-        table = chunk.table[lanes, :columns]
-        held = _held(past, table.shape[-1], self._store.block_size).to(table.device)
+        at_home = Blocks.of(home, chunk.table[lanes], past.to(q.device), past)
+        own = replace(at_home, blocks=source.blocks, table=source.table[0, :, : at_home.table.shape[-1]])
         owner = self._store.lanes.shape.layers[call.layer].shares_kv_with is None  # the others only add to its votes
         fresh = owner and observed is not None and prompt_tokens - observed >= int(chunk.positions[0])
         if source.visiting and first:  # the buffer has the past, but not yet the chunk's own unobserved tokens
             self._write_visiting(source, chunk.slots.index[:first, lanes], k[:first], None)
             self._write_positions(source, chunk.slots.index[:first, lanes], chunk.positions[:first])
         past_sums, own_sums = column_sums(
-            q[first:], k[first:], chunk.positions[first:], lse[:, first:],
-            source.blocks.keys, source.blocks.positions, source.table[0, :, :columns] if source.visiting else table,
-            past.to(q.device), **limits,
-        )  # fmt: skip
+            q[first:], k[first:], chunk.positions[first:], lse[:, first:], self._past_parts(call, chunk, own), **limits
+        )
+        old = self._old(call, chunk)
+        credited = [at_home] if old is None else [old, at_home]
         own_slots = chunk.slots.block[first:, lanes].to(sums.device), chunk.slots.offset[first:, lanes].to(sums.device)
 
         def credit() -> None:
-            if fresh:  # votes of an earlier prompt no longer count
-                sums.index_fill_(0, table.flatten()[held].long().to(sums.device), 0.0)
-            _add_to_blocks(sums, table, held, past_sums)
+            for where, amounts in zip(credited, past_sums, strict=True):
+                where.add_to_sums(amounts, where.held(), fresh=fresh)  # votes of an earlier prompt no longer count
             sums[own_slots] += own_sums.T.to(sums.device)
 
-        self._at_home(call, source.visiting, credit, (past_sums.numel() + own_sums.numel()) * sums.itemsize)
+        numbers = own_sums.numel() + sum(amounts.numel() for amounts in past_sums)
+        self._at_home(call, source.visiting, credit, numbers * sums.itemsize)
 
     def _extend_sketch(self, call: AttentionCall, chunk: Chunk, source: _Source, q: Tensor, k: Tensor) -> None:
         """Give the sketch the chunk's keys; at the end of the first prompt, choose its columns and fill it."""
@@ -215,7 +247,7 @@ class ForwardPass:
             columns, most = max(1, _SKETCH_SLOTS // size), -(-past // size)
             for first in range(0, most, columns):
                 table = source.table[0, :, first : min(first + columns, most)]
-                keys = gather_slots(source.blocks.keys, table)[:, : past - first * size]
+                keys = read_keys(source.blocks.pool, table, k.dtype)[:, : past - first * size]
                 sketch.write(seq, first * size, keys)
         sketch.write(seq, past, k.transpose(0, 1))
 
@@ -225,32 +257,40 @@ class ForwardPass:
         source = self._source(call, seqs[0], group.visitors, group.table[:, lanes])
         stored_k, stored_v = self._write(call, home, group.slots, k, v, source.visiting)
         choice = group.choices.get(call.layer)
-        length, slot = group.length[:, lanes], group.slots.index[:, lanes]
+        length, host_length, slot = group.length[:, lanes], group.host_length[:, lanes], group.slots.index[:, lanes]
         columns = group.columns[call.layer]
         if choice is not None:
             slot = choice.count[:, None].expand_as(slot)
-            length, columns = (slot + 1).to(q.device), int(choice.count.max()) // self._store.block_size + 1
+            host_length, columns = slot + 1, int(choice.count.max()) // self._store.block_size + 1
+            length = host_length.to(q.device)
         if source.visiting:
             self._write_visiting(source, slot, stored_k, stored_v)
-        blocks, table = source.blocks, source.table[..., :columns]
+        own = Blocks(blocks=source.blocks, table=source.table[..., :columns], length=length, host_length=host_length)
+        self._bound_keys(call, group, home)
+        pages = group.strategy.pages(call.layer, self._store.lanes.shape.layers[call.layer], self._store.block_size)
+        chosen = own if pages is None else choose_pages(q, own, pages)
+        old = self._old(call, group)
+        parts = [chosen.part()] if old is None else [old.part(hide_empty=group.strategy.evicts), chosen.part()]
         need_mass = Need.COLUMN_SUMS in group.strategy.needs and keep.observed_queries(1) is None
-        out, mass = decode_attention(
-            q, blocks.keys, blocks.values, table, length,
-            scale=call.scale, softcap=call.softcap, sinks=call.sinks,
-            mask=self._mask(call, group, blocks, table, length) if choice is None
-            else slot_mask(length, columns, self._store.block_size),
-            need_mass=need_mass,
+        alike: object = call.window if group.dense else call.layer
+        out, masses = decode_attention(
+            q, parts, scale=call.scale, softcap=call.softcap, sinks=call.sinks,
+            window=call.window if choice is None else None, query_position=group.positions, need_mass=need_mass,
+            shared=None if choice is not None or chosen is not own else group.shared.setdefault(alike, {}),
         )  # fmt: skip
         if need_mass:
-            assert home.column_sums is not None and mass is not None
-            sums, amounts, where = home.column_sums, mass, group.table[:, lanes, :columns]
-            held = self._held_blocks(call, group, where)
+            assert masses is not None
+            where = replace(own, blocks=home, table=group.table[:, lanes, :columns])
+            held = self._held_blocks(alike, group, where)
+            *_, amounts = masses
             self._at_home(
                 call,
                 source.visiting,
-                lambda: _add_to_blocks(sums, where, held, amounts),
+                lambda: where.add_to_sums(amounts, held),
                 amounts.numel() * amounts.itemsize,
             )
+            if old is not None:
+                old.add_to_sums(masses[0], old.held())
         if choice is not None:
             self._follow_up(call, group, choice, q, stored_k)
         return out
@@ -264,7 +304,7 @@ class ForwardPass:
         Sketch(self._store, rotation, call.layer).write_step(group.seqs, cached, k)
         if speculator.account is not None:
             home, table = visitors.home(call.layer)
-            keys = gather_slots(home.keys, table, torch.float32).to(q.device)
+            keys = read_keys(home.pool, table, torch.float32).to(q.device)
             for row, length in enumerate(cached.tolist()):  # the new key may still be on its way
                 keys[row, :, length] = k[row]
             queries = by_kv_head(q.float(), k.shape[1])
@@ -273,15 +313,18 @@ class ForwardPass:
     def _write(
         self, call: AttentionCall, blocks: BlockClass, slots: Slots, k: Tensor, v: Tensor, visiting: bool
     ) -> tuple[Tensor, Tensor]:
-        """Store keys and values [n, H, D] where they live and return them as a later read will see them."""
+        """Store keys and values [n, H, D] where they live and return them as a later read will see them.
+
+        Where integers are stored, a chunk's own queries still see what was computed.
+        """
         lanes = self._store.lanes.slices[call.layer]
-        stored_k, stored_v = k.to(blocks.keys.dtype), v.to(blocks.values.dtype)
+        dtype = blocks.pool.keys.dtype if blocks.layout.format.is_float else k.dtype
+        stored_k, stored_v = k.to(dtype), v.to(dtype)
         if self._store.lanes.shape.layers[call.layer].shares_kv_with is None:
             block, offset = slots.block[:, lanes].to(blocks.device), slots.offset[:, lanes].to(blocks.device)
 
             def put() -> None:
-                blocks.keys[block, offset] = stored_k.to(blocks.device)
-                blocks.values[block, offset] = stored_v.to(blocks.device)
+                write_slots(blocks.pool, block, offset, stored_k.to(blocks.device), stored_v.to(blocks.device))
 
             self._at_home(call, visiting, put, stored_k.nbytes + stored_v.nbytes)
         return stored_k.to(k.dtype), stored_v.to(v.dtype)
@@ -295,10 +338,7 @@ class ForwardPass:
 
     def _write_visiting(self, source: _Source, slot: Tensor, k: Tensor, v: Tensor | None) -> None:
         """Write new tokens [n, H, D] to slots [n, H] of the buffer; a chunk's table is the same for all its tokens."""
-        block, offset = self._locate(source, slot)
-        source.blocks.keys[block, offset] = k.to(source.blocks.keys.dtype)
-        if v is not None:
-            source.blocks.values[block, offset] = v.to(source.blocks.values.dtype)
+        write_slots(source.blocks.pool, *self._locate(source, slot), k, v)
 
     def _write_positions(self, source: _Source, slot: Tensor, positions: Tensor) -> None:
         block, offset = self._locate(source, slot)
@@ -309,42 +349,8 @@ class ForwardPass:
         table = table.expand(len(slot), -1, -1)
         return table.gather(-1, (slot // self._store.block_size)[..., None]).squeeze(-1), slot % self._store.block_size
 
-    def _held_blocks(self, call: AttentionCall, group: DecodeGroup, table: Tensor) -> Tensor:
-        """Return the indices of the group's own blocks in ``table``, once for all layers whose lanes are equal."""
-        key: object = call.window if group.dense else call.layer
-        if key not in group.held:
-            length = group.host_length[:, self._store.lanes.slices[call.layer]]
-            group.held[key] = _held(length, table.shape[-1], self._store.block_size).to(table.device)
-        return group.held[key]
-
-    def _mask(
-        self, call: AttentionCall, group: DecodeGroup, blocks: BlockClass, table: Tensor, length: Tensor
-    ) -> Tensor | None:
-        """Return the additive mask of a layer, computed once for all layers whose lanes are equal."""
-        key: object = call.window if group.dense else call.layer
-        if key not in group.masks:
-            windowed = call.window is not None
-            group.masks[key] = slot_mask(
-                length,
-                table.shape[2],
-                self._store.block_size,
-                window=call.window,
-                pos_pool=blocks.positions if windowed else None,
-                table=table if windowed else None,
-                query_position=group.positions,
-            )
-        return group.masks[key]
-
-
-def _held(length: Tensor, columns: int, block_size: int) -> Tensor:
-    """Return which entries of tables [..., C], flattened, are blocks of their lane: int64 indices [n].
-
-    What stands behind a lane's last block is left over from other times and must not be written to.
-    """
-    return (torch.arange(columns) < -(-length // block_size)[..., None]).flatten().nonzero().flatten()
-
-
-def _add_to_blocks(sums: Tensor, table: Tensor, held: Tensor, amounts: Tensor) -> None:
-    """Add ``amounts`` [..., C * bs] to the slots of the blocks in ``table`` [..., C]; see `_held`."""
-    ids, added = table.flatten()[held], amounts.reshape(-1, sums.shape[1])[held]
-    sums.index_add_(0, ids.to(sums.device), added.to(sums.device))
+    def _held_blocks(self, alike: object, group: DecodeGroup, own: Blocks) -> Tensor:
+        """Return the indices of the group's own blocks in their table, once for all layers whose lanes are equal."""
+        if alike not in group.held:
+            group.held[alike] = own.held()
+        return group.held[alike]

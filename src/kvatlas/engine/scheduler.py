@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import deque
 
-from kvatlas.engine.eviction import staged_slots
+from kvatlas.engine.eviction import residual, staged_slots
 from kvatlas.engine.request import Request
 from kvatlas.engine.runner import Batch
 from kvatlas.models.adapter import Adapter
@@ -29,9 +29,11 @@ def layout_under(store: KVStore, strategy: Strategy) -> SequenceLayout:
 
     Raises:
         CapacityError: it places keys and values on the host, and there is no host tier.
+        ConfigError, UnsupportedError: blocks of this size, or those of this model, cannot be packed.
     """
     host_layers = strategy.host_layers(store.lanes.shape)
-    return store.layout(strategy.format, strategy.sidecars, host_layers, strategy.sketch_share if host_layers else 0.0)
+    sketch_share = strategy.sketch_share if host_layers else 0.0
+    return store.layout(strategy.stored(store.format), strategy.sidecars, host_layers, sketch_share, strategy.packed)
 
 
 class Scheduler:
@@ -80,6 +82,7 @@ class Scheduler:
             if end is None or limit <= 0 or request not in self.running:
                 continue
             assert request.seq is not None
+            request.seq.residual = residual(request.strategy, in_prompt=True)
             close_holes(self._store, request.seq)  # before room is counted: a closed hole may free a block
             count = self._within_footprint(request, min(end - request.computed, limit))
             if self._make_room(request, count, protect=decodes + [other for other, _ in chunks]):

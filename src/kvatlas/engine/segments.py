@@ -20,13 +20,25 @@ from kvatlas.strategies.strategy import Strategy
 
 
 @dataclass(frozen=True, kw_only=True)
+class OldBlocks:
+    """Encoded blocks of the sequences of a segment, before their own: ``table`` [.., lanes, C], ``length`` [.., lanes].
+
+    ``host_length`` is the length on the CPU.
+    """
+
+    table: Tensor
+    length: Tensor
+    host_length: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
 class Chunk:
     """The next ``count`` prompt tokens of one request, at row ``start`` of the batch.
 
     ``table`` [lanes, C] covers the chunk too; ``past_length`` [lanes], on the CPU, is what was
     cached before it; ``dense_starts`` gives the
     position of slot 0 per window (0: no window) while slots are in position order, else None;
-    ``visitors`` are the past's blocks on the host, or None.
+    ``visitors`` are the past's blocks on the host, or None; ``old`` those of the past that are encoded.
     """
 
     request: Request
@@ -38,6 +50,7 @@ class Chunk:
     slots: Slots
     dense_starts: dict[int, int] | None
     visitors: Visitors | None
+    old: OldBlocks | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,8 +58,9 @@ class DecodeGroup:
     """One new token for each of R requests of one strategy, from row ``start`` of the batch on.
 
     ``table`` [R, lanes, C] and ``length`` [R, lanes] include the new tokens; ``host_length`` is the latter on the CPU.
-    ``visitors`` are the blocks on the host, or None; ``choices`` says, layer by layer, which of their slots are read
-    where not all are.
+    ``visitors`` are the blocks on the host, or None; ``old`` those that are encoded, or None; ``choices`` says, layer
+    by layer, which of the visitors' slots are read where not all are. ``shared`` and ``held`` are what layers whose
+    lanes are equal compute once.
     """
 
     strategy: Strategy
@@ -60,8 +74,9 @@ class DecodeGroup:
     dense: bool
     host_length: Tensor
     visitors: Visitors | None
+    old: OldBlocks | None
     choices: dict[int, Choice] = field(default_factory=dict)
-    masks: dict[object, Tensor | None] = field(default_factory=dict)
+    shared: dict[object, dict[str, Tensor | None]] = field(default_factory=dict)
     held: dict[object, Tensor] = field(default_factory=dict)
 
     @property
@@ -85,7 +100,9 @@ def make_chunk(store: KVStore, request: Request, count: int, start: int) -> Chun
     assert seq is not None
     device = store.arena.device
     past_length = store.length[seq.row].clone()
-    dense_starts = {0: 0, **seq.starts} if seq.dense else None
+    old = _old_blocks(store, [seq])
+    encoded = 0 if old is None else int(old.host_length.max())
+    dense_starts = {0: encoded, **seq.starts} if seq.dense else None
     slots = _on_device(store.append(seq, count), device)
     columns = int(store.columns_held(seq).max())
     return Chunk(
@@ -98,6 +115,7 @@ def make_chunk(store: KVStore, request: Request, count: int, start: int) -> Chun
         slots=slots,
         dense_starts=dense_starts,
         visitors=_visitors(store, request.strategy, [seq], past_length[None], chooses=False),
+        old=old,
     )
 
 
@@ -110,6 +128,7 @@ def make_group(store: KVStore, requests: list[Request], start: int) -> DecodeGro
     length = store.length[rows]
     per_lane = (-(-length.amax(dim=0) // store.block_size)).tolist()
     columns = [max(per_lane[lanes]) for lanes in store.lanes.slices]
+    old = _old_blocks(store, seqs)
     return DecodeGroup(
         strategy=strategy,
         requests=requests,
@@ -120,9 +139,21 @@ def make_group(store: KVStore, requests: list[Request], start: int) -> DecodeGro
         host_length=length,
         columns=columns,
         slots=_on_device(slots, device),
-        dense=all(seq.dense for seq in seqs) or _alike(store, length),
+        dense=all(seq.dense for seq in seqs) or (old is None and _alike(store, length)),
         visitors=_visitors(store, strategy, seqs, length, chooses=strategy.attend is not None),
+        old=old,
     )
+
+
+def _old_blocks(store: KVStore, seqs: Seq[Sequence]) -> OldBlocks | None:
+    """Return the encoded blocks of sequences of one layout; None if there are none."""
+    rows = torch.tensor([seq.encoded.row for seq in seqs if seq.encoded is not None], dtype=torch.int64)
+    length = store.length[rows]
+    most = -(-int(length.max()) // store.block_size) if len(rows) else 0
+    if not most:
+        return None
+    device = store.arena.device
+    return OldBlocks(table=store.table[rows, :, :most].to(device), length=length.to(device), host_length=length)
 
 
 def _alike(store: KVStore, length: Tensor) -> bool:

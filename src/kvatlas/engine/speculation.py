@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvatlas.kernels.gather import gather_slots
+from kvatlas.kernels.blocks import read_keys, write_slots
 from kvatlas.models.loading import LoadedModel
 from kvatlas.models.rotation import Rotation, rotations_for
 from kvatlas.storage.arena import BlockClass
@@ -133,7 +133,7 @@ class Sketch:
         query = self._cut(columns, by_kv_head(query_RHqD, columns.shape[1]))
         blocks = self._blocks(seqs[0])
         most = -(-int(length_R.max()) // self._store.block_size)
-        keys = gather_slots(blocks.keys, self._table(seqs)[..., :most].to(blocks.device), torch.float32)
+        keys = read_keys(blocks.pool, self._table(seqs)[..., :most].to(blocks.device), torch.float32)
         return relative_scores(query, keys, length_R, self._rotation)
 
     def _cut(self, columns: Tensor, heads: Tensor) -> Tensor:
@@ -144,7 +144,7 @@ class Sketch:
     def _put(self, seqs: Seq[Sequence], slots_RHn: Tensor, keys_RHnr: Tensor) -> None:
         blocks, size = self._blocks(seqs[0]), self._store.block_size
         block = self._table(seqs).long().gather(-1, slots_RHn // size).to(blocks.device)
-        blocks.keys[block, (slots_RHn % size).to(blocks.device)] = keys_RHnr.to(blocks.keys.dtype)
+        write_slots(blocks.pool, block, (slots_RHn % size).to(blocks.device), keys_RHnr, None)
 
     def _columns(self, seqs: Seq[Sequence]) -> Tensor:
         return torch.stack([seq.sketch_columns[self._layer] for seq in seqs])

@@ -103,8 +103,8 @@ class Visitors:
         written = written[0].to(target.device), written[1].to(target.device)
 
         def copy() -> None:
-            target.keys[written] = source.keys[read].to(target.device)
-            target.values[written] = source.values[read].to(target.device)
+            for filled, pool in zip(target.pool.slots, source.pool.slots, strict=True):
+                filled[written] = pool[read].to(target.device)
 
         slot_bytes = source.layout.kv_bytes // source.layout.block_size
         return Transfer(copy=copy, num_bytes=int(wanted.sum()) * slot_bytes)

@@ -1,14 +1,19 @@
 """Reading the slots of lanes out of a block pool.
 
-Every plain-torch form reads blocks here and nowhere else. ``index_select`` along the strided first dimension
-is as fast as on contiguous memory and about five times faster than advanced indexing.
+Every plain-torch form reads blocks here and nowhere else; encoded formats come from ``kernels/blocks``.
+``index_select`` along the strided first dimension is as fast as on contiguous memory and about five times faster
+than advanced indexing.
 Shapes: N blocks of the pool, C table columns, s slots of a block, D width of an entry.
 """
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
+
+from kvatlas.kernels.pool import BlockPool
 
 
 def gather_slots(pool: Tensor, table: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -24,6 +29,24 @@ def gather_slots(pool: Tensor, table: Tensor, dtype: torch.dtype | None = None) 
     blocks = torch.index_select(pool, 0, table.reshape(-1))
     slots = blocks.view(*table.shape[:-1], table.shape[-1] * pool.shape[1], *pool.shape[2:])
     return slots if dtype is None else slots.to(dtype)
+
+
+def read_entries(pool: BlockPool, which: Literal["keys", "values"], table: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the keys or values of every table column, decoded, as a new tensor [..., C * s, D].
+
+    Slots that no token occupies come back as garbage, NaN included.
+
+    Args:
+        pool: blocks in any format.
+        which: what to read of them.
+        table: [..., C] block ids.
+        dtype: what to cast to.
+    """
+    if pool.layout.format.is_float:
+        return gather_slots(pool.keys if which == "keys" else pool.values, table, dtype)
+    from kvatlas.kernels import blocks  # which gathers by this module
+
+    return (blocks.read_keys if which == "keys" else blocks.read_values)(pool, table, dtype)
 
 
 class SlotBuffer:

@@ -16,7 +16,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from kvatlas.kernels.gather import gather_slots
+from kvatlas.kernels.gather import gather_slots, read_entries
+from kvatlas.kernels.pool import Part
 from kvatlas.kernels.visibility import NO_TOKEN, Sight, additive
 
 STEP_BYTES = 4 << 20
@@ -33,7 +34,7 @@ class Step:
     Args:
         heads: which KV heads.
         rows: which queries.
-        first: index of the first key, as a slot of the lane or as a token of the chunk.
+        first: index of the first key, as a slot of the part or as a token of the chunk.
         k: [H, S, D] in the type of the queries.
         v: [H, S, E] in the type of the queries, or None where values are not needed.
         mask: additive float32 [H or 1, T, S], or None if every query sees every key.
@@ -99,44 +100,29 @@ class Stream:
     dtype: torch.dtype
     numbers_per_pair: int
 
-    def past(
-        self,
-        k_pool: Tensor,
-        v_pool: Tensor | None,
-        pos_pool: Tensor,
-        table: Tensor,
-        length: Tensor,
-        dense_start: int | None,
-    ) -> Iterator[Step]:
+    def past(self, part: Part, *, values: bool) -> Iterator[Step]:
         """Yield the steps over cached slots that some query sees, reading no others; waits for the device once.
 
         Args:
-            k_pool: [N, s, D].
-            v_pool: [N, s, E], or None where values are not needed.
-            pos_pool: [N, s] int32.
-            table: [H, C] block ids.
-            length: [H] slots in use.
-            dense_start: slot i of every lane holds position dense_start + i; None if slots are in any order.
+            part: lanes, table [H, C]. With a ``dense_start`` all its lengths are equal.
+            values: whether to read values as well as keys.
         """
-        size = k_pool.shape[1]
+        size = part.pool.layout.block_size
         tile = -(-self.tile_slots // size) * size
-        for heads, count in _equal_lanes(length):
-            for low, high in self._slot_spans(count, dense_start):
+        for heads, count in _equal_lanes(part.length):
+            for low, high in self._slot_spans(count, part.dense_start):
                 for begin in range(low // size * size, high, tile):
                     first, end = max(low, begin), min(high, begin + tile)
-                    columns = table[heads, first // size : -(-end // size)]
+                    columns = part.table[heads, first // size : -(-end // size)]
                     inside = slice(first % size, first % size + end - first)
-                    if dense_start is None:
-                        keys = _stored_positions(pos_pool, columns, inside)
+                    if part.dense_start is None:
+                        keys = _stored_positions(part.pool.positions, columns, inside)
                     else:
-                        keys = _dense_positions(dense_start + first, dense_start + end, columns.device)
+                        keys = _dense_positions(part.dense_start + first, part.dense_start + end, columns.device)
                     if self.sight.relation(self.queries.range, keys.range) == "none":
                         continue
-                    k, v = (
-                        None if pool is None else gather_slots(pool, columns, self.dtype)[:, inside]
-                        for pool in (k_pool, v_pool)
-                    )
-                    assert k is not None
+                    k = read_entries(part.pool, "keys", columns, self.dtype)[:, inside]
+                    v = read_entries(part.pool, "values", columns, self.dtype)[:, inside] if values else None
                     if keys.range[1] == NO_TOKEN:
                         _clear(keys.positions == NO_TOKEN, k, v)
                     yield from self._steps(heads, first, k, v, keys)

@@ -14,53 +14,71 @@ import torch
 from torch import Tensor
 
 from kvatlas.core.errors import ConfigError
+from kvatlas.core.vocabulary import Sidecar
 from kvatlas.kernels.gather import gather_slots
+from kvatlas.kernels.pool import Part
 
 NO_TOKEN = torch.iinfo(torch.int32).max
 """The position given to slots without a token: later than any query, so causality hides them."""
 
 
 def slot_mask(
-    length: Tensor,
-    columns: int,
-    block_size: int,
+    part: Part,
     *,
     window: int | None = None,
-    pos_pool: Tensor | None = None,
-    table: Tensor | None = None,
     query_position: Tensor | None = None,
+    slots: Tensor | None = None,
 ) -> Tensor | None:
-    """Return what to add to decode scores, 0 or -inf [R, H, C * block_size]; None if all is visible.
+    """Return what to add to decode scores, 0 or -inf, float32 [R, H, S]; None if all is visible.
 
-    Layers whose lengths, positions and window agree can share one mask within a step. On devices other than
-    the CPU a mask always comes back, because looking would wait for the device.
+    S is C * block_size, or S' with ``slots``. On devices other than the CPU a mask always comes back, because looking
+    would wait for the device.
 
     Args:
-        length: [R, H] slots in use at the front of each lane.
-        columns: C, the width of the block table that the attention call will get.
-        block_size: slots of a block.
-        window: a query at position p sees positions > p - window; needs the three arguments below.
-        pos_pool: [N, block_size] int32 positions; if given, slots that hold -1 are hidden, too.
-        table: [R, H, C] block ids; goes with ``pos_pool``.
+        part: the lanes.
+        window: a query at position p sees positions > p - window; needs ``query_position``.
         query_position: [R] position of each sequence's query.
+        slots: [R, H, S'] slots to read instead of those at the front; ``part.length`` then counts these.
 
     Raises:
-        ConfigError: a window without positions, or positions without a table.
+        ConfigError: a window without the positions that it compares.
     """
-    if window is not None and (pos_pool is None or query_position is None):
-        raise ConfigError(f"window={window} compares positions; pass pos_pool and query_position as well")
-    slots = columns * block_size
-    if pos_pool is None and length.device.type == "cpu" and bool((length >= slots).all()):
+    check_window(part, window, query_position)
+    size, length = part.pool.layout.block_size, part.length
+    count = part.table.shape[-1] * size if slots is None else slots.shape[-1]
+    hides = part.hide_empty and part.dense_start is None
+    if not hides and window is None and length.device.type == "cpu" and bool((length >= count).all()):
         return None
-    visible_RHS = torch.arange(slots, device=length.device) < length.unsqueeze(-1)
-    if pos_pool is not None:
-        if table is None:
-            raise ConfigError("pos_pool is read through the block table; pass table as well")
-        position_RHS = gather_slots(pos_pool, table)
-        visible_RHS &= position_RHS >= 0
+    visible_RHS = torch.arange(count, device=length.device) < length.unsqueeze(-1)
+    if hides or window is not None:
+        position_RHS = _positions(part, count, slots)
+        if hides:
+            visible_RHS &= position_RHS >= 0
         if window is not None and query_position is not None:
             visible_RHS &= position_RHS > (query_position - window).view(-1, 1, 1)
     return additive(visible_RHS)
+
+
+def check_window(part: Part, window: int | None, query_position: Tensor | None) -> None:
+    """Raise if a part, or the caller, lacks the positions that a window compares.
+
+    Raises:
+        ConfigError: naming what is missing.
+    """
+    if window is None:
+        return
+    if query_position is None:
+        raise ConfigError(f"window={window} compares positions; pass query_position as well")
+    if part.dense_start is None and Sidecar.POSITIONS not in part.pool.layout.sidecars:
+        raise ConfigError(f"window={window} compares positions; give the part a dense_start, or its layout positions")
+
+
+def _positions(part: Part, count: int, slots: Tensor | None) -> Tensor:
+    """Return the position of each slot [R, H, S], or [S] if all lanes agree."""
+    if part.dense_start is not None:
+        return part.dense_start + (torch.arange(count, device=part.table.device) if slots is None else slots)
+    position_RHS = gather_slots(part.pool.positions, part.table)
+    return position_RHS if slots is None else position_RHS.gather(-1, slots.long())
 
 
 def additive(visible: Tensor) -> Tensor:

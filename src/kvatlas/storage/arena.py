@@ -16,10 +16,9 @@ from torch import Tensor
 from kvatlas.core.errors import CapacityError
 from kvatlas.core.layout import GRANULE, BlockLayout
 from kvatlas.core.units import format_bytes
-from kvatlas.core.vocabulary import Format, Sidecar
+from kvatlas.kernels.pool import BlockPool
+from kvatlas.storage.crossing import copy_rows, page_lock
 
-TORCH_DTYPES = {Format.FP32: torch.float32, Format.BF16: torch.bfloat16, Format.FP16: torch.float16}
-_SIDECAR_DTYPES = {Sidecar.POSITIONS: torch.int32, Sidecar.COLUMN_SUMS: torch.float32}
 _RAW_BYTES = torch.int32.itemsize  # copying whole blocks as words is ten times faster than as bytes
 _BOUNCE_BYTES = 4 << 20  # most bytes between reading and writing: what is on its way is in nobody's books
 _SLAB_AIM_BYTES = 1024 * 1024
@@ -50,9 +49,8 @@ class Books:
 class BlockClass:
     """All blocks of one layout: views into the arena, a free stack, and reference counts.
 
-    ``keys`` [N, bs, Dk], ``values`` [N, bs, Dv], ``positions`` [N, bs] int32, ``column_sums`` [N, bs] float32 (None
-    where not stored) and ``raw`` [N, words] int32, the whole block, are strided views whose rows overlap: only the
-    rows of lent block ids mean something. Counts are kept by *ordinal*, slab * blocks per slab + index in the slab.
+    ``pool`` is what kernels read and write; ``raw`` [N, words] int32 are whole blocks, views whose rows overlap as the
+    pool's do. Counts are kept by *ordinal*, slab * blocks per slab + index in the slab.
     """
 
     def __init__(self, arena: Arena, layout: BlockLayout, memory: Tensor, slab_bytes: int) -> None:
@@ -61,17 +59,9 @@ class BlockClass:
         self.block_bytes = layout.block_bytes
         self.per_slab = slab_bytes // self.block_bytes
         self._slab_bytes = slab_bytes
-        dtype = TORCH_DTYPES[layout.format]
-        self.keys = self._view(memory, dtype, 0, layout.key_dim)
-        self.values = self._view(memory, dtype, layout.key_bytes, layout.value_dim)
-        sidecars = {
-            name: self._view(memory, _SIDECAR_DTYPES[name], layout.sidecar_offset(name), 1).squeeze(-1)
-            for name in layout.sidecars
-        }
-        self._positions = sidecars.get(Sidecar.POSITIONS)
-        self.column_sums = sidecars.get(Sidecar.COLUMN_SUMS)
+        self.pool = BlockPool(memory, layout)
         self.raw = memory.view(torch.int32).as_strided(
-            (self._rows(memory), self.block_bytes // _RAW_BYTES), (GRANULE // _RAW_BYTES, 1)
+            (self.pool.rows, self.block_bytes // _RAW_BYTES), (GRANULE // _RAW_BYTES, 1)
         )
         capacity = memory.numel() // slab_bytes * self.per_slab
         self.refs = torch.zeros(capacity, dtype=torch.int32)
@@ -83,8 +73,12 @@ class BlockClass:
     @property
     def positions(self) -> Tensor:
         """Position of the token in each slot, int32 [N, bs]; only partial keys are stored without."""
-        assert self._positions is not None
-        return self._positions
+        return self.pool.positions
+
+    @property
+    def column_sums(self) -> Tensor | None:
+        """Attention received so far, float32 [N, bs]; None where not stored."""
+        return self.pool.column_sums
 
     @property
     def device(self) -> torch.device:
@@ -124,15 +118,6 @@ class BlockClass:
         slab, index = ordinals.long() // self.per_slab, ordinals.long() % self.per_slab
         return ((slab * self._slab_bytes + index * self.block_bytes) // GRANULE).int()
 
-    def _view(self, memory: Tensor, dtype: torch.dtype, offset_bytes: int, width: int) -> Tensor:
-        size = dtype.itemsize
-        return memory.view(dtype).as_strided(
-            (self._rows(memory), self.layout.block_size, width), (GRANULE // size, width, 1), offset_bytes // size
-        )
-
-    def _rows(self, memory: Tensor) -> int:
-        return max(0, (memory.numel() - self.block_bytes) // GRANULE + 1)
-
 
 def copy_blocks(source: BlockClass, source_ids: Tensor, target: BlockClass, target_ids: Tensor) -> None:
     """Copy whole blocks between two classes of one layout, a few MiB at a time.
@@ -146,8 +131,7 @@ def copy_blocks(source: BlockClass, source_ids: Tensor, target: BlockClass, targ
     at_once = max(1, _BOUNCE_BYTES // source.block_bytes)
     for first in range(0, len(source_ids), at_once):
         part = slice(first, first + at_once)
-        data = source.raw.index_select(0, source_ids[part].to(source.device))
-        target.raw.index_copy_(0, target_ids[part].to(target.device), data.to(target.device))
+        copy_rows(source.raw, source_ids[part], target.raw, target_ids[part])
 
 
 class Arena:
@@ -158,9 +142,10 @@ class Arena:
         layouts: every layout that may be asked for; slabs are sized by the first and hold several of each.
         device: where the bytes live. Tables and counts stay on the CPU.
         option: the command-line option that sets the budget, for messages.
+        locked: keep memory of the host where a CUDA device can reach it by itself.
 
     Raises:
-        CapacityError: the budget does not hold one block.
+        CapacityError: the budget does not hold one block, or so much memory cannot be locked.
     """
 
     def __init__(
@@ -169,6 +154,8 @@ class Arena:
         layouts: Seq[BlockLayout],
         device: torch.device | str = "cpu",
         option: str = "--kv-memory",
+        *,
+        locked: bool = False,
     ) -> None:
         sizes, tier = [layout.block_bytes for layout in layouts], "host" if option == "--host-memory" else "KV"
         if sizes[0] > budget_bytes:
@@ -182,6 +169,8 @@ class Arena:
         self.total_bytes = self.num_slabs * self.slab_bytes
         self.device = torch.device(device)
         self._memory = torch.empty(self.total_bytes, dtype=torch.uint8, device=device)
+        if locked:
+            page_lock(self._memory)
         self._empty_slabs = list(range(self.num_slabs - 1, -1, -1))
         self._classes: dict[BlockLayout, BlockClass] = {}
 

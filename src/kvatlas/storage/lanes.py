@@ -79,6 +79,10 @@ class LaneClasses:
             members.setdefault(blocks, []).append(index)
         self.groups = [LaneGroup(blocks=blocks, lanes=lanes.lanes_of(layers)) for blocks, layers in members.items()]
 
+    def holds(self, layer: int) -> bool:
+        """Whether a layer's lanes have blocks here."""
+        return self._lanes.owner(layer) in self._class_of_owner
+
     def of_layer(self, layer: int) -> BlockClass:
         """Return the class of the blocks that a layer reads."""
         return self._class_of_owner[self._lanes.owner(layer)]
@@ -91,13 +95,15 @@ class SequenceLayout(LaneClasses):
         lanes: the model's lanes.
         device: the device tier.
         host: the host tier; may be None if no layer is placed there.
-        format: element format.
+        format: element format of new tokens.
         sidecars: what is stored per slot.
         block_size: slots per block.
         host_layers: layers that own lanes on the host; the others' are on the device.
         sketch_share: share of each key's columns that the device keeps of tokens on the host; 0: nothing.
+        packed: format that old, full blocks are encoded to; None: none are.
 
     Attributes:
+        encoded: device blocks of old tokens in a packed format, of layers without a sliding window; None without any.
         staging: device blocks that layers on the host are read through, by buffer layer; None without such layers.
         sketch: device blocks of partial keys, slot by slot beside the keys on the host; None if not kept.
         buffers: layer that reads host lanes -> layer whose lanes name its buffer in ``staging``.
@@ -113,8 +119,9 @@ class SequenceLayout(LaneClasses):
         block_size: int,
         host_layers: tuple[int, ...] = (),
         sketch_share: float = 0.0,
+        packed: Format | None = None,
     ) -> None:
-        self.key = (format, sidecars, host_layers, sketch_share)
+        self.key = (format, sidecars, host_layers, sketch_share, packed)
         self.host_layers = host_layers
         self.buffers = staging_buffers(lanes.shape, host_layers)
         self.host_lanes = lanes.lanes_of(host_layers)
@@ -126,6 +133,17 @@ class SequenceLayout(LaneClasses):
         super().__init__(lanes, homes)
         self.staging: LaneClasses | None = None
         self.sketch: LaneClasses | None = None
+        self.encoded: LaneClasses | None = None
+        if packed is not None:
+            old = {
+                index: device.block_class(layout_of(layers[index], packed, block_size, sidecars))
+                for index in layouts
+                if layers[index].window is None
+            }
+            self.encoded = LaneClasses(lanes, old)
+        self._alike = {
+            (group.blocks.layout.key_dim, group.blocks.layout.value_dim): group.blocks for group in self.groups
+        }
         if host_layers:
             buffers = sorted(set(self.buffers.values()))
             self.staging = LaneClasses(lanes, {index: device.block_class(layouts[index]) for index in buffers})
@@ -135,3 +153,12 @@ class SequenceLayout(LaneClasses):
                 for index in host_layers
             }
             self.sketch = LaneClasses(lanes, sketches)
+
+    def home_of(self, old: BlockClass) -> BlockClass:
+        """Return the blocks in which tokens wait that will be encoded to blocks of class ``old``."""
+        return self._alike[old.layout.key_dim, old.layout.value_dim]
+
+    def old_of(self, home: BlockClass) -> BlockClass | None:
+        """Return the class that old blocks of class ``home`` are encoded to; None: they stay."""
+        groups = () if self.encoded is None else self.encoded.groups
+        return next((group.blocks for group in groups if self.home_of(group.blocks) is home), None)

@@ -1,6 +1,7 @@
 """The way between two tiers: moves run beside the compute thread, most urgent first, are counted, and can be awaited.
 
-Without an accelerator both tiers are RAM and a move is a copy. An *emulated* link stretches each copy to the time that
+Without an accelerator both tiers are RAM and a move is a copy. With one, a fetch counts as done when it is queued on the
+device, and the compute is queued behind it (`storage.crossing`). An *emulated* link stretches each copy to the time that
 a slower link would have taken, so that such a link can be studied where there is none; whoever shows a time that
 was measured over one must say so.
 """
@@ -16,11 +17,13 @@ import time
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 from kvatlas.core.errors import ConfigError
 from kvatlas.core.units import parse_bytes
+from kvatlas.storage.crossing import Order, order_for
 
 _TIMES = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
 _LATENCY = re.compile(r"^(\d+(?:\.\d+)?)(us|ms|s)$")
@@ -93,6 +96,8 @@ class Traffic:
 class Move:
     """A move that has been ordered.
 
+    It holds on to what it moves until it is let go of; on an accelerator that must not be before :meth:`wait`.
+
     Args:
         copy: does it, all at once.
         num_bytes: how many bytes that is.
@@ -104,11 +109,18 @@ class Move:
     note: Callable[[float, float], None] | None = None
     error: BaseException | None = None
     _done: threading.Event = field(default_factory=threading.Event)
+    _order: Order | None = None
+    _after: Any = None
+    _end: Any = None
 
     @property
     def done(self) -> bool:
-        """Whether it has ended."""
+        """Whether it has ended, or at least, on an accelerator, is queued."""
         return self._done.is_set()
+
+    def follow(self, order: Order) -> None:
+        """Come behind all that this thread has queued so far."""
+        self._order, self._after = order, order.mark()
 
     def end(self) -> None:
         """Let whoever waits go on."""
@@ -119,17 +131,31 @@ class Move:
         self._done.wait()
 
     def wait(self) -> None:
-        """Return when it has ended; an error of the copy is raised here."""
+        """Return when it has ended, for all that this thread then does; an error of the copy is raised here."""
         self.settle()
         if self.error is not None:
             raise self.error
+        if self._order is not None and self._end is not None:
+            self._order.follow(self._end)
 
-    def run(self, rate: LinkRate | None, traffic: Traffic) -> None:
-        """Copy, stretch the time to that of an emulated link, and count."""
+    def run(self, rate: LinkRate | None, traffic: Traffic, *, let_go: bool = False) -> None:
+        """Copy, stretch the time to that of an emulated link, and count.
+
+        Args:
+            rate: the emulated link, or None.
+            traffic: where to count.
+            let_go: whoever waits may go on, and queue behind it, as soon as it is queued.
+        """
         start = time.perf_counter()
         try:
             with torch.inference_mode():
-                self.copy()
+                if self._order is None:
+                    self.copy()
+                else:
+                    self._end = self._order.carry(self._after, self.copy)
+                    if let_go and rate is None:
+                        self._done.set()
+                    self._order.settle(self._end)
             if rate is not None:
                 _sleep_until(start + rate.seconds(self.num_bytes))
             end = time.perf_counter()
@@ -150,11 +176,17 @@ class Mover:
     Args:
         rate: speed to emulate; None leaves copies as fast as they are.
         traffic: where moves are counted.
+        order: keeps moves and compute in order on an accelerator; None where copies happen at once.
+        let_go: nobody on the host reads what is moved, so waiting for it need not wait for its bytes.
     """
 
-    def __init__(self, rate: LinkRate | None, traffic: Traffic) -> None:
+    def __init__(
+        self, rate: LinkRate | None, traffic: Traffic, order: Order | None = None, *, let_go: bool = False
+    ) -> None:
         self.rate = rate
         self._traffic = traffic
+        self._queues = order
+        self._let_go = let_go
         self._queue: list[tuple[int, int, Move]] = []
         self._order = itertools.count()
         self._changed = threading.Condition()
@@ -164,6 +196,8 @@ class Mover:
 
     def submit(self, move: Move, priority: int = URGENT) -> Move:
         """Order a move and return it; among equal priorities the first comes first."""
+        if self._queues is not None:
+            move.follow(self._queues)
         with self._changed:
             assert not self._stopped, "nobody would carry it out"
             heapq.heappush(self._queue, (priority, next(self._order), move))
@@ -208,7 +242,7 @@ class Mover:
                     self._thread = None
                     return
                 _, _, move = heapq.heappop(self._queue)
-            move.run(self.rate, self._traffic)
+            move.run(self.rate, self._traffic, let_go=self._let_go)
             del move  # what it moved may be large, and the next one may be long in coming
 
 
@@ -217,12 +251,14 @@ class Link:
 
     Args:
         rate: speed to emulate; None leaves copies as fast as they are.
+        device: the side that computes; each direction has a stream there if it is a CUDA device.
     """
 
-    def __init__(self, rate: LinkRate | None = None) -> None:
+    def __init__(self, rate: LinkRate | None = None, device: torch.device | str = "cpu") -> None:
         self.rate = rate
         self.to_host, self.to_device = Traffic(), Traffic()
-        self.stores, self.fetches = Mover(rate, self.to_host), Mover(rate, self.to_device)
+        self.stores = Mover(rate, self.to_host, order_for(device))
+        self.fetches = Mover(rate, self.to_device, order_for(device), let_go=True)
 
 
 _MOVERS: weakref.WeakSet[Mover] = weakref.WeakSet()

@@ -38,6 +38,8 @@ class Sequence(LaneRow):
         reserved: columns of each lane [lanes] that room has been made for, until tokens are appended; else None.
         staging: device blocks that its lanes on the host are read through.
         sketch: device blocks of partial keys of its lanes on the host.
+        encoded: blocks of its old tokens in a packed format; a lane is what is here, then what is in its own row.
+        residual: newest tokens of a lane that are not encoded, at least; None: nothing is encoded for now.
         sketch_columns: per layer, which columns of the rotated keys the sketch holds, int64 [lanes of the layer, r].
         column_energy: per layer, how much each rotated column has weighed so far, [lanes of the layer, Dk].
     """
@@ -52,13 +54,15 @@ class Sequence(LaneRow):
     reserved: Tensor | None = None
     staging: LaneRow | None = None
     sketch: LaneRow | None = None
+    encoded: LaneRow | None = None
+    residual: int | None = None
     sketch_columns: dict[int, Tensor] = field(default_factory=dict)
     column_energy: dict[int, Tensor] = field(default_factory=dict)
 
     @property
     def rows(self) -> list[LaneRow]:
         """All its rows: its own and those of its companions."""
-        return [self, *(row for row in (self.staging, self.sketch) if row is not None)]
+        return [self, *(row for row in (self.staging, self.sketch, self.encoded) if row is not None)]
 
 
 @dataclass(frozen=True, kw_only=True)

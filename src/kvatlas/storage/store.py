@@ -5,6 +5,8 @@ Invariants:
 - the slots [0, length) of a lane are live, except for at most one *hole*, which the next token overwrites;
 - slots are in position order as long as ``Sequence.dense``; the position sidecar is the truth after that;
 - only the last block of a lane of a shared sequence may be written to, and is copied first if others own it too;
+- a sequence whose strategy packs old tokens has a companion row of encoded blocks: each lane begins there, in whole
+  blocks, and goes on in the sequence's own row; slots of encoded blocks whose position is -1 are empty;
 - a sequence with lanes on the host has two companion rows of device blocks: *staging*, through which those lanes are
   read, and, where the strategy speculates, the *sketch*, partial keys slot by slot.
 
@@ -18,14 +20,17 @@ from collections.abc import Sequence as Seq
 import torch
 from torch import Tensor
 
-from kvatlas.core.errors import CapacityError
-from kvatlas.core.layout import DEFAULT_BLOCK_SIZE, BlockLayout, layout_of
+from kvatlas.core.errors import CapacityError, UnsupportedError
+from kvatlas.core.layout import DEFAULT_BLOCK_SIZE, GROUP, BlockLayout, layout_of
 from kvatlas.core.shapes import ModelShape
 from kvatlas.core.units import format_bytes
 from kvatlas.core.vocabulary import Format, Sidecar
-from kvatlas.storage.arena import Arena, Books
+from kvatlas.storage.arena import Arena, Books, copy_blocks
+from kvatlas.storage.encoding import encode_front
 from kvatlas.storage.lanes import LaneGroup, LaneMap, SequenceLayout
 from kvatlas.storage.sequence import LaneRow, Sequence, Slots
+
+_BLOCKS_AT_ONCE = 4  # of a lane that are encoded before what they were is freed: both exist meanwhile
 
 
 class KVStore:
@@ -57,7 +62,8 @@ class KVStore:
         self.block_size = block_size
         possible = _possible_layouts(shape, format, block_size)
         self.arena = Arena(budget_bytes, possible, device)
-        self.host = Arena(host_bytes, possible, option="--host-memory") if host_bytes else None
+        locked = self.arena.device.type == "cuda"
+        self.host = Arena(host_bytes, possible, option="--host-memory", locked=locked) if host_bytes else None
         self._layouts: dict[object, SequenceLayout] = {}
         least = sum(
             len(group.lanes) * group.blocks.block_bytes for group in self.layout(None, (Sidecar.POSITIONS,)).groups
@@ -80,18 +86,26 @@ class KVStore:
         sidecars: tuple[Sidecar, ...],
         host_layers: tuple[int, ...] = (),
         sketch_share: float = 0.0,
+        packed: Format | None = None,
     ) -> SequenceLayout:
-        """Return the lane layout for a storage format (None: the model's own), sidecars and a placement.
+        """Return the lane layout for storage formats (None: the model's own), sidecars and a placement.
 
         Raises:
             CapacityError: layers are to be placed on the host, and there is no host tier.
+            ConfigError: blocks of this size cannot be packed.
+            UnsupportedError: old tokens are to be packed, and no layer has any.
         """
+        if packed is not None and all(self.lanes.shape.layers[index].window for index in self.lanes.shape.owners):
+            raise UnsupportedError(
+                f"every layer of {self.lanes.shape.name} has a sliding window, which drops tokens before they are old; "
+                "use 'int8'"
+            )
         if host_layers and self.host is None:
             raise CapacityError("there is no host tier to place keys and values on; give it memory (--host-memory)")
-        key = (format or self.format, sidecars, host_layers, sketch_share)
+        key = (format or self.format, sidecars, host_layers, sketch_share, packed)
         if key not in self._layouts:
             self._layouts[key] = SequenceLayout(
-                self.lanes, self.arena, self.host, *key[:2], self.block_size, host_layers, sketch_share
+                self.lanes, self.arena, self.host, *key[:2], self.block_size, host_layers, sketch_share, packed
             )
         return self._layouts[key]
 
@@ -102,6 +116,8 @@ class KVStore:
             seq.staging = LaneRow(row=self.take_row(), layout=layout.staging)
         if layout.sketch is not None:
             seq.sketch = LaneRow(row=self.take_row(), layout=layout.sketch)
+        if layout.encoded is not None:
+            seq.encoded = LaneRow(row=self.take_row(), layout=layout.encoded)
         return seq
 
     def close(self, seq: Sequence) -> None:
@@ -132,7 +148,7 @@ class KVStore:
 
         Only sequences that no strategy has evicted from can be forked.
         """
-        assert seq.dense and seq.sketch is None, "an evicted sequence would need its own sums, holes and sketch"
+        assert seq.dense and len(seq.rows) == 1, "an evicted sequence would need its own sums, holes and companions"
         child = self.open(seq.layout)
         columns = int(self.columns_held(seq).max())
         self.table[child.row, :, :columns] = self.table[seq.row, :, :columns]
@@ -160,8 +176,12 @@ class KVStore:
 
     def kv_bytes(self, seq: Sequence) -> int:
         """Return the bytes of keys and values of all blocks that ``seq`` holds on any tier, sidecars left out."""
-        held = self.columns_held(seq)
-        return sum(int(held[group.lanes].sum()) * group.blocks.layout.kv_bytes for group in seq.layout.groups)
+        total = 0
+        for row in (seq, seq.encoded):
+            if row is not None:
+                held = self.columns_held(row)
+                total += sum(int(held[group.lanes].sum()) * group.blocks.layout.kv_bytes for group in row.layout.groups)
+        return total
 
     def capacity_bytes(self, layout: SequenceLayout, arena: Arena | None = None) -> int:
         """Return the bytes that sequences of this layout could hold if they had a tier to themselves.
@@ -173,7 +193,7 @@ class KVStore:
             arena: the tier; None for the device.
         """
         arena = arena or self.arena
-        parts = (part for part in (layout, layout.staging, layout.sketch) if part is not None)
+        parts = (part for part in (layout, layout.staging, layout.sketch, layout.encoded) if part is not None)
         classes = {group.blocks for part in parts for group in part.groups if group.blocks.arena is arena}
         slabs = max(0, arena.num_slabs - len(classes) + 1)
         return slabs * min((blocks.per_slab * blocks.block_bytes for blocks in classes), default=0)
@@ -198,7 +218,17 @@ class KVStore:
         for row, slots in self._companion_slots(seq, count, staged):
             more = self._more_columns(row, slots)
             needs += [(group, int(more[group.lanes].sum())) for group in row.layout.groups]
+        if seq.encoded is not None:
+            due = self.blocks_due(seq)
+            needs += [(group, int(due[group.lanes].sum())) for group in seq.encoded.layout.groups]
         return needs
+
+    def blocks_due(self, seq: Sequence) -> Tensor:
+        """Return how many blocks of each lane [lanes] int64 are to be encoded; none of a lane with a hole."""
+        if seq.encoded is None or seq.residual is None:
+            return torch.zeros(self.lanes.count, dtype=torch.int64)
+        due = (self.length[seq.row] - seq.residual).clamp(min=0) // self.block_size
+        return due * (self.hole[seq.row] < 0) * self._has_lanes(seq.encoded)
 
     def try_extend(self, seq: Sequence, count: int, staged: int = 0) -> bool:
         """Allocate room for ``count`` more tokens in every lane; False, and nothing changed, if it does not fit.
@@ -209,6 +239,8 @@ class KVStore:
             staged: slots that each lane of a staging buffer shall have at least.
         """
         self._release_reserved(seq)
+        if not self._try_encode(seq):
+            return False
         granted = self.try_allocate(self.blocks_needed(seq, count, staged))
         if granted is None:
             return False
@@ -343,9 +375,13 @@ class KVStore:
         rows = torch.tensor([seq.row for seq in seqs])
         full = ((self.hole[rows] < 0) & (self.length[rows] % self.block_size == 0)).any(dim=1).tolist()
         return [
-            needs or seq.forked or self._stages_less(seq, slots)
+            needs or seq.forked or self._stages_less(seq, slots) or self._encodes(seq)
             for needs, seq, slots in zip(full, seqs, staged, strict=True)
         ]
+
+    def _encodes(self, seq: Sequence) -> bool:
+        """Whether a block is due to be encoded."""
+        return seq.encoded is not None and bool(self.blocks_due(seq).any())
 
     def _stages_less(self, seq: Sequence, slots: int) -> bool:
         """Whether the staging buffers have fewer slots: they grow at their own pace, and begin anew after a swap."""
@@ -358,6 +394,26 @@ class KVStore:
             group.blocks.positions[block, offset] = positions.to(device)[:, None]
             if group.blocks.column_sums is not None:
                 group.blocks.column_sums[block, offset] = 0.0
+
+    # Encoding
+
+    def _try_encode(self, seq: Sequence) -> bool:
+        """Encode all blocks that are old enough, block after block; False if there is no room for one of them."""
+        while (due := self.blocks_due(seq).clamp(max=_BLOCKS_AT_ONCE)).any():
+            assert seq.encoded is not None
+            granted = self.try_allocate([(group, int(due[group.lanes].sum())) for group in seq.encoded.layout.groups])
+            if granted is None:
+                return False
+            encode_front(self, seq, due, granted)
+        return True
+
+    def cut_front(self, row: LaneRow, columns: Tensor) -> None:
+        """Free the first ``columns`` [lanes] int64 blocks of each lane; the others move to the front of the table."""
+        self.release_columns(row, torch.zeros_like(columns), columns)
+        width = self.table.shape[2]
+        index = (torch.arange(width) + columns[:, None]).clamp(max=width - 1)
+        self.table[row.row] = self.table[row.row].gather(1, index)
+        self.length[row.row] -= columns * self.block_size
 
     # Blocks
 
@@ -384,18 +440,20 @@ class KVStore:
         lanes = group.lanes[self._shared_tails(seq)[group.lanes] > 0]
         columns = self.length[seq.row, lanes] // self.block_size
         old, new = self.table[seq.row, lanes, columns].clone(), ids[: len(lanes)]
-        for pool in (group.blocks.keys, group.blocks.values, group.blocks.positions, group.blocks.column_sums):
-            if pool is not None:
-                pool[new.long().to(pool.device)] = pool[old.long().to(pool.device)]
+        copy_blocks(group.blocks, old.long(), group.blocks, new.long())
         self.table[seq.row, lanes, columns] = new
         group.blocks.arena.release(group.blocks, old)
         return ids[len(lanes) :]
 
     def ids_between(self, seq: LaneRow, low: Tensor, high: Tensor) -> list[tuple[LaneGroup, Tensor]]:
         """Return the block ids in columns [low, high) [lanes] of ``seq``, class by class."""
+        return [(group, self.lane_ids(seq, group.lanes, low, high)) for group in seq.layout.groups]
+
+    def lane_ids(self, row: LaneRow, lanes: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        """Return the block ids [n] int32 in columns [low, high) [all lanes] of some lanes, lane after lane."""
         columns = torch.arange(self.table.shape[2])
-        mask = (columns >= low[:, None]) & (columns < high[:, None])
-        return [(group, self.table[seq.row][group.lanes][mask[group.lanes]]) for group in seq.layout.groups]
+        mask = (columns >= low[lanes, None]) & (columns < high[lanes, None])
+        return self.table[row.row, lanes][mask]
 
     def release_columns(self, seq: LaneRow, low: Tensor, high: Tensor) -> None:
         """Give the blocks in columns [low, high) [lanes] back; the caller mends the table."""
@@ -423,7 +481,8 @@ def _give_back(granted: list[tuple[LaneGroup, Tensor]]) -> None:
 
 def _possible_layouts(shape: ModelShape, format: Format, block_size: int) -> list[BlockLayout]:
     """Return every block layout that a strategy may ask for, the model's own format first."""
-    formats = [format, *(other for other in Format if other is not format)]
+    others = (other for other in Format if other is not format and (block_size == GROUP or not other.is_packed))
+    formats = [format, *others]
     sidecars = [(Sidecar.POSITIONS,), (Sidecar.POSITIONS, Sidecar.COLUMN_SUMS)]
     layers = [shape.layers[index] for index in shape.owners]
     return [layout_of(layer, each, block_size, names) for each in formats for names in sidecars for layer in layers]

@@ -71,8 +71,8 @@ class Swapper:
             return None
         parked: list[_ParkedRow] = []
         pairs: _Pairs = []
-        for row in (seq, seq.sketch):
-            if row is None:
+        for row in seq.rows:
+            if row is seq.staging:
                 continue
             columns = store.columns_held(row)
             found = store.ids_between(row, torch.zeros_like(columns), columns)

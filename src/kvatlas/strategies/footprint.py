@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from kvatlas.core.footprint import Footprint
 from kvatlas.core.layout import DEFAULT_BLOCK_SIZE, BlockLayout, layout_of, sketch_layout_of, staging_buffers
 from kvatlas.core.shapes import LayerShape, ModelShape
-from kvatlas.core.vocabulary import Format, Moment
+from kvatlas.core.vocabulary import Format, Moment, Sidecar
 from kvatlas.strategies.stage import Attend
 from kvatlas.strategies.strategy import Strategy
 
@@ -59,7 +59,7 @@ def footprint(
         format: the model's own format, used where the strategy names none.
         block_size: slots per block.
     """
-    format, host_layers = strategy.format or format, strategy.host_layers(shape)
+    format, host_layers = strategy.stored(format), strategy.host_layers(shape)
     device, host = _Bytes(), _Bytes()
     read = moved = kv = lent = 0
     staged = _Slots(peak=0, steady=0, final=0, read=0)
@@ -67,6 +67,14 @@ def footprint(
         layer = shape.layers[index]
         layout = layout_of(layer, format, block_size, strategy.sidecars)
         slots = _slots(strategy, layer, prompt_tokens, output_tokens, chunk_tokens, block_size)
+        if strategy.packs(layer):
+            assert strategy.packed is not None
+            old = layout_of(layer, strategy.packed, block_size, strategy.sidecars)
+            packed, slots = _split(strategy, slots, chunk_tokens, block_size)
+            device.add(old, layer.num_kv_heads, packed)
+            kv += layer.num_kv_heads * old.kv_bytes * _blocks(packed.peak, block_size)
+            lent += layer.num_kv_heads * old.block_bytes * _blocks(packed.peak, block_size)
+            read += layer.num_kv_heads * packed.read * old.kv_bytes // block_size
         (host if index in host_layers else device).add(layout, layer.num_kv_heads, slots)
         kv += layer.num_kv_heads * layout.kv_bytes * _blocks(slots.peak, block_size)
         lent += layer.num_kv_heads * layout.block_bytes * _blocks(slots.peak, block_size)
@@ -83,6 +91,10 @@ def footprint(
                 sketch = sketch_layout_of(layer, format, block_size, strategy.sketch_share)
                 device.add(sketch, layer.num_kv_heads, slots)
                 read += layer.num_kv_heads * slots.read * sketch.kv_bytes // block_size
+        pages = strategy.pages(index, layer, block_size)
+        if pages is not None and _blocks(slots.read, block_size) > pages:
+            read += layer.num_kv_heads * _blocks(slots.read, block_size) * layout.sidecar_size(Sidecar.KEY_BOUNDS)
+            read_slots = pages * block_size
         read += layer.num_kv_heads * read_slots * layout.kv_bytes // block_size
     for index in set(staging_buffers(shape, host_layers).values()):
         layer = shape.layers[index]
@@ -127,6 +139,38 @@ def _slots(strategy: Strategy, layer: LayerShape, prompt: int, output: int, chun
         peak, steady, held = min(peak, passed + chunk), min(steady, passed), min(held, passed)
         read = min(read, layer.window)
     return _Slots(peak=peak, steady=steady, final=held, read=read)
+
+
+def _split(strategy: Strategy, slots: _Slots, chunk: int, block_size: int) -> tuple[_Slots, _Slots]:
+    """Return how many slots are packed, and how many stay in floating point.
+
+    Old blocks are packed before the next tokens are stored, so a chunk waits in floating point until then. What will be
+    evicted from is packed when the prompt is over, and packed blocks are then never less than half full, but for one.
+    """
+    assert strategy.encode is not None
+    residual = strategy.encode.residual
+    newest = residual + block_size
+
+    def full(slots: int) -> int:
+        return max(0, slots - residual) // block_size * block_size
+
+    if not strategy.evicts:
+        waiting = residual + block_size - 1 + chunk
+        packed = _Slots(
+            peak=full(slots.peak), steady=full(slots.steady), final=full(slots.final), read=full(slots.read)
+        )
+        loose = _Slots(
+            peak=min(slots.peak, waiting),
+            steady=min(slots.steady, waiting),
+            final=min(slots.final, newest),
+            read=slots.read - packed.read,
+        )
+        return packed, loose
+    most = 0 if slots.final <= residual else (slots.final // (block_size // 2 + 1) + 1) * block_size
+    packed = _Slots(peak=0, steady=0, final=most, read=full(slots.read))
+    return packed, _Slots(
+        peak=slots.peak, steady=slots.steady, final=min(slots.final, newest), read=slots.read - packed.read
+    )
 
 
 def _blocks(slots: int, block_size: int) -> int:

@@ -133,7 +133,16 @@ class Encode(Stage):
     """Axis *encode*: in what format keys and values are stored."""
 
     axis: ClassVar[Axis] = Axis.ENCODE
-    format: ClassVar[Format]
+
+    @property
+    def format(self) -> Format:
+        """Format of keys and values; where it is packed, of all but the newest."""
+        raise NotImplementedError
+
+    @property
+    def residual(self) -> int:
+        """Newest tokens that stay in floating point, because a packed block is written whole."""
+        return 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,6 +182,10 @@ class Attend(Stage):
     def most_read(self, cached_tokens: int) -> int:
         """Return the most cached tokens of a lane that a step reads beside the new one."""
         return cached_tokens
+
+    def pages(self, block_size: int) -> int | None:
+        """Return the most blocks of a lane that a step reads, chosen by the bounds of their keys; None: all."""
+        return None
 
 
 def tokens_of(share: int | float, prompt_tokens: int) -> int:

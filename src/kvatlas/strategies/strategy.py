@@ -8,7 +8,7 @@ from itertools import pairwise
 
 from kvatlas.core.errors import CompositionError
 from kvatlas.core.grammar import parse_sentence
-from kvatlas.core.shapes import ModelShape
+from kvatlas.core.shapes import LayerShape, ModelShape
 from kvatlas.core.vocabulary import Axis, Format, Moment, Need, Sidecar
 from kvatlas.strategies.keep.full import Full
 from kvatlas.strategies.recipes import RECIPES
@@ -74,9 +74,37 @@ class Strategy:
         return next(stage for stage in self.stages if isinstance(stage, Keep))
 
     @cached_property
-    def format(self) -> Format | None:
-        """The storage format asked for; None for the model's own."""
-        return next((stage.format for stage in self.stages if isinstance(stage, Encode)), None)
+    def encode(self) -> Encode | None:
+        """The stage that says in what format keys and values are stored; None: the model's own."""
+        return next((stage for stage in self.stages if isinstance(stage, Encode)), None)
+
+    @cached_property
+    def packed(self) -> Format | None:
+        """The packed format that full blocks are encoded to once they are old; None: they stay as they are."""
+        return self.encode.format if self.encode is not None and self.encode.format.is_packed else None
+
+    def stored(self, own: Format) -> Format:
+        """Return the format that new tokens are stored in.
+
+        Beside a packed format two bytes an element are precise enough.
+
+        Args:
+            own: the model's own format.
+        """
+        if self.encode is None:
+            return own
+        if self.packed is not None:
+            return Format.FP16 if own is Format.FP32 else own
+        return self.encode.format
+
+    @cached_property
+    def evicts(self) -> bool:
+        """Whether tokens are ever dropped."""
+        return not self.keep.info.lossless
+
+    def packs(self, layer: LayerShape) -> bool:
+        """Whether old blocks of a layer are packed; sliding windows drop them before they are old."""
+        return self.packed is not None and layer.window is None
 
     @cached_property
     def place(self) -> Place | None:
@@ -119,7 +147,20 @@ class Strategy:
     def sidecars(self) -> tuple[Sidecar, ...]:
         """What storage carries per slot for this strategy."""
         sums = (Sidecar.COLUMN_SUMS,) if Need.COLUMN_SUMS in self.needs else ()
-        return (Sidecar.POSITIONS, *sums)
+        bounds = (Sidecar.KEY_BOUNDS,) if Need.KEY_BOUNDS in self.needs else ()
+        return (Sidecar.POSITIONS, *sums, *bounds)
+
+    def pages(self, index: int, layer: LayerShape, block_size: int) -> int | None:
+        """Return the most blocks of a lane that a decode step reads in a layer; None: all.
+
+        Args:
+            index: of the layer, in order of execution.
+            layer: its shape.
+            block_size: slots per block.
+        """
+        if self.attend is None or index < self.attend.dense_layers or layer.window is not None:
+            return None
+        return self.attend.pages(block_size)
 
     @cached_property
     def _text(self) -> str:

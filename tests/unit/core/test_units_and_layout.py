@@ -9,7 +9,7 @@ from hypothesis import given, strategies as st
 
 from kvatlas.core.errors import ConfigError, UnknownNameError
 from kvatlas.core.footprint import Footprint
-from kvatlas.core.layout import GRANULE, BlockLayout
+from kvatlas.core.layout import GRANULE, GROUP, BlockLayout
 from kvatlas.core.names import unknown_name
 from kvatlas.core.shapes import LayerShape, ModelShape
 from kvatlas.core.units import format_bytes, format_seconds, parse_bytes
@@ -50,25 +50,36 @@ def test_printed_seconds() -> None:
     assert [format_seconds(s) for s in (0.0123, 1, 4.56, 200)] == ["12.3 ms", "1 s", "4.56 s", "3 min 20 s"]
 
 
-layouts = st.builds(
-    BlockLayout,
-    key_dim=st.integers(1, 200),
-    value_dim=st.integers(1, 200),
-    format=st.sampled_from(Format),
-    block_size=st.integers(1, 70),
-    sidecars=st.sampled_from([(Sidecar.POSITIONS,), (Sidecar.POSITIONS, Sidecar.COLUMN_SUMS)]),
-)
+@st.composite
+def layouts(draw: st.DrawFn) -> BlockLayout:
+    format = draw(st.sampled_from(Format))
+    return BlockLayout(
+        key_dim=draw(st.integers(1, 200)),
+        value_dim=draw(st.integers(1, 200)),
+        format=format,
+        block_size=GROUP if format.is_packed else draw(st.integers(1, 70)),
+        sidecars=(Sidecar.POSITIONS, *draw(st.sampled_from([(), (Sidecar.COLUMN_SUMS,), (Sidecar.KEY_BOUNDS,)]))),
+    )
 
 
-@given(layouts)
+@given(layouts())
 def test_parts_of_a_block_do_not_overlap(layout: BlockLayout) -> None:
-    element = 4 if layout.format is Format.FP32 else 2
-    parts = [(0, layout.block_size * layout.key_dim * element)]
-    parts.append((layout.key_bytes, layout.key_bytes + layout.block_size * layout.value_dim * element))
+    """Codes are at least as long as their bits, parameters as what each format says of them."""
+    size, format = layout.block_size, layout.format
+    groups = -(-layout.value_dim // GROUP)
+    keys, values = (2 * layout.key_dim, 2 * groups * size) if format.is_packed else (size, size)
+    if format.is_float:
+        keys = values = 0
+    starts = [0, layout.key_bytes, layout.key_params_offset, layout.value_params_offset]
+    lengths = [size * width * format.bits // 8 for width in (layout.key_dim, layout.value_dim)] + [2 * keys, 2 * values]
+    assert starts[2] % 2 == starts[3] % 2 == 0
+    parts = [(start, start + length) for start, length in zip(starts, lengths, strict=True)]
+    assert layout.kv_bytes == parts[-1][1]
     for sidecar in layout.sidecars:
         start = layout.sidecar_offset(sidecar)
         assert start % 4 == 0
-        parts.append((start, start + 4 * layout.block_size))
+        length = 8 * layout.key_dim if sidecar is Sidecar.KEY_BOUNDS else 4 * size
+        parts.append((start, start + length))
     for (_, end), (start, _) in pairwise(parts):
         assert end <= start
     assert parts[-1][1] <= layout.block_bytes < parts[-1][1] + GRANULE

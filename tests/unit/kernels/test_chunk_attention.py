@@ -6,10 +6,12 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
-from tests.unit.kernels.lanes import Lanes, close, make_lanes, peak_bytes, read
+from tests.unit.kernels.lanes import Lanes, close, dense, make_lanes, peak_bytes, read
 
+from kvatlas.core.vocabulary import Format
 from kvatlas.kernels import tiles
 from kvatlas.kernels.chunk_attention import chunk_attention, reference, torch_path
+from kvatlas.kernels.pool import BlockPool
 
 LIMITS: list[dict[str, Any]] = [
     {},
@@ -27,10 +29,11 @@ def chunk(T: int, H: int, G: int, D: int, E: int | None = None, first: int = 0) 
 
 
 def attend(own: tuple[torch.Tensor, ...], lanes: Lanes, form: Any = chunk_attention, **options: Any) -> Any:
+    lanes = dense(lanes, options.pop("dense_start", None))
     options = {"scale": own[0].shape[-1] ** -0.5, "tile_slots": 16} | options
     if form is reference.chunk_attention:
-        options = {"softcap": None, "sinks": None, "window": None, "reach": None, "dense_start": None} | options
-    return form(*own, lanes.k_pool, lanes.v_pool, lanes.pos_pool, lanes.table, lanes.length, **options)
+        options = {"softcap": None, "sinks": None, "window": None, "reach": None} | options
+    return form(*own, [lanes.part], **options)
 
 
 def check(own: tuple[torch.Tensor, ...], lanes: Lanes, **options: Any) -> None:
@@ -70,13 +73,13 @@ def test_options_agree_with_the_reference(
     check(own, lanes, softcap=softcap, sinks=sinks, dense_start=dense_start, **limits)
 
 
-@pytest.mark.parametrize("pool_dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("format", [Format.BF16, Format.FP16, Format.FP32])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 @pytest.mark.parametrize("limits", [{}, {"window": 20}, {"softcap": 3.0}])
-def test_formats_agree_with_the_reference(pool_dtype: torch.dtype, dtype: torch.dtype, limits: dict[str, Any]) -> None:
+def test_formats_agree_with_the_reference(format: Format, dtype: torch.dtype, limits: dict[str, Any]) -> None:
     torch.manual_seed(2)
     q, k, v, positions = chunk(9, 2, 2, 32, first=30)
-    lanes = make_lanes((30, 17), dtype=pool_dtype, end=30)
+    lanes = make_lanes((30, 17), format=format, end=30)
     check((q.to(dtype), k.to(dtype), v.to(dtype), positions), lanes, **limits)
 
 
@@ -131,8 +134,7 @@ def test_a_slot_without_a_token_is_hidden_even_if_it_holds_nan() -> None:
     for h, slot in ((0, 0), (0, 17), (1, 9)):
         block = lanes.table[h, slot // 8]
         lanes.pos_pool[block, slot % 8] = -1
-        lanes.k_pool[block, slot % 8] = torch.nan
-        lanes.v_pool[block, slot % 8] = torch.nan
+        lanes.k_pool[block, slot % 8] = lanes.v_pool[block, slot % 8] = torch.nan
     for limits in LIMITS:
         check(chunk(5, 2, 2, 32, first=20), lanes, **limits)
 
@@ -178,17 +180,17 @@ def test_dense_tiles_out_of_sight_are_not_read(
     limits: dict[str, Any], reads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = []
-    gather = tiles.gather_slots
+    read_entries = tiles.read_entries
 
-    def counting(pool: torch.Tensor, *args: Any) -> torch.Tensor:
-        seen.append(pool)
-        return gather(pool, *args)
+    def counting(pool: BlockPool, which: Any, *args: Any) -> torch.Tensor:
+        seen.append(which)
+        return read_entries(pool, which, *args)
 
-    monkeypatch.setattr(tiles, "gather_slots", counting)
+    monkeypatch.setattr(tiles, "read_entries", counting)
+    monkeypatch.setattr(tiles, "gather_slots", lambda *_: pytest.fail("positions were read"))
     lanes = make_lanes((128, 128), dense_start=0)
     attend(chunk(4, 2, 2, 32, first=128), lanes, dense_start=0, **limits)
-    assert sum(pool is lanes.k_pool for pool in seen) == sum(pool is lanes.v_pool for pool in seen) == reads
-    assert not any(pool is lanes.pos_pool for pool in seen)
+    assert sorted(seen) == ["keys"] * reads + ["values"] * reads
 
 
 @settings(max_examples=25, deadline=None)

@@ -5,9 +5,10 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
-from tests.unit.kernels.lanes import Lanes, close, make_lanes, peak_bytes
+from tests.unit.kernels.lanes import Lanes, close, dense, make_lanes, peak_bytes
 from tests.unit.kernels.test_chunk_attention import LIMITS, chunk, make_lanes_of, split, stored
 
+from kvatlas.core.vocabulary import Format
 from kvatlas.kernels import tiles
 from kvatlas.kernels.chunk_attention import chunk_attention
 from kvatlas.kernels.column_sums import column_sums, reference
@@ -17,13 +18,13 @@ def sums(
     own: tuple[torch.Tensor, ...], lanes: Lanes, *, form: Any = column_sums, sinks: Any = None, **options: Any
 ) -> Any:
     q, k, _, positions = own
+    lanes = dense(lanes, options.pop("dense_start", None))
     options = {"scale": q.shape[-1] ** -0.5, "tile_slots": 16} | options
-    _, lse = chunk_attention(
-        *own, lanes.k_pool, lanes.v_pool, lanes.pos_pool, lanes.table, lanes.length, sinks=sinks, **options
-    )
+    _, lse = chunk_attention(*own, [lanes.part], sinks=sinks, **options)
     if form is reference.column_sums:
-        options = {"softcap": None, "window": None, "reach": None, "dense_start": None} | options
-    return form(q, k, positions, lse, lanes.k_pool, lanes.pos_pool, lanes.table, lanes.length, **options)
+        options = {"softcap": None, "window": None, "reach": None} | options
+    (past,), sums_own = form(q, k, positions, lse, [lanes.part], **options)
+    return past, sums_own
 
 
 def check(own: tuple[torch.Tensor, ...], lanes: Lanes, **options: Any) -> None:
@@ -59,12 +60,12 @@ def test_options_agree_with_the_reference(
     check(own, lanes, softcap=softcap, sinks=sinks, dense_start=dense_start, **limits)
 
 
-@pytest.mark.parametrize("pool_dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("format", [Format.BF16, Format.FP16, Format.FP32])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
-def test_formats_agree_with_the_reference(pool_dtype: torch.dtype, dtype: torch.dtype) -> None:
+def test_formats_agree_with_the_reference(format: Format, dtype: torch.dtype) -> None:
     torch.manual_seed(2)
     q, k, v, positions = chunk(9, 2, 2, 32, first=30)
-    lanes = make_lanes((30, 17), dtype=pool_dtype, end=30)
+    lanes = make_lanes((30, 17), format=format, end=30)
     check((q.to(dtype), k.to(dtype), v.to(dtype), positions), lanes)
 
 
@@ -124,9 +125,8 @@ def test_memory_does_not_grow_with_the_past(options: dict[str, Any]) -> None:
     peaks = []
     for length in (1024, 4096):
         lanes = make_lanes_of(length)
-        pools = (lanes.k_pool, lanes.pos_pool, lanes.table, lanes.length)
         peak = peak_bytes(
-            lambda pools=pools: column_sums(q, k, positions, lse, *pools, scale=0.2, tile_slots=256, **options)
+            lambda lanes=lanes: column_sums(q, k, positions, lse, [lanes.part], scale=0.2, tile_slots=256, **options)
         )
         peaks.append(peak - 4 * 2 * length)  # the result itself is one number per slot
     assert peaks[0] == peaks[1]

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -8,40 +10,77 @@ from hypothesis import given, settings, strategies as st
 from tests.unit.kernels.lanes import Lanes, close, make_lanes, read
 
 from kvatlas.core.errors import ConfigError
-from kvatlas.kernels.decode_attention import decode_attention, reference, slot_mask, torch_path
+from kvatlas.core.vocabulary import Format
+from kvatlas.kernels.decode_attention import decode_attention, native, reference, torch_path
+from kvatlas.kernels.native import Missing, library
+from kvatlas.kernels.pool import Part
+from kvatlas.kernels.visibility import slot_mask
+
+FLOATS = [Format.FP32, Format.BF16, Format.FP16]
+PACKED = [Format.INT4, Format.INT2]
+Form = Callable[..., Any]
 
 
-def case(
-    R: int, H: int, G: int, lengths: list[int], *, dtype: torch.dtype = torch.float32, **lane: Any
-) -> tuple[Any, ...]:
+@pytest.fixture(params=["torch", "native, 1 thread", "native, 3 threads"])
+def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Form:
+    """A fast form of the operation."""
+    if request.param == "torch":
+        return torch_path.decode_attention
+    missing = library()
+    if isinstance(missing, Missing):
+        pytest.skip(f"no native kernels: {missing.reason}")
+    monkeypatch.setattr(native, "num_threads", lambda: int(request.param[8]))
+    return native.decode_attention
+
+
+def case(R: int, H: int, G: int, lengths: list[int], *, dtype: torch.dtype = torch.float32, **lane: Any) -> Any:
+    """Return queries, the parts of R sequences of H lanes (one part), and these lanes as a flat list."""
     torch.manual_seed(0)
-    lanes = make_lanes(lengths, dtype=lane.pop("pool_dtype", dtype), **lane)
-    q = torch.randn(R, H * G, lanes.k_pool.shape[-1]).to(dtype)
-    C = lanes.table.shape[1]
-    return q, lanes.k_pool, lanes.v_pool, lanes.table.view(R, H, C), lanes.length.view(R, H), lanes
+    lanes = make_lanes(lengths, **lane)
+    q = torch.randn(R, H * G, lanes.part.pool.layout.key_dim).to(dtype)
+    return q, [batched(lanes, R)], lanes
 
 
-def both(q: Any, k: Any, v: Any, table: Any, length: Any, **options: Any) -> tuple[Any, Any]:
+def batched(lanes: Lanes, R: int) -> Part:
+    table, length = lanes.table, lanes.length
+    return replace(lanes.part, table=table.view(R, -1, table.shape[-1]), length=length.view(R, -1))
+
+
+def both(form: Form, q: torch.Tensor, parts: list[Part], **options: Any) -> tuple[Any, Any]:
     options = {
         "scale": q.shape[-1] ** -0.5,
         "softcap": None,
         "sinks": None,
         "window": None,
-        "pos_pool": None,
         "query_position": None,
-        "mask": None,
+        "slots": None,
         "need_mass": True,
+        "shared": None,
     } | options
-    want = reference.decode_attention(q, k, v, table, length, **options)
-    return torch_path.decode_attention(q, k, v, table, length, **options), want
+    return form(q, parts, **options), reference.decode_attention(q, parts, **options)
+
+
+def agree(form: Form, q: torch.Tensor, parts: list[Part], **options: Any) -> None:
+    """Compare the form with the reference: loosely where the torch form does not round as the reference does."""
+    (out, mass), (want_out, want_mass) = both(form, q, parts, **options)
+    assert out.dtype == q.dtype and all(each.dtype == torch.float32 for each in mass)
+    packed = any(part.pool.layout.format.is_packed for part in parts)
+    loose = 0.0
+    if packed:
+        loose = 0.03 if form is torch_path.decode_attention else 2e-3
+    elif any(part.pool.layout.format is Format.INT8 for part in parts):
+        loose = 5e-5  # queries and weights of 16 bits
+    narrow = 1e-2 if q.dtype in (torch.bfloat16, torch.float16) else 0.0
+    close(mass, want_mass, atol=max(2e-5, 4 * loose), rtol=max(2e-4, loose))
+    close(out, want_out, atol=max(2e-5, narrow, 2 * loose), rtol=max(2e-4, narrow, loose))
 
 
 @pytest.mark.parametrize("head_dim", [32, 60, 128])
 @pytest.mark.parametrize("group", [1, 3, 16])
 @pytest.mark.parametrize("lengths", [[24, 24, 24, 24], [23, 24, 17, 1], [0, 5, 0, 31], [1, 1, 1, 1], [0, 0, 0, 0]])
-def test_agrees_with_the_reference(head_dim: int, group: int, lengths: list[int]) -> None:
-    got, want = both(*case(2, 2, group, lengths, key_dim=head_dim)[:5])
-    close(got, want)
+def test_agrees_with_the_reference(form: Form, head_dim: int, group: int, lengths: list[int]) -> None:
+    q, parts, _ = case(2, 2, group, lengths, key_dim=head_dim)
+    agree(form, q, parts)
 
 
 @pytest.mark.parametrize("softcap", [None, 3.0])
@@ -49,24 +88,97 @@ def test_agrees_with_the_reference(head_dim: int, group: int, lengths: list[int]
 @pytest.mark.parametrize("window", [None, 1, 9, 1000])
 @pytest.mark.parametrize("value_dim", [32, 20])
 def test_options_agree_with_the_reference(
-    softcap: float | None, with_sinks: bool, window: int | None, value_dim: int
+    form: Form, softcap: float | None, with_sinks: bool, window: int | None, value_dim: int
 ) -> None:
-    *args, lanes = case(3, 2, 4, [13, 0, 1, 24, 16, 7], value_dim=value_dim, end=40)
-    position = torch.tensor([12, 40, 39])
-    options = {"pos_pool": lanes.pos_pool, "query_position": position} if window else {}
-    got, want = both(*args, softcap=softcap, sinks=torch.randn(8) if with_sinks else None, window=window, **options)
-    close(got, want)
+    q, parts, _ = case(3, 2, 4, [13, 0, 1, 24, 16, 7], value_dim=value_dim, end=40)
+    position = torch.tensor([12, 40, 39]) if window else None
+    sinks = torch.randn(8) if with_sinks else None
+    agree(form, q, parts, softcap=softcap, sinks=sinks, window=window, query_position=position)
 
 
-@pytest.mark.parametrize("pool_dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("window", [1, 9, 20, 1000])
+@pytest.mark.parametrize("start", [0, 5])
+def test_a_window_over_slots_in_order(form: Form, window: int, start: int) -> None:
+    q, (part,), _ = case(2, 2, 3, [24, 17, 40, 1], dense_start=start)
+    position = torch.tensor([start + 23, start + 39])
+    options = {"window": window, "query_position": position}
+    (out, mass), want = both(form, q, [replace(part, dense_start=start)], **options)
+    close((out, mass), want)
+    close((out, mass), reference_of(q, [part], **options))
+
+
+def reference_of(q: torch.Tensor, parts: list[Part], **options: Any) -> Any:
+    return both(lambda *_, **__: None, q, parts, **options)[1]
+
+
+@pytest.mark.parametrize("format", FLOATS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
-def test_formats_agree_with_the_reference(pool_dtype: torch.dtype, dtype: torch.dtype) -> None:
-    args = case(2, 2, 2, [13, 9, 1, 24], dtype=dtype, pool_dtype=pool_dtype)[:5]
-    (out, mass), (want_out, want_mass) = both(*args)
-    assert out.dtype == dtype and mass.dtype == torch.float32
-    close(mass, want_mass)
-    loose = 1e-2 if dtype in (torch.bfloat16, torch.float16) else 2e-5
-    close(out, want_out, atol=loose, rtol=loose)
+def test_float_formats_agree_with_the_reference(form: Form, format: Format, dtype: torch.dtype) -> None:
+    q, parts, _ = case(2, 2, 2, [13, 9, 1, 24], dtype=dtype, format=format)
+    if form is native.decode_attention and not native.covers(q):
+        pytest.skip(f"the native form does not compute in {dtype}")
+    agree(form, q, parts)
+
+
+@pytest.mark.parametrize("head_dim", [8, 80, 96, 256])
+@pytest.mark.parametrize("format", FLOATS)
+def test_head_dims_of_all_kinds(form: Form, head_dim: int, format: Format) -> None:
+    q, parts, _ = case(1, 2, 5, [33, 70], key_dim=head_dim, value_dim=head_dim // 2 + 1, format=format, block_size=16)
+    agree(form, q, parts)
+
+
+@pytest.mark.parametrize("group", [1, 2, 4, 7, 8])
+@pytest.mark.parametrize("block_size", [1, 4, 16, 32, 64])
+def test_block_sizes_of_all_kinds(form: Form, group: int, block_size: int) -> None:
+    q, parts, _ = case(1, 3, group, [131, 64, 5], block_size=block_size, format=Format.FP16)
+    agree(form, q, parts)
+
+
+@pytest.mark.parametrize("format", [Format.INT8, *PACKED])
+@pytest.mark.parametrize("head_dim", [32, 60, 128])
+@pytest.mark.parametrize("group", [1, 4, 7])
+@pytest.mark.parametrize("window", [None, 20])
+def test_encoded_formats_agree_with_the_reference(
+    form: Form, format: Format, head_dim: int, group: int, window: int | None
+) -> None:
+    q, parts, _ = case(2, 2, group, [70, 0, 1, 64], key_dim=head_dim, format=format, block_size=32, end=72)
+    position = torch.tensor([71, 69]) if window else None
+    agree(form, q, parts, window=window, query_position=position)
+
+
+@pytest.mark.parametrize("format", [Format.FP16, Format.INT8, *PACKED])
+def test_a_lane_of_two_parts(form: Form, format: Format) -> None:
+    q, first, _ = case(2, 2, 4, [64, 32, 0, 96], format=format, block_size=32, end=150, key_dim=64)
+    second = batched(make_lanes([13, 0, 24, 1], block_size=8, end=150, key_dim=64), 2)
+    options = {"sinks": torch.randn(8), "window": 100, "query_position": torch.tensor([140, 149])}
+    agree(form, q, [*first, second], **options)
+    agree(form, q, [second, *first])
+
+
+@pytest.mark.parametrize("format", [*FLOATS, Format.INT8, *PACKED])
+@pytest.mark.parametrize("window", [None, 60])
+def test_chosen_slots(form: Form, format: Format, window: int | None) -> None:
+    lengths = [70, 40, 33, 128]
+    q, (part,), _ = case(2, 2, 4, lengths, format=format, block_size=32, end=130)
+    counts = torch.tensor([[45, 1], [0, 50]])
+    slots = torch.full((2, 2, 50), 31, dtype=torch.int32)
+    for lane, (n, count) in enumerate(zip(lengths, counts.flatten().tolist(), strict=True)):
+        slots[lane // 2, lane % 2, :count] = torch.randperm(n)[: min(n, count)].int()
+    position = torch.tensor([129, 120]) if window else None
+    agree(form, q, [replace(part, length=counts)], slots=slots, window=window, query_position=position)
+
+
+def test_lanes_of_very_different_lengths(form: Form) -> None:
+    """So that threads share the long one."""
+    q, parts, _ = case(3, 2, 4, [1, 900, 3, 0, 40, 2000], block_size=32, format=Format.BF16)
+    agree(form, q, parts, sinks=torch.randn(8))
+    agree(form, q, parts, softcap=2.0, window=300, query_position=torch.tensor([1200, 7, 3000]))
+
+
+def test_large_scores_do_not_overflow(form: Form) -> None:
+    q, parts, _ = case(1, 2, 4, [40, 7])
+    agree(form, q * 300, parts)
+    agree(form, q * 300, parts, softcap=30.0)
 
 
 @pytest.mark.parametrize("buffer_bytes", [1, 3000, 9000])
@@ -74,104 +186,140 @@ def test_small_buffers_split_lanes_and_columns_without_a_trace(
     buffer_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch_path, "CPU_BUFFER_BYTES", buffer_bytes)
-    *args, lanes = case(2, 2, 3, [39, 40, 17, 0], end=50)
-    got, want = both(
-        *args, sinks=torch.randn(6), window=20, pos_pool=lanes.pos_pool, query_position=torch.tensor([50, 45])
-    )
-    close(got, want)
-    got, want = both(*args, softcap=2.0)
-    close(got, want)
+    q, parts, _ = case(2, 2, 3, [39, 40, 17, 0], end=50)
+    form = torch_path.decode_attention
+    agree(form, q, parts, sinks=torch.randn(6), window=20, query_position=torch.tensor([50, 45]))
+    agree(form, q, parts, softcap=2.0)
 
 
 def test_reference_is_plain_attention_on_a_dense_case() -> None:
-    *args, lanes = case(1, 2, 3, [21, 21])
-    out, _ = both(*args)[1]
+    q, parts, lanes = case(1, 2, 3, [21, 21])
+    out, _ = reference_of(q, parts)
     k, v = (torch.stack([read(pool, lanes, h) for h in range(2)]) for pool in (lanes.k_pool, lanes.v_pool))
     want = torch.nn.functional.scaled_dot_product_attention(
-        args[0].view(1, 6, 1, 32), k.unsqueeze(0), v.unsqueeze(0), enable_gqa=True
+        q.view(1, 6, 1, 32), k.unsqueeze(0), v.unsqueeze(0), enable_gqa=True
     )
     close(out, want.view(1, 6, 32))
 
 
+@pytest.mark.parametrize("format", PACKED)
+def test_rounding_in_the_reference_of_packed_formats_stays_small(format: Format) -> None:
+    q, parts, _ = case(1, 2, 4, [96, 64], format=format, block_size=32, key_dim=64)
+    rounded, plain = reference_of(q, parts)[0], both(torch_path.decode_attention, q, parts)[0][0]
+    assert (rounded - plain).norm() / plain.norm() < 0.02
+
+
 @pytest.mark.parametrize("window", [None, 8])
-def test_a_mask_built_once_gives_the_same(window: int | None) -> None:
-    *args, lanes = case(2, 2, 2, [13, 24, 1, 0], end=30)
-    options: dict[str, Any] = {"scale": 0.2, "need_mass": True}
-    if window:
-        options |= {"window": window, "pos_pool": lanes.pos_pool, "query_position": torch.tensor([28, 20])}
-    mask = slot_mask(
-        args[4],
-        args[3].shape[-1],
-        8,
-        window=window,
-        pos_pool=options.get("pos_pool"),
-        table=args[3],
-        query_position=options.get("query_position"),
-    )
-    assert mask is not None and mask.dtype == torch.float32
-    close(decode_attention(*args, mask=mask, **options), decode_attention(*args, **options), atol=0, rtol=0)
-    assert (
-        reference.decode_attention(
-            *args,
-            softcap=None,
-            sinks=None,
-            **(options | {"mask": mask} | dict.fromkeys(("window", "pos_pool", "query_position"))),
-        )[0]
-        .isfinite()
-        .all()
-    )
+def test_masks_are_built_once_for_layers_that_share_them(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    q, parts, _ = case(2, 2, 2, [13, 24, 1, 0], end=30)
+    position = torch.tensor([28, 20]) if window else None
+    built = []
+
+    def counting(part: Part, **options: Any) -> Any:
+        built.append(part)
+        return slot_mask(part, **options)
+
+    monkeypatch.setattr(torch_path, "slot_mask", counting)
+    shared: dict[Any, Any] = {}
+    options = {"window": window, "query_position": position}
+    form = torch_path.decode_attention
+    first, want = both(form, q, parts, shared=shared, **options)
+    close(first, want)
+    close(both(form, q, parts, shared=shared, **options)[0], first, atol=0, rtol=0)
+    assert len(built) == 1
 
 
 def test_no_mask_where_every_slot_is_visible() -> None:
-    assert slot_mask(torch.full((2, 3), 16), 2, 8) is None
+    _, (part,), _ = case(2, 2, 1, [16, 16, 16, 16])
+    assert slot_mask(part) is None
 
 
-def test_slots_without_a_token_are_hidden_even_if_they_hold_nan() -> None:
-    *args, lanes = case(1, 2, 2, [16, 13])
+@pytest.mark.parametrize("format", [*FLOATS, Format.INT8])
+def test_slots_without_a_token_are_hidden_even_if_they_hold_nan(form: Form, format: Format) -> None:
+    q, (part,), lanes = case(1, 2, 2, [16, 13], format=format)
     for slot in (0, 3, 9):
         block = lanes.table[1, slot // 8]
         lanes.pos_pool[block, slot % 8] = -1
-        lanes.k_pool[block, slot % 8] = torch.nan
-        lanes.v_pool[block, slot % 8] = torch.nan
-    got, want = both(*args, pos_pool=lanes.pos_pool)
-    close(got, want)
-    assert (got[1][0, 1, [0, 3, 9]] == 0).all()
+        if format is Format.INT8:
+            part.pool.key_params[block, slot % 8] = part.pool.value_params[block, slot % 8] = torch.nan
+        else:
+            lanes.k_pool[block, slot % 8] = lanes.v_pool[block, slot % 8] = torch.nan
+    parts = [replace(part, hide_empty=True)]
+    agree(form, q, parts)
+    _, (mass,) = both(form, q, parts)[0]
+    assert (mass[0, 1, [0, 3, 9]] == 0).all()
 
 
-def test_a_table_without_columns_gives_zeros() -> None:
-    q, k, v, table, length, _ = case(2, 2, 3, [0, 0, 0, 0])
-    out, mass = decode_attention(q, k, v, table[..., :0], length, scale=1.0, need_mass=True)
+@pytest.mark.parametrize("format", PACKED)
+def test_empty_slots_of_packed_blocks_are_hidden(form: Form, format: Format) -> None:
+    q, (part,), lanes = case(1, 2, 2, [64, 40], format=format, block_size=32)
+    for slot in (0, 3, 33):
+        block = lanes.table[1, slot // 32]
+        lanes.pos_pool[block, slot % 32] = -1
+        part.pool.value_params[block, :, :, slot % 32] = torch.nan
+    agree(form, q, [replace(part, hide_empty=True)])
+
+
+def test_a_block_of_which_nothing_is_visible(form: Form) -> None:
+    q, (part,), lanes = case(1, 2, 2, [24, 16])
+    lanes.pos_pool[lanes.table.long()] = -1
+    lanes.pos_pool[lanes.table[0, 1].long(), 4] = 7
+    agree(form, q, [replace(part, hide_empty=True)])
+
+
+def test_a_table_without_columns_gives_zeros(form: Form) -> None:
+    q, (part,), _ = case(2, 2, 3, [0, 0, 0, 0])
+    (out, (mass,)), _ = both(form, q, [replace(part, table=part.table[..., :0])])
     assert out.shape == (2, 6, 32) and (out == 0).all()
-    assert mass is not None and mass.shape == (2, 2, 0)
+    assert mass.shape == (2, 2, 0)
 
 
-def test_unused_table_entries_do_not_matter() -> None:
-    *args, lanes = case(1, 3, 2, [16, 3, 0])
-    before = decode_attention(*args, scale=0.2, need_mass=True)
-    args[3][0, 1, 1] = args[3][0, 2, 0] = lanes.table[0, 0]
-    close(decode_attention(*args, scale=0.2, need_mass=True), before, atol=0, rtol=0)
+def test_unused_table_entries_do_not_matter(form: Form) -> None:
+    q, (part,), lanes = case(1, 3, 2, [16, 3, 0])
+    before = both(form, q, [part])[0]
+    part.table[0, 1, 1] = part.table[0, 2, 0] = lanes.table[0, 0]
+    close(both(form, q, [part])[0], before, atol=0, rtol=0)
+
+
+def test_strided_arguments(form: Form) -> None:
+    """Queries out of a packed projection; a table trimmed to the columns in use; lengths of every other layer."""
+    q, (part,), _ = case(2, 2, 3, [13, 9, 1, 24])
+    wide_q = torch.cat([torch.full_like(q, torch.nan), q], dim=1)[:, 6:]
+    wide_table = torch.cat([part.table, torch.full_like(part.table, 1 << 30)], dim=-1)[..., : part.table.shape[-1]]
+    wide_length = part.length.repeat_interleave(2, dim=1)[:, ::2]
+    got, _ = both(form, wide_q, [replace(part, table=wide_table, length=wide_length)])
+    close(got, reference_of(q, [part]))
 
 
 def test_a_window_needs_positions(monkeypatch: pytest.MonkeyPatch) -> None:
-    *args, lanes = case(1, 2, 2, [16, 3])
+    q, (part,), _ = case(1, 2, 2, [16, 3])
+    layout = replace(part.pool.layout, sidecars=())
+    bare = replace(part, pool=replace(part.pool, layout=layout))
     for choice in ("auto", "reference"):
         monkeypatch.setenv("KVATLAS_KERNELS", choice)
-        with pytest.raises(ConfigError, match="positions"):
-            decode_attention(*args, scale=1.0, window=4)
         with pytest.raises(ConfigError, match="query_position"):
-            decode_attention(*args, scale=1.0, window=4, pos_pool=lanes.pos_pool)
-    with pytest.raises(ConfigError, match="table"):
-        slot_mask(args[4], 2, 8, pos_pool=lanes.pos_pool)
+            decode_attention(q, [part], scale=1.0, window=4)
+        with pytest.raises(ConfigError, match="dense_start"):
+            decode_attention(q, [bare], scale=1.0, window=4, query_position=torch.tensor([20]))
+
+
+def test_slots_are_those_of_one_part() -> None:
+    q, (part,), _ = case(1, 2, 2, [16, 3])
+    slots = torch.zeros(1, 2, 3, dtype=torch.int32)
+    with pytest.raises(ConfigError, match="got 2 parts"):
+        decode_attention(q, [part, part], scale=1.0, slots=slots)
+    with pytest.raises(ConfigError, match="got 0 parts"):
+        decode_attention(q, [], scale=1.0)
 
 
 def test_the_environment_chooses_the_form(monkeypatch: pytest.MonkeyPatch) -> None:
-    *args, _ = case(1, 2, 2, [16, 3])
+    q, parts, _ = case(1, 2, 2, [16, 3])
     monkeypatch.setenv("KVATLAS_KERNELS", "reference")
     monkeypatch.setattr(reference, "decode_attention", lambda *_, **__: "the reference")
-    assert decode_attention(*args, scale=1.0) == "the reference"
+    assert decode_attention(q, parts, scale=1.0) == "the reference"
     monkeypatch.setenv("KVATLAS_KERNELS", "fastest")
     with pytest.raises(ConfigError, match=r"fastest.*auto, reference"):
-        decode_attention(*args, scale=1.0)
+        decode_attention(q, parts, scale=1.0)
 
 
 @settings(max_examples=30, deadline=None)
@@ -203,8 +351,6 @@ def test_mass_sums_to_the_group_and_order_of_slots_does_not_matter(
 
 
 def attend(q: torch.Tensor, lanes: Lanes) -> tuple[torch.Tensor, torch.Tensor]:
-    out, mass = decode_attention(
-        q, lanes.k_pool, lanes.v_pool, lanes.table[None], lanes.length[None], scale=0.2, need_mass=True
-    )
+    out, mass = decode_attention(q, [batched(lanes, 1)], scale=0.2, need_mass=True)
     assert mass is not None
-    return out, mass
+    return out, mass[0]

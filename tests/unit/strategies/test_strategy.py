@@ -100,23 +100,26 @@ def test_stages_may_refuse_each_other() -> None:
     class Jealous(Encode):
         name: ClassVar[str] = "jealous"
         info: ClassVar[StageInfo] = StageInfo(summary="", paper="")
-        format: ClassVar[Format] = Format.FP16
+
+        @property
+        def format(self) -> Format:
+            return Format.FP16
 
         def conflict(self, other: Stage) -> str | None:
             return "it wants to be alone" if isinstance(other, H2O) else None
 
     with pytest.raises(CompositionError, match="'jealous' and 'h2o' cannot be composed: it wants to be alone"):
         Strategy((H2O(), Jealous()))
-    assert Strategy((Jealous(),)).format is Format.FP16
+    assert Strategy((Jealous(),)).stored(Format.FP32) is Format.FP16
 
 
 def test_what_a_strategy_declares() -> None:
     h2o = Strategy.parse("h2o | bf16")
     assert h2o.needs == {Need.COLUMN_SUMS} and h2o.sidecars == (Sidecar.POSITIONS, Sidecar.COLUMN_SUMS)
     assert h2o.moments == {Moment.AFTER_PREFILL, Moment.AFTER_STEP}
-    assert h2o.format is Format.BF16 and not h2o.lossless
+    assert h2o.stored(Format.FP32) is Format.BF16 and not h2o.lossless
     full = Strategy.parse("full")
-    assert full.lossless and full.format is None and full.sidecars == (Sidecar.POSITIONS,) and not full.needs
+    assert full.lossless and full.encode is None and full.sidecars == (Sidecar.POSITIONS,) and not full.needs
     assert not Strategy.parse("full | fp16").lossless and Strategy.parse("full | fp32").lossless
 
 

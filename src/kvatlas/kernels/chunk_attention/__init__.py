@@ -6,10 +6,13 @@ pass recompute any probability exactly (:mod:`kvatlas.kernels.column_sums`).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from kvatlas.kernels.chunk_attention import reference, torch_path
-from kvatlas.kernels.dispatch import use_reference
+from kvatlas.kernels.dispatch import choose
+from kvatlas.kernels.pool import Part
 
 __all__ = ["chunk_attention"]
 
@@ -19,18 +22,13 @@ def chunk_attention(
     k: Tensor,
     v: Tensor,
     positions: Tensor,
-    k_pool: Tensor,
-    v_pool: Tensor,
-    pos_pool: Tensor,
-    table: Tensor,
-    length: Tensor,
+    past: Sequence[Part],
     *,
     scale: float,
     softcap: float | None = None,
     sinks: Tensor | None = None,
     window: int | None = None,
     reach: tuple[int, int] | None = None,
-    dense_start: int | None = None,
     tile_slots: int = 2048,
 ) -> tuple[Tensor, Tensor]:
     """Return the attention output [T, Hq, Dv] in the type of ``q``, and the log-sum-exp [Hq, T] float32.
@@ -43,36 +41,27 @@ def chunk_attention(
         k: [T, H, Dk], the chunk's own keys; not read from the pool.
         v: [T, H, Dv], likewise.
         positions: [T] int, of the chunk's tokens.
-        k_pool: [N, block_size, Dk], any float type; the first dimension may be strided.
-        v_pool: [N, block_size, Dv], likewise.
-        pos_pool: [N, block_size] int32, -1 for a slot without a token; not read if ``dense_start`` is given.
-        table: [H, C] int32 block ids.
-        length: [H] past slots in use at the front of each lane, at most C * block_size.
+        past: parts of the lanes with the cached tokens, in any format; tables [H, C], lengths [H]. Positions come from
+            the pool, -1 for a slot without a token. A part's ``dense_start`` promises that all its lengths are equal
+            and slot i holds position dense_start + i: slots that no query can see are then not even read.
         scale: factor of the dot product.
         softcap: scores become ``softcap * tanh(score / softcap)``; None leaves them.
         sinks: [Hq] logits that take part in each head's denominator, unscaled; part of the log-sum-exp.
         window: visible are positions > query - window.
         reach: (sink_tokens, recent): visible are positions < sink_tokens or > query - recent.
-        dense_start: promise that all lengths are equal and slot i holds position dense_start + i. Past slots
-            that no query can see are then not even read.
         tile_slots: past slots to hold at a time, rounded up to whole blocks.
     """
-    form = reference.chunk_attention if use_reference() else torch_path.chunk_attention
+    form = reference.chunk_attention if choose(q.device) == "reference" else torch_path.chunk_attention
     return form(
         q,
         k,
         v,
         positions,
-        k_pool,
-        v_pool,
-        pos_pool,
-        table,
-        length,
+        past,
         scale=scale,
         softcap=softcap,
         sinks=sinks,
         window=window,
         reach=reach,
-        dense_start=dense_start,
         tile_slots=tile_slots,
     )

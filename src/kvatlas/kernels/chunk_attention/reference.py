@@ -1,14 +1,17 @@
 """Chunk attention, one head and query at a time, in float64: the meaning that other forms agree with.
 
-Shapes: T tokens of the chunk, Hq query heads, H KV heads, C table columns, n past slots of one lane.
+Shapes: T tokens of the chunk, Hq query heads, H KV heads.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from kvatlas.kernels.gather import read_lane
+from kvatlas.kernels.lane import lane_keys, lane_positions, lane_values
+from kvatlas.kernels.pool import Part
 
 
 def chunk_attention(
@@ -16,18 +19,13 @@ def chunk_attention(
     k: Tensor,
     v: Tensor,
     positions: Tensor,
-    k_pool: Tensor,
-    v_pool: Tensor,
-    pos_pool: Tensor,
-    table: Tensor,
-    length: Tensor,
+    past: Sequence[Part],
     *,
     scale: float,
     softcap: float | None,
     sinks: Tensor | None,
     window: int | None,
     reach: tuple[int, int] | None,
-    dense_start: int | None,
     tile_slots: int,
 ) -> tuple[Tensor, Tensor]:
     """As :func:`kvatlas.kernels.chunk_attention.chunk_attention`."""
@@ -37,10 +35,10 @@ def chunk_attention(
     lse = torch.zeros(Hq, T, dtype=torch.float64, device=q.device)
     for head in range(Hq):
         h = head // (Hq // H)
-        n = int(length[h])
-        keys = torch.cat([read_lane(k_pool, table[h], n).to(q.dtype), k[:, h].to(q.dtype)]).double()
-        values = torch.cat([read_lane(v_pool, table[h], n).to(q.dtype), v[:, h].to(q.dtype)]).double()
-        key_positions = torch.cat([lane_positions(pos_pool, table[h], n, dense_start), positions])
+        keys, values = cached_entries(past, h, q.dtype)
+        keys = torch.cat([*keys, k[:, h].to(q.dtype)]).double()
+        values = torch.cat([*values, v[:, h].to(q.dtype)]).double()
+        key_positions = torch.cat([*cached_positions(past, h), positions])
         for t in range(T):
             seen = visible_keys(key_positions, int(positions[t]), window, reach)
             score = keys[seen] @ q[t, head].double() * scale
@@ -53,11 +51,19 @@ def chunk_attention(
     return out.to(q.dtype), lse.float()
 
 
-def lane_positions(pos_pool: Tensor, table: Tensor, length: int, dense_start: int | None) -> Tensor:
-    """Return the positions [length] of one lane's slots, -1 for a slot without a token."""
-    if dense_start is None:
-        return read_lane(pos_pool, table, length)
-    return torch.arange(dense_start, dense_start + length, device=table.device)
+def cached_entries(past: Sequence[Part], head: int, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the keys and the values of each part's slots of one lane, as a query of ``dtype`` sees them."""
+    lanes = [(part.pool, part.table[head], _slots(part, head)) for part in past]
+    return [lane_keys(*lane).to(dtype) for lane in lanes], [lane_values(*lane).to(dtype) for lane in lanes]
+
+
+def cached_positions(past: Sequence[Part], head: int) -> list[Tensor]:
+    """Return the positions of each part's slots of one lane, -1 for a slot without a token."""
+    return [lane_positions(part, part.table[head], _slots(part, head)) for part in past]
+
+
+def _slots(part: Part, head: int) -> Tensor:
+    return torch.arange(int(part.length[head]), device=part.table.device)
 
 
 def visible_keys(key_positions: Tensor, position: int, window: int | None, reach: tuple[int, int] | None) -> Tensor:

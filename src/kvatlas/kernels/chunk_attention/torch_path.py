@@ -2,19 +2,21 @@
 
 Where torch has a flash kernel that returns the log-sum-exp for these arguments, each tile runs on it; if
 not, two batched products around an exponential, few queries at a time. Sums are float32 or wider.
-Shapes: T queries, Hq query heads, H KV heads, G query heads per KV head, C table columns, S slots of a tile,
-D key width, E value width.
+Shapes: T queries, Hq query heads, H KV heads, G query heads per KV head, S slots of a tile, D key width,
+E value width.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from itertools import chain
 
 import torch
 from torch import Tensor
 
-from kvatlas.kernels.tiles import Queries, Stream, log2_scores
+from kvatlas.kernels.pool import Part
+from kvatlas.kernels.tiles import Queries, Step, Stream, log2_scores
 from kvatlas.kernels.visibility import Sight
 
 LN_2 = math.log(2)
@@ -28,18 +30,13 @@ def chunk_attention(
     k: Tensor,
     v: Tensor,
     positions: Tensor,
-    k_pool: Tensor,
-    v_pool: Tensor,
-    pos_pool: Tensor,
-    table: Tensor,
-    length: Tensor,
+    past: Sequence[Part],
     *,
     scale: float,
     softcap: float | None,
     sinks: Tensor | None,
     window: int | None,
     reach: tuple[int, int] | None,
-    dense_start: int | None,
     tile_slots: int,
 ) -> tuple[Tensor, Tensor]:
     """As :func:`kvatlas.kernels.chunk_attention.chunk_attention`."""
@@ -59,7 +56,7 @@ def chunk_attention(
         dtype=q.dtype,
         numbers_per_pair=0 if flash else G,
     )
-    steps = stream.past(k_pool, v_pool, pos_pool, table, length, dense_start)
+    steps: Iterator[Step] = chain.from_iterable(stream.past(part, values=True) for part in past)
     if flash and queries.are_causal(sight):
         own = flash_attend(q_HGTD, k.transpose(0, 1).to(q.dtype), v.transpose(0, 1).to(q.dtype), None, scale, True)
         _merge(out_HGTE, lse_HGT, *own)

@@ -1,15 +1,17 @@
 """Column sums, one head and query at a time, in float64: the meaning that other forms agree with.
 
-Shapes: T tokens of the chunk, Hq query heads, H KV heads, C table columns, n past slots of one lane.
+Shapes: T tokens of the chunk, Hq query heads, H KV heads.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from kvatlas.kernels.chunk_attention.reference import lane_positions, visible_keys
-from kvatlas.kernels.gather import read_lane
+from kvatlas.kernels.chunk_attention.reference import cached_entries, cached_positions, visible_keys
+from kvatlas.kernels.pool import Part
 
 
 def column_sums(
@@ -17,35 +19,31 @@ def column_sums(
     k: Tensor,
     positions: Tensor,
     lse: Tensor,
-    k_pool: Tensor,
-    pos_pool: Tensor,
-    table: Tensor,
-    length: Tensor,
+    past: Sequence[Part],
     *,
     scale: float,
     softcap: float | None,
     window: int | None,
     reach: tuple[int, int] | None,
-    dense_start: int | None,
     tile_slots: int,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[list[Tensor], Tensor]:
     """As :func:`kvatlas.kernels.column_sums.column_sums`."""
     T, Hq, _ = q.shape
-    H, C = table.shape
-    past = torch.zeros(H, C * k_pool.shape[1], dtype=torch.float64, device=q.device)
-    own = torch.zeros(H, T, dtype=torch.float64, device=q.device)
+    H = k.shape[1]
+    slots = [part.table.shape[-1] * part.pool.layout.block_size for part in past]
+    sums = [torch.zeros(H, n, dtype=torch.float64, device=q.device) for n in (*slots, T)]
     for head in range(Hq):
         h = head // (Hq // H)
-        n = int(length[h])
-        keys = torch.cat([read_lane(k_pool, table[h], n).to(q.dtype), k[:, h].to(q.dtype)]).double()
-        key_positions = torch.cat([lane_positions(pos_pool, table[h], n, dense_start), positions])
+        keys = [*cached_entries(past, h, q.dtype)[0], k[:, h].to(q.dtype)]
+        key_positions = torch.cat([*cached_positions(past, h), positions])
+        counts = [len(each) for each in keys]
         for t in range(T):
             seen = visible_keys(key_positions, int(positions[t]), window, reach).nonzero().flatten()
-            score = keys[seen] @ q[t, head].double() * scale
+            score = torch.cat(keys).double()[seen] @ q[t, head].double() * scale
             if softcap is not None:
                 score = softcap * torch.tanh(score / softcap)
-            probability = torch.exp(score - lse[head, t].double())
-            is_past = seen < n
-            past[h, seen[is_past]] += probability[is_past]
-            own[h, seen[~is_past] - n] += probability[~is_past]
-    return past.float(), own.float()
+            probability = torch.zeros(sum(counts), dtype=torch.float64, device=q.device)
+            probability[seen] = torch.exp(score - lse[head, t].double())
+            for total, received in zip(sums, probability.split(counts), strict=True):
+                total[h, : len(received)] += received
+    return [each.float() for each in sums[:-1]], sums[-1].float()

@@ -1,15 +1,17 @@
 """Column sums over tiles of keys: one batched product and one exponential per tile.
 
 Walks the tiles of chunk attention, a few queries at a time, with float32 accumulation.
-Shapes: T queries, Hq query heads, H KV heads, G query heads per KV head, C table columns, S slots of a tile,
-D key width.
+Shapes: T queries, Hq query heads, H KV heads, G query heads per KV head, S slots of a tile, D key width.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from kvatlas.kernels.pool import Part
 from kvatlas.kernels.tiles import LOG2_E, Queries, Step, Stream, log2_scores
 from kvatlas.kernels.visibility import Sight
 
@@ -19,29 +21,25 @@ def column_sums(
     k: Tensor,
     positions: Tensor,
     lse: Tensor,
-    k_pool: Tensor,
-    pos_pool: Tensor,
-    table: Tensor,
-    length: Tensor,
+    past: Sequence[Part],
     *,
     scale: float,
     softcap: float | None,
     window: int | None,
     reach: tuple[int, int] | None,
-    dense_start: int | None,
     tile_slots: int,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[list[Tensor], Tensor]:
     """As :func:`kvatlas.kernels.column_sums.column_sums`."""
     T, Hq, D = q.shape
-    H, C = table.shape
+    H = k.shape[1]
     G = Hq // H
     dtype = torch.promote_types(q.dtype, torch.float32)
     q_HGTD = q.to(dtype).view(T, H, G, D).permute(1, 2, 0, 3)
     lse_HGT = lse.to(dtype).view(H, G, T) * LOG2_E
     # A query that saw nothing gives nothing: 2 ** (score - inf).
     lse_HGT = lse_HGT.masked_fill(lse_HGT == -torch.inf, torch.inf)
-    past_HS = torch.zeros(H, C * k_pool.shape[1], dtype=dtype, device=q.device)
-    own_HT = torch.zeros(H, T, dtype=dtype, device=q.device)
+    slots = [part.table.shape[-1] * part.pool.layout.block_size for part in past]
+    *past_sums, own_HT = (torch.zeros(H, n, dtype=dtype, device=q.device) for n in (*slots, T))
     stream = Stream(
         queries=Queries.at(positions),
         sight=Sight(window, reach),
@@ -51,13 +49,14 @@ def column_sums(
     )
 
     def add(step: Step, sums_HS: Tensor) -> None:
-        part = (step.heads, slice(None), step.rows)
-        weights = log2_scores(q_HGTD[part], step.k.to(dtype), step.mask, scale=scale, softcap=softcap)
-        weights.sub_(lse_HGT[part].unsqueeze(-1)).exp2_()
+        rows = (step.heads, slice(None), step.rows)
+        weights = log2_scores(q_HGTD[rows], step.k.to(dtype), step.mask, scale=scale, softcap=softcap)
+        weights.sub_(lse_HGT[rows].unsqueeze(-1)).exp2_()
         sums_HS[step.heads, step.first : step.first + step.k.shape[1]] += weights.sum(dim=(1, 2))
 
-    for step in stream.past(k_pool, None, pos_pool, table, length, dense_start):
-        add(step, past_HS)
+    for part, past_HS in zip(past, past_sums, strict=True):
+        for step in stream.past(part, values=False):
+            add(step, past_HS)
     for step in stream.own(k, None):
         add(step, own_HT)
-    return past_HS.float(), own_HT.float()
+    return [past_HS.float() for past_HS in past_sums], own_HT.float()

@@ -6,72 +6,90 @@ accumulating strategies (H2O, Scissorhands) would otherwise have to compute agai
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 from torch import Tensor
 
-from kvatlas.kernels.decode_attention import reference, torch_path
-from kvatlas.kernels.dispatch import use_reference
-from kvatlas.kernels.visibility import slot_mask
+from kvatlas.core.errors import ConfigError
+from kvatlas.kernels.decode_attention import native, reference, torch_path
+from kvatlas.kernels.dispatch import choose
+from kvatlas.kernels.pool import Part
+from kvatlas.kernels.visibility import check_window
 
-__all__ = ["decode_attention", "slot_mask"]
+__all__ = ["decode_attention"]
 
 
 def decode_attention(
     q: Tensor,
-    k_pool: Tensor,
-    v_pool: Tensor,
-    table: Tensor,
-    length: Tensor,
+    parts: Sequence[Part],
     *,
     scale: float,
     softcap: float | None = None,
     sinks: Tensor | None = None,
     window: int | None = None,
-    pos_pool: Tensor | None = None,
     query_position: Tensor | None = None,
-    mask: Tensor | None = None,
+    slots: Tensor | None = None,
     need_mass: bool = False,
-) -> tuple[Tensor, Tensor | None]:
+    shared: dict[Any, Any] | None = None,
+) -> tuple[Tensor, list[Tensor] | None]:
     """Return the attention output [R, Hq, Dv] in the type of ``q``, and the probability mass of each slot.
 
-    Query head i reads KV head i // (Hq / H). A slot is visible if it is in use, holds a token and lies in the
-    window. A lane without a visible slot gives zeros. Scores and probabilities are at least float32.
+    A lane is the concatenation of its parts, which may differ in format. Query head i reads KV head i // (Hq / H). A
+    slot is visible if it is in use, holds a token (where the part hides empty slots) and lies in the window. A lane
+    without a visible slot gives zeros. Scores and probabilities are at least float32. Over packed formats the reference
+    and the native form round the queries and the weights to 8 bits, block by block; see `reference`.
 
     Args:
         q: [R, Hq, Dk], rotated.
-        k_pool: [N, block_size, Dk], any float type; the first dimension may be strided.
-        v_pool: [N, block_size, Dv], likewise.
-        table: [R, H, C] int32 block ids; all C columns are read, so trim it to the longest lane.
-        length: [R, H] slots in use at the front of each lane, at most C * block_size.
+        parts: at least one; tables [R, H, C], lengths [R, H].
         scale: factor of the dot product.
         softcap: scores become ``softcap * tanh(score / softcap)``; None leaves them.
         sinks: [Hq] logits that take part in each head's denominator, unscaled.
-        window: visible are positions > query_position - window.
-        pos_pool: [N, block_size] int32; if given, slots holding -1 are hidden. A window needs it.
+        window: visible are positions > query_position - window; positions come from ``dense_start`` or the pool.
         query_position: [R]; a window needs it.
-        mask: what :func:`slot_mask` returned for the same ``length``, ``window``, ``pos_pool``,
-            ``query_position``; saves building it again. Additive [R, H, C * block_size] float32.
+        slots: [R, H, S'] int32 slots to read, each once, in any order, of the only part; its length then counts these.
         need_mass: whether to return the mass.
+        shared: a dict that the torch form keeps masks in. Pass the same one for layers whose tables, lengths and
+            positions are equal, in one step; other forms ignore it.
 
     Returns:
-        The output, and the mass [R, H, C * block_size] float32: the probability of each slot summed over the
-        query heads of its group, 0 for hidden slots; None unless ``need_mass``.
+        The output, and for each part the mass [R, H, C * block_size] float32 (with ``slots``: [R, H, S']): the
+        probability of each slot summed over the query heads of its group, 0 for hidden slots; None unless
+        ``need_mass``.
 
     Raises:
-        ConfigError: a window without positions.
+        ConfigError: a window without positions, no part, or slots of several parts.
     """
-    form = reference.decode_attention if use_reference() else torch_path.decode_attention
+    if not parts or (slots is not None and len(parts) > 1):
+        raise ConfigError(
+            f"got {len(parts)} parts of each lane; expected one or more, and only one where slots are given"
+        )
+    for part in parts:
+        check_window(part, window, query_position)
+    form = _form(q, parts, slots)
     return form(
         q,
-        k_pool,
-        v_pool,
-        table,
-        length,
+        parts,
         scale=scale,
         softcap=softcap,
         sinks=sinks,
         window=window,
-        pos_pool=pos_pool,
         query_position=query_position,
-        mask=mask,
+        slots=slots,
         need_mass=need_mass,
+        shared=shared,
     )
+
+
+def _form(q: Tensor, parts: Sequence[Part], slots: Tensor | None) -> Callable[..., tuple[Tensor, list[Tensor] | None]]:
+    path = choose(q.device, native=native.covers(q), triton=True)
+    if path == "triton":
+        from kvatlas.kernels.decode_attention import triton_path  # needs the package triton
+
+        if triton_path.why_not(q, parts, slots) is None:
+            return triton_path.decode_attention
+        return torch_path.decode_attention
+    if path == "native":
+        return native.decode_attention
+    return reference.decode_attention if path == "reference" else torch_path.decode_attention

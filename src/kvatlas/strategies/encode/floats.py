@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from kvatlas.core.vocabulary import Format, Saves
 from kvatlas.strategies.registry import register
@@ -17,7 +16,10 @@ _HALF = (Saves.CAPACITY, Saves.BANDWIDTH)
 class Fp32(Encode):
     """Store 4 bytes per element."""
 
-    format: ClassVar[Format] = Format.FP32
+    @property
+    def format(self) -> Format:
+        """As the name says."""
+        return Format.FP32
 
 
 @register("bf16", StageInfo(summary="store as bfloat16", paper="bfloat16", saves=_HALF))
@@ -25,7 +27,10 @@ class Fp32(Encode):
 class Bf16(Encode):
     """Store 2 bytes per element, 8 bits of precision; exact where the model computes in bfloat16."""
 
-    format: ClassVar[Format] = Format.BF16
+    @property
+    def format(self) -> Format:
+        """As the name says."""
+        return Format.BF16
 
 
 @register("fp16", StageInfo(summary="store as float16", paper="IEEE 754", saves=_HALF))
@@ -33,4 +38,7 @@ class Bf16(Encode):
 class Fp16(Encode):
     """Store 2 bytes per element, 11 bits of precision; exact where the model computes in float16."""
 
-    format: ClassVar[Format] = Format.FP16
+    @property
+    def format(self) -> Format:
+        """As the name says."""
+        return Format.FP16

@@ -1,0 +1,127 @@
+"""The C structs of ``src/native/abi.h``, filled from pools and parts.
+
+Structs that change with every call are packed into bytes, which costs a third of filling ctypes structures; a bytes
+object is passed where C wants a pointer to it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+from collections.abc import Sequence
+from dataclasses import replace
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from kvatlas.core.vocabulary import Format, Sidecar
+from kvatlas.kernels.pool import BlockPool, Part
+
+FORMATS = {Format.FP32: 0, Format.BF16: 1, Format.FP16: 2, Format.INT8: 3, Format.INT4: 4, Format.INT2: 5}
+FLOAT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+NONE = -1
+"""An offset, a window or a first position that is not there."""
+_PART = struct.Struct("@PPqqPqqiiPqqqPq")
+
+
+class KvaPool(ctypes.Structure):
+    """``kva_pool``."""
+
+    _fields_ = (
+        ("memory", ctypes.c_void_p),
+        ("bytes", ctypes.c_int64),
+        ("format", ctypes.c_int32),
+        ("block_size", ctypes.c_int32),
+        ("key_dim", ctypes.c_int32),
+        ("value_dim", ctypes.c_int32),
+        ("values_at", ctypes.c_int32),
+        ("key_params_at", ctypes.c_int32),
+        ("value_params_at", ctypes.c_int32),
+        ("positions_at", ctypes.c_int32),
+        ("bounds_at", ctypes.c_int32),
+    )
+
+
+_pools: WeakKeyDictionary[BlockPool, KvaPool] = WeakKeyDictionary()
+
+
+def pool_struct(pool: BlockPool) -> KvaPool:
+    """Return the ``kva_pool`` of a pool in the memory of this process: made once, valid as long as the pool is."""
+    known = _pools.get(pool)
+    if known is None:
+        known = _pools[pool] = _describe(pool)
+    return known
+
+
+def pack_parts(
+    parts: Sequence[Part], slots: Tensor | None = None, mass: Sequence[Tensor] | None = None
+) -> tuple[bytes, object]:
+    """Return an array of ``kva_part``, and what must be kept alive until C has read it.
+
+    Args:
+        parts: tables [R, H, C], lengths [R, H].
+        slots: [R, H, S'] int32 slots of the only part, or None.
+        mass: [R, H, S] float32, contiguous, per part; or None.
+    """
+    kept = [_plain(part) for part in parts]
+    chosen = None if slots is None else _rows(slots, torch.int32)
+    packed = b"".join(_pack(part, chosen, None if mass is None else mass[i]) for i, part in enumerate(kept))
+    return packed, (kept, chosen)
+
+
+def _pack(part: Part, slots: Tensor | None, mass: Tensor | None) -> bytes:
+    table, length = part.table, part.length
+    table_row, table_lane, _ = table.stride()
+    length_row, length_lane = length.stride()
+    slots_row, slots_lane = (0, 0) if slots is None else slots.stride()[:2]
+    return _PART.pack(
+        ctypes.addressof(pool_struct(part.pool)),
+        table.data_ptr(),
+        table_row,
+        table_lane,
+        length.data_ptr(),
+        length_row,
+        length_lane,
+        table.shape[2],
+        part.hide_empty,
+        0 if slots is None else slots.data_ptr(),
+        slots_row,
+        slots_lane,
+        NONE if part.dense_start is None else part.dense_start,
+        0 if mass is None else mass.data_ptr(),
+        0 if mass is None else mass.shape[2],
+    )
+
+
+def _plain(part: Part) -> Part:
+    """Return the part with tensors of the types and strides that C reads: nearly always itself."""
+    table, length = _rows(part.table, torch.int32), part.length
+    if length.dtype != torch.int64:
+        length = length.long()
+    return part if table is part.table and length is part.length else replace(part, table=table, length=length)
+
+
+def _rows(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the tensor in ``dtype`` with a contiguous last dimension."""
+    if tensor.dtype != dtype:
+        tensor = tensor.to(dtype)
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] <= 1 else tensor.contiguous()
+
+
+def _describe(pool: BlockPool) -> KvaPool:
+    layout = pool.layout
+    sidecars = layout.sidecars
+    return KvaPool(
+        memory=pool.memory.data_ptr(),
+        bytes=pool.memory.numel(),
+        format=FORMATS[layout.format],
+        block_size=layout.block_size,
+        key_dim=layout.key_dim,
+        value_dim=layout.value_dim,
+        values_at=layout.key_bytes,
+        key_params_at=NONE if layout.format.is_float else layout.key_params_offset,
+        value_params_at=NONE if layout.format.is_float else layout.value_params_offset,
+        positions_at=layout.sidecar_offset(Sidecar.POSITIONS) if Sidecar.POSITIONS in sidecars else NONE,
+        bounds_at=layout.sidecar_offset(Sidecar.KEY_BOUNDS) if Sidecar.KEY_BOUNDS in sidecars else NONE,
+    )

@@ -1,0 +1,72 @@
+"""Quest: read only the pages whose keys could matter to this query (arXiv:2406.10774).
+
+Each block of a lane, a page, keeps the minimum and the maximum of every key channel. The largest score that any key
+within these bounds could have is cheap to compute and never too small; the pages with the largest are read exactly.
+Everything stays cached: what falls is the bytes read.
+
+Differs from the paper: a page is a block of the cache, 32 tokens instead of 16; query heads that share a KV head share
+its pages, chosen by the best of them, since their keys are read together; layers with a sliding window read all of it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kvatlas.core.errors import ConfigError
+from kvatlas.core.vocabulary import Moment, Need, Saves
+from kvatlas.strategies.registry import register
+from kvatlas.strategies.stage import Attend, Encode, Place, Stage, StageInfo
+
+_LEAST_PAGES = 3
+
+
+@register(
+    "quest",
+    StageInfo(
+        summary="read the pages whose key bounds promise the highest scores",
+        paper="arXiv:2406.10774",
+        saves=(Saves.BANDWIDTH,),
+        needs=frozenset({Need.KEY_BOUNDS}),
+        moments=frozenset({Moment.SELECT}),
+    ),
+)
+@dataclass(frozen=True, kw_only=True)
+class Quest(Attend):
+    """Choose the pages that a decode step reads, layer by layer.
+
+    Args:
+        budget: tokens that a lane's query heads read, in whole pages and at least three of them; the newest page is
+            always among them.
+        dense: first layers that read everything: their attention is spread widely.
+
+    Raises:
+        ConfigError: a number is out of range.
+    """
+
+    budget: int = 1024
+    dense: int = 2
+
+    def __post_init__(self) -> None:
+        if self.budget < 1:
+            raise ConfigError(f"quest: budget={self.budget} is out of range; write a number of tokens, such as 1024")
+        if self.dense < 0:
+            raise ConfigError(f"quest: dense={self.dense} is out of range; write a number of layers, such as 2")
+
+    def conflict(self, other: Stage) -> str | None:
+        """Refuse what needs every score, and blocks whose bounds would weigh more than they save."""
+        if Need.COLUMN_SUMS in other.info.needs and Moment.AFTER_STEP in other.info.moments:
+            return "it counts the attention that every token gets, and pages that are not read get none; leave one out"
+        if isinstance(other, Encode) and other.format.is_packed:
+            return "the bounds of a packed block would weigh a third of it; use 'int8' or leave one out"
+        if isinstance(other, Place):
+            return "pages are chosen when their layer runs, too late to fetch them; use 'speculate' there"
+        return None
+
+    @property
+    def dense_layers(self) -> int:
+        """As asked for."""
+        return self.dense
+
+    def pages(self, block_size: int) -> int:
+        """Return the most pages that a step reads."""
+        return max(_LEAST_PAGES, self.budget // block_size)

@@ -1,0 +1,427 @@
+// Encodes, decodes, writes and copies keys and values of blocks; the codes are those of kernels/blocks/reference.py.
+//
+// Codes are quotients rounded to nearest even: divided, never multiplied by a reciprocal, so that every form and every
+// processor stores the same bytes.
+#include <cstdlib>
+
+#include "convert.h"
+
+namespace KVA_ISA {
+namespace {
+
+constexpr int64_t GRANULE = 64;
+constexpr float HALF_MAX = 65504.0f;
+constexpr int MAX_DIM = 1024;
+
+uint8_t* block_at(const kva_pool& pool, int64_t id) { return pool.memory + id * GRANULE; }
+
+KVA_INLINE void put16(uint8_t* p, uint16_t x) { std::memcpy(p, &x, 2); }
+KVA_INLINE float float_of(uint16_t h) {
+    vh wide{};
+    wide[0] = h;
+    return from_fp16(wide)[0];
+}
+KVA_INLINE uint16_t get16(const uint8_t* p) { return load_as<uint16_t>(p); }
+
+// One side of the blocks of a pool: the keys, or the values.
+struct Side {
+    int64_t codes_at, params_at;
+    int dim;
+};
+Side keys_of(const kva_pool& pool) { return {0, pool.key_params_at, pool.key_dim}; }
+Side values_of(const kva_pool& pool) { return {pool.values_at, pool.value_params_at, pool.value_dim}; }
+
+// --- int8 and floats: a row per token
+
+template <class From>
+void write_int8(const uint8_t* from, int8_t* codes, uint8_t* scale_to, int dim) {
+    vf most{};
+    by_vectors(dim, [&](int c, int n) { most = vmax(most, vabs(load_element<From>(from + c * From::BYTES, n))); });
+    const float wanted = hmax(most) / 127.0f;
+    const uint16_t stored = fp16_of(wanted < HALF_MAX ? wanted : HALF_MAX);
+    put16(scale_to, stored);
+    if (stored == 0) {
+        std::memset(codes, 0, dim);
+        return;
+    }
+    const vf scale = set1(float_of(stored)), top = set1(127.0f);
+    by_vectors(dim, [&](int c, int n) {
+        const vf code = vmax(vmin(load_element<From>(from + c * From::BYTES, n) / scale, top), -top);
+        if (n == VF) return store_int8(codes + c, code);
+        int8_t part[VF];
+        store_int8(part, code);
+        std::memcpy(codes + c, part, n);
+    });
+}
+
+// Writes one token's key or value; false: the pool's format has no rows.
+template <class From>
+bool write_row(const kva_pool& pool, const Side& side, uint8_t* block, int64_t slot, const uint8_t* from) {
+    uint8_t* codes = block + side.codes_at;
+    if (pool.format == KVA_INT8) {
+        write_int8<From>(from, (int8_t*)codes + slot * side.dim, block + side.params_at + 2 * slot, side.dim);
+        return true;
+    }
+    return with_float(pool.format, [&](auto to) {
+        using To = decltype(to);
+        convert_row<From, To>(from, codes + slot * side.dim * To::BYTES, side.dim);
+    });
+}
+
+// --- int4 and int2: codes of a whole block [32 tokens][stride] in bytes, then packed
+
+template <int BITS>
+struct Codes {
+    static constexpr int N = 4 * BITS, PARTS = 8 / BITS, MASK = (1 << BITS) - 1, LEVELS = MASK;
+    int64_t stride;
+    uint8_t* code;
+
+    KVA_INLINE void pack_run(const uint32_t (&word)[QUADS], uint8_t* run) const {
+        uint32_t packed[N];
+        for (int i = 0; i < N; ++i) {
+            packed[i] = word[i];
+            for (int k = 1; k < PARTS; ++k) packed[i] |= word[i + N * k] << (BITS * k);
+        }
+        std::memcpy(run, packed, sizeof packed);
+    }
+
+    KVA_INLINE void unpack_run(const uint8_t* run, uint32_t (&word)[QUADS]) const {
+        uint32_t packed[N];
+        std::memcpy(packed, run, sizeof packed);
+        for (int k = 0; k < PARTS; ++k) {
+            for (int i = 0; i < N; ++i) word[i + N * k] = packed[i] >> (BITS * k) & (MASK * 0x01010101u);
+        }
+    }
+
+    void pack_keys(uint8_t* to, int dim) const {
+        for (int c = 0; c < dim; c += 4, to += 4 * N) {
+            uint32_t word[QUADS];
+            for (int t = 0; t < QUADS; ++t) word[t] = load_as<uint32_t>(code + t * stride + c);
+            pack_run(word, to);
+        }
+    }
+
+    void unpack_keys(const uint8_t* from, int dim) const {
+        for (int c = 0; c < dim; c += 4, from += 4 * N) {
+            uint32_t word[QUADS];
+            unpack_run(from, word);
+            for (int t = 0; t < QUADS; ++t) std::memcpy(code + t * stride + c, &word[t], 4);
+        }
+    }
+
+    void pack_values(uint8_t* to, int dim) const {
+        for (int c = 0; c < dim; c += QUADS) {
+            for (int t = 0; t < QUADS; t += 4, to += 4 * N) {
+                const uint8_t* row = code + t * stride + c;
+                uint32_t word[QUADS];
+                for (int i = 0; i < QUADS; ++i) {
+                    word[i] = row[i] | row[stride + i] << 8 | row[2 * stride + i] << 16 |
+                              (uint32_t)row[3 * stride + i] << 24;
+                }
+                pack_run(word, to);
+            }
+        }
+    }
+
+    void unpack_values(const uint8_t* from, int dim) const {
+        for (int c = 0; c < dim; c += QUADS) {
+            for (int t = 0; t < QUADS; t += 4, from += 4 * N) {
+                uint32_t word[QUADS];
+                unpack_run(from, word);
+                uint8_t* row = code + t * stride + c;
+                for (int j = 0; j < 4; ++j) {
+                    for (int i = 0; i < QUADS; ++i) row[j * stride + i] = (uint8_t)(word[i] >> (8 * j));
+                }
+            }
+        }
+    }
+
+    // Codes of VF numbers; those with scale 0 are 0.
+    static KVA_INLINE void quantise(vf x, vf minimum, vf scale, uint8_t* to, int n) {
+        const vf level = vmax(vmin((x - minimum) / scale, set1((float)LEVELS)), vf{});
+        int8_t part[VF];
+        store_int8(part, scale > 0.0f ? level : vf{});
+        std::memcpy(to, part, n);
+    }
+
+    // Rounds scales and minima to float16, as they are stored.
+    static KVA_INLINE void round_params(vf least, vf greatest, vh& scale, vh& minimum) {
+        scale = to_fp16(vmin((greatest - least) / (float)LEVELS, set1(HALF_MAX)));
+        minimum = to_fp16(vmax(vmin(least, set1(HALF_MAX)), set1(-HALF_MAX)));
+        minimum = minimum == 0x8000 ? vh{} : minimum;  // a zero has no sign, whichever zero was the least
+    }
+
+    template <class From>
+    void encode_keys(const uint8_t* from, const kva_pool& pool, uint8_t* block) const {
+        const int dim = pool.key_dim;
+        uint8_t* params = block + pool.key_params_at;
+        by_vectors(dim, [&](int c, int n) {
+            const uint8_t* column = from + c * From::BYTES;
+            vf least = set1(INF), greatest = set1(-INF);
+            for (int t = 0; t < QUADS; ++t) {
+                const vf x = load_element<From>(column + t * dim * From::BYTES, n);
+                least = vmin(least, x);
+                greatest = vmax(greatest, x);
+            }
+            vh scale, minimum;
+            round_params(least, greatest, scale, minimum);
+            store_as(params + 2 * c, scale, n);
+            store_as(params + 2 * (dim + c), minimum, n);
+            for (int t = 0; t < QUADS; ++t) {
+                const vf x = load_element<From>(column + t * dim * From::BYTES, n);
+                quantise(x, from_fp16(minimum), from_fp16(scale), code + t * stride + c, n);
+            }
+        });
+        for (int t = 0; t < QUADS; ++t) std::memset(code + t * stride + dim, 0, -dim & 3);
+        pack_keys(block, dim);
+    }
+
+    template <class From>
+    void encode_values(const uint8_t* from, const kva_pool& pool, uint8_t* block) const {
+        const int dim = pool.value_dim;
+        const int groups = (dim + QUADS - 1) / QUADS;
+        uint8_t* params = block + pool.value_params_at;
+        for (int t = 0; t < QUADS; ++t) {
+            for (int g = 0; g < groups; ++g) {
+                const int width = dim - g * QUADS < QUADS ? dim - g * QUADS : QUADS;
+                const uint8_t* row = from + ((int64_t)t * dim + g * QUADS) * From::BYTES;
+                uint8_t* to = code + t * stride + g * QUADS;
+                vf least = set1(INF), greatest = set1(-INF);
+                by_vectors(width, [&](int c, int n) {
+                    vf x = load_element<From>(row + c * From::BYTES, n);
+                    if (n < VF) x = iota() < n ? x : set1(x[0]);  // what is not there moves no minimum
+                    least = vmin(least, x);
+                    greatest = vmax(greatest, x);
+                });
+                vh scale, minimum;
+                round_params(set1(-hmax(-least)), set1(hmax(greatest)), scale, minimum);
+                put16(params + 2 * (g * QUADS + t), scale[0]);
+                put16(params + 2 * ((groups + g) * QUADS + t), minimum[0]);
+                by_vectors(width, [&](int c, int n) {
+                    const vf x = load_element<From>(row + c * From::BYTES, n);
+                    quantise(x, from_fp16(minimum), from_fp16(scale), to + c, n);
+                });
+                std::memset(to + width, 0, QUADS - width);
+            }
+        }
+        pack_values(block + pool.values_at, dim);
+    }
+
+    template <class To>
+    void decode_keys(const kva_pool& pool, const uint8_t* block, uint8_t* to) const {
+        const int dim = pool.key_dim;
+        const uint8_t* params = block + pool.key_params_at;
+        unpack_keys(block, dim);
+        by_vectors(dim, [&](int c, int n) {
+            const vf scale = load_element<Fp16>(params + 2 * c, n), minimum = load_element<Fp16>(params + 2 * (dim + c), n);
+            for (int t = 0; t < QUADS; ++t) {
+                const vf level = load_element<Int8>(code + t * stride + c, n);
+                store_element(To{}, to + ((int64_t)t * dim + c) * To::BYTES, fma(level, scale, minimum), n);
+            }
+        });
+    }
+
+    template <class To>
+    void decode_values(const kva_pool& pool, const uint8_t* block, uint8_t* to) const {
+        const int dim = pool.value_dim;
+        const int groups = (dim + QUADS - 1) / QUADS;
+        const uint8_t* params = block + pool.value_params_at;
+        unpack_values(block + pool.values_at, dim);
+        for (int t = 0; t < QUADS; ++t) {
+            for (int g = 0; g < groups; ++g) {
+                const vf scale = set1(float_of(get16(params + 2 * (g * QUADS + t))));
+                const vf minimum = set1(float_of(get16(params + 2 * ((groups + g) * QUADS + t))));
+                const int first = g * QUADS, width = dim - first < QUADS ? dim - first : QUADS;
+                by_vectors(width, [&](int c, int n) {
+                    const vf level = load_element<Int8>(code + t * stride + first + c, n);
+                    uint8_t* at = to + ((int64_t)t * dim + first + c) * To::BYTES;
+                    store_element(To{}, at, fma(level, scale, minimum), n);
+                });
+            }
+        }
+    }
+};
+
+// --- blocks
+
+template <int BITS, class From>
+void encode_packed(const kva_pool& pool, uint8_t* block, const uint8_t* k, const uint8_t* v) {
+    alignas(64) uint8_t room[QUADS * MAX_DIM];
+    Codes<BITS>{rounded(pool.key_dim, QUADS), room}.template encode_keys<From>(k, pool, block);
+    Codes<BITS>{rounded(pool.value_dim, QUADS), room}.template encode_values<From>(v, pool, block);
+}
+
+template <class From>
+void encode_block(const kva_pool& pool, uint8_t* block, const uint8_t* k, const uint8_t* v) {
+    if (pool.format == KVA_INT4) return encode_packed<4, From>(pool, block, k, v);
+    if (pool.format == KVA_INT2) return encode_packed<2, From>(pool, block, k, v);
+    for (int t = 0; t < pool.block_size; ++t) {
+        write_row<From>(pool, keys_of(pool), block, t, k + (int64_t)t * pool.key_dim * From::BYTES);
+        write_row<From>(pool, values_of(pool), block, t, v + (int64_t)t * pool.value_dim * From::BYTES);
+    }
+}
+
+template <int BITS, class To>
+void decode_packed(const kva_pool& pool, const uint8_t* block, bool values, uint8_t* to) {
+    alignas(64) uint8_t room[QUADS * MAX_DIM];
+    if (values) {
+        Codes<BITS>{rounded(pool.value_dim, QUADS), room}.template decode_values<To>(pool, block, to);
+    } else {
+        Codes<BITS>{rounded(pool.key_dim, QUADS), room}.template decode_keys<To>(pool, block, to);
+    }
+}
+
+template <class To>
+void decode_block(const kva_pool& pool, const uint8_t* block, bool values, uint8_t* to) {
+    if (pool.format == KVA_INT4) return decode_packed<4, To>(pool, block, values, to);
+    if (pool.format == KVA_INT2) return decode_packed<2, To>(pool, block, values, to);
+    const Side side = values ? values_of(pool) : keys_of(pool);
+    const uint8_t* codes = block + side.codes_at;
+    const int64_t step = side.dim * To::BYTES;
+    if (pool.format == KVA_INT8) {
+        for (int t = 0; t < pool.block_size; ++t, to += step, codes += side.dim) {
+            const vf scale = set1(float_of(get16(block + side.params_at + 2 * t)));
+            by_vectors(side.dim, [&](int c, int n) {
+                store_element(To{}, to + c * To::BYTES, load_element<Int8>(codes + c, n) * scale, n);
+            });
+        }
+        return;
+    }
+    with_float(pool.format, [&](auto from) {
+        using From = decltype(from);
+        convert_row<From, To>(codes, to, pool.block_size * side.dim);
+    });
+}
+
+int check(const kva_pool& pool) {
+    if (pool.format < KVA_FP32 || pool.format > KVA_INT2) return KVA_EFORMAT;
+    const bool packed = pool.format >= KVA_INT4;
+    if (packed && (pool.block_size != QUADS || pool.key_dim > MAX_DIM || pool.value_dim > MAX_DIM)) return KVA_ESHAPE;
+    return KVA_OK;
+}
+
+// What a slot has in a block, in up to four spans: key, value, their scales.
+struct Span {
+    int64_t at, bytes;
+};
+int spans_of(const kva_pool& pool, Span (&spans)[4]) {
+    const int64_t element = pool.format == KVA_FP32 ? 4 : pool.format == KVA_INT8 ? 1 : 2;
+    spans[0] = {0, pool.key_dim * element};
+    spans[1] = {pool.values_at, pool.value_dim * element};
+    if (pool.format != KVA_INT8) return 2;
+    spans[2] = {pool.key_params_at, 2};
+    spans[3] = {pool.value_params_at, 2};
+    return 4;
+}
+
+}  // namespace
+}  // namespace KVA_ISA
+
+using namespace KVA_ISA;
+
+// Writes n whole blocks: k [n, block_size, key_dim], v [n, block_size, value_dim], floats of one format.
+KVA_EXPORT(kva_encode_blocks)(const kva_pool* pool, const int64_t* ids, int64_t n, const uint8_t* k, const uint8_t* v,
+                              int32_t format, int32_t threads) {
+    if (const int error = check(*pool)) return error;
+    const bool known = with_float(format, [&](auto from) {
+        using From = decltype(from);
+        const int64_t k_step = (int64_t)pool->block_size * pool->key_dim * From::BYTES;
+        const int64_t v_step = (int64_t)pool->block_size * pool->value_dim * From::BYTES;
+        for_each(n, threads, [&](int64_t i) {
+            encode_block<From>(*pool, block_at(*pool, ids[i]), k + i * k_step, v + i * v_step);
+        });
+    });
+    return known ? KVA_OK : KVA_EFORMAT;
+}
+
+// Reads the keys (the values, if `values`) of n blocks into out [n, block_size, dim], floats of one format.
+KVA_EXPORT(kva_read_blocks)(const kva_pool* pool, const int32_t* ids, int64_t n, int32_t values, uint8_t* out,
+                            int32_t format, int32_t threads) {
+    if (const int error = check(*pool)) return error;
+    const bool known = with_float(format, [&](auto to) {
+        using To = decltype(to);
+        const int64_t step = (int64_t)pool->block_size * (values ? pool->value_dim : pool->key_dim) * To::BYTES;
+        for_each(n, threads, [&](int64_t i) {
+            decode_block<To>(*pool, block_at(*pool, ids[i]), values, out + i * step);
+        });
+    });
+    return known ? KVA_OK : KVA_EFORMAT;
+}
+
+// Writes n tokens into slots: k [n, key_dim], v [n, value_dim] or null, floats of one format.
+KVA_EXPORT(kva_write_slots)(const kva_pool* pool, const int64_t* blocks, const int64_t* offsets, int64_t n,
+                            const uint8_t* k, const uint8_t* v, int32_t format) {
+    if (pool->format >= KVA_INT4) return KVA_EFORMAT;
+    if (const int error = check(*pool)) return error;
+    const bool known = with_float(format, [&](auto from) {
+        using From = decltype(from);
+        const int64_t k_step = pool->key_dim * From::BYTES, v_step = pool->value_dim * From::BYTES;
+        for (int64_t i = 0; i < n; ++i) {
+            uint8_t* block = block_at(*pool, blocks[i]);
+            write_row<From>(*pool, keys_of(*pool), block, offsets[i], k + i * k_step);
+            if (v) write_row<From>(*pool, values_of(*pool), block, offsets[i], v + i * v_step);
+        }
+    });
+    return known ? KVA_OK : KVA_EFORMAT;
+}
+
+// Copies n tokens between slots, each (blocks[i], offsets[i]); all are read before any is written.
+KVA_EXPORT(kva_copy_slots)(const kva_pool* pool, const int64_t* from_blocks, const int64_t* from_offsets,
+                           const int64_t* to_blocks, const int64_t* to_offsets, int64_t n) {
+    if (pool->format >= KVA_INT4) return KVA_EFORMAT;
+    if (const int error = check(*pool)) return error;
+    Span spans[4];
+    const int count = spans_of(*pool, spans);
+    int64_t bytes = 0;
+    for (int s = 0; s < count; ++s) bytes += spans[s].bytes;
+    uint8_t* const room = (uint8_t*)std::malloc(bytes * n + 1);
+    if (!room) return KVA_EMEMORY;
+    uint8_t* at = room;
+    for (int64_t i = 0; i < n; ++i) {
+        for (int s = 0; s < count; at += spans[s++].bytes) {
+            const uint8_t* slot = block_at(*pool, from_blocks[i]) + spans[s].at + from_offsets[i] * spans[s].bytes;
+            std::memcpy(at, slot, spans[s].bytes);
+        }
+    }
+    at = room;
+    for (int64_t i = 0; i < n; ++i) {
+        for (int s = 0; s < count; at += spans[s++].bytes) {
+            std::memcpy(block_at(*pool, to_blocks[i]) + spans[s].at + to_offsets[i] * spans[s].bytes, at, spans[s].bytes);
+        }
+    }
+    std::free(room);
+    return KVA_OK;
+}
+
+// Writes the least and the greatest of each key channel of n blocks into their bounds. Left out are slots whose position
+// is -1, and those from used[i] on (null: none).
+KVA_EXPORT(kva_bound_keys)(const kva_pool* pool, const int64_t* ids, const int64_t* used, int64_t n, int32_t threads) {
+    if (const int error = check(*pool)) return error;
+    if (pool->bounds_at < 0) return KVA_ESHAPE;
+    const int dim = pool->key_dim;
+    int failed = KVA_OK;
+    for_each(n, threads, [&](int64_t i) {
+        uint8_t* block = block_at(*pool, ids[i]);
+        float* const keys = (float*)std::malloc((int64_t)pool->block_size * dim * 4);
+        if (!keys) {
+#pragma omp atomic write
+            failed = KVA_EMEMORY;
+            return;
+        }
+        decode_block<Fp32>(*pool, block, false, (uint8_t*)keys);
+        const int slots = used ? (int)used[i] : pool->block_size;
+        by_vectors(dim, [&](int c, int count) {
+            vf least = set1(INF), greatest = set1(-INF);
+            for (int t = 0; t < slots; ++t) {
+                if (pool->positions_at >= 0 && load_as<int32_t>(block + pool->positions_at + 4 * t) < 0) continue;
+                const vf x = load_element<Fp32>((const uint8_t*)(keys + (int64_t)t * dim + c), count);
+                least = vmin(least, x);
+                greatest = vmax(greatest, x);
+            }
+            store_as(block + pool->bounds_at + 4 * c, least, count);
+            store_as(block + pool->bounds_at + 4 * (dim + c), greatest, count);
+        });
+        std::free(keys);
+    });
+    return failed;
+}

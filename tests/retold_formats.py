@@ -1,0 +1,119 @@
+"""KIVI and Quest, told again literally and slowly; see `tests.retold`."""
+
+from __future__ import annotations
+
+import torch
+from tests.retold import H2O, Retelling, Token
+from torch import Tensor
+
+from kvatlas.models.attention import AttentionCall
+
+GROUP = 32
+
+
+def coded(numbers: Tensor, bits: int) -> Tensor:
+    """Return a group of numbers as they come back from ``bits`` bits: float16 scale and minimum, nearest code."""
+    levels = 2**bits - 1
+    low = numbers.min().half().float()
+    step = ((numbers.max() - numbers.min()) / levels).half().float()
+    if step == 0:
+        return low.expand_as(numbers).clone()
+    return ((numbers - low) / step).round().clamp(0, levels) * step + low
+
+
+def encode(block: list[Token], bits: int) -> None:
+    """Round the keys and values of 32 tokens: keys channel by channel, values token by token (arXiv:2402.02750)."""
+    keys = torch.stack([token.key for token in block])
+    for channel in range(keys.shape[1]):
+        keys[:, channel] = coded(keys[:, channel], bits)
+    for token, key in zip(block, keys, strict=True):
+        token.key = key
+        token.value = torch.cat([coded(part, bits) for part in token.value.split(GROUP)])
+
+
+class Kivi(Retelling):
+    """Tokens are stored in 16 bits, and in blocks of 32 in 2 or 4 bits when they are older than ``residual`` others.
+
+    The prompt is one chunk, so that its own queries see it as it was computed.
+    """
+
+    def __init__(self, prompt_tokens: int, bits: int, residual: int) -> None:
+        Retelling.__init__(self, prompt_tokens)
+        self.bits, self.residual = bits, residual
+        self.encoded: dict[int, list[list[Token]]] = {}
+
+    def before_attention(self, cache: list[Token]) -> None:
+        """Store the new token; before it, encode what is old enough."""
+        newest = cache[-1]
+        newest.key, newest.value = newest.key.half().float(), newest.value.half().float()
+        blocks = self.encoded.setdefault(id(cache), [])
+        if self.position < self.prompt_tokens:
+            return
+        old = [token for block in blocks for token in block]
+        waiting = sorted((t for t in cache[:-1] if all(t is not o for o in old)), key=lambda t: t.position)
+        while len(waiting) >= self.residual + GROUP:
+            block, waiting = waiting[:GROUP], waiting[GROUP:]
+            encode(block, self.bits)
+            blocks.append(block)
+
+
+class H2OKivi(Kivi, H2O):
+    """H2O over a cache that KIVI encodes: what is half empty after an eviction is merged with its like."""
+
+    def __init__(self, prompt_tokens: int, heavy: int, recent: int, bits: int, residual: int) -> None:
+        Kivi.__init__(self, prompt_tokens, bits, residual)
+        self.heavy, self.recent = heavy, recent
+        self.merges = 0
+
+    def after_attention(self, cache: list[Token]) -> None:
+        """Evict as H2O does; then make one block of the first two that are half empty, as long as there are two."""
+        H2O.after_attention(self, cache)
+        blocks = self.encoded[id(cache)]
+        for index, block in enumerate(blocks):
+            blocks[index] = [token for token in block if any(token is kept for kept in cache)]
+        blocks[:] = [block for block in blocks if block]
+        while len(half := [block for block in blocks if len(block) <= GROUP // 2]) >= 2:
+            merged = half[0] + half[1]
+            encode(merged, self.bits)
+            blocks[:] = [merged if block is half[0] else block for block in blocks if block is not half[1]]
+            self.merges += 1
+
+
+class Quest(Retelling):
+    """A decode step reads the ``pages`` pages of 32 tokens with the largest bounds, the newest among them.
+
+    arXiv:2406.10774; the query heads of a KV head share its pages, and the best of them decides.
+    """
+
+    def __init__(self, prompt_tokens: int, pages: int, dense: int) -> None:
+        super().__init__(prompt_tokens)
+        self.pages, self.dense = pages, dense
+        self.chosen: list[list[int]] = []
+
+    def attend(self, call: AttentionCall, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Read some pages of each head, and give the rest back afterwards."""
+        if self.position < self.prompt_tokens or call.layer < self.dense:
+            return super().attend(call, query, key, value)
+        group, unread = query.shape[1] // key.shape[1], {}
+        for head in range(key.shape[1]):
+            cache = self.heads[call.layer, head]
+            newest = Token(self.position, key[0, head, 0], value[0, head, 0])
+            pages = [[*cache, newest][i : i + GROUP] for i in range(0, len(cache) + 1, GROUP)]
+            queries = query[0, head * group : (head + 1) * group, 0]
+            bounds = [max(float(self.bound(q, page)) for q in queries) for page in pages[:-1]]
+            best = sorted(range(len(bounds)), key=lambda i: bounds[i], reverse=True)[: self.pages - 1]
+            read = [*sorted(best), len(pages) - 1]
+            self.chosen.append(read)
+            unread[head] = (cache[:], [t for i in read for t in pages[i] if t is not newest])
+            cache[:] = unread[head][1]
+        out = super().attend(call, query, key, value)
+        for head, (everything, _) in unread.items():
+            cache = self.heads[call.layer, head]
+            cache[:] = [*everything, cache[-1]]
+        return out
+
+    @staticmethod
+    def bound(query: Tensor, page: list[Token]) -> Tensor:
+        """Return the largest score that a key within the page's channel-wise bounds could have."""
+        keys = torch.stack([token.key for token in page])
+        return torch.maximum(query * keys.min(dim=0).values, query * keys.max(dim=0).values).sum()
