@@ -12,6 +12,7 @@
 #endif
 
 #define KVA_INLINE inline __attribute__((always_inline))
+#define KVA_UNROLL _Pragma("GCC unroll 16")
 
 namespace KVA_ISA {
 
@@ -49,7 +50,7 @@ KVA_INLINE V load_part_as(const void* p, int n) {
     return v;
 }
 
-KVA_INLINE vf set1(float x) { return vf{} + x; }
+KVA_INLINE vf set1(float x) { return x - vf{}; }  // a broadcast alone: x + 0 would turn -0 into 0
 KVA_INLINE vf load(const float* p) { return load_as<vf>(p); }
 KVA_INLINE void store(float* p, vf v) { std::memcpy(p, &v, sizeof v); }
 KVA_INLINE vf bits(vu u) { return (vf)u; }

@@ -66,6 +66,7 @@ def characterize(
     quality_model: opt.QualityModel = None,
     dtype: opt.DType = None,
     device: opt.Device = None,
+    linear_weights: opt.LinearWeights = None,
     kv_memory: opt.KvMemory = None,
     host_memory: opt.HostMemory = None,
     link: opt.EmulatedLink = None,

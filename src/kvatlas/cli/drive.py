@@ -41,7 +41,17 @@ _EXAMPLES = examples(
 )
 _SETTINGS = (
     *("trace_time_scale", "trace_length_scale", "trace_max_prompt_tokens", "rate_prompt_tokens", "rate_output_tokens"),
-    *("seed", "slo_ttft_s", "slo_tpot_s", "dtype", "device", "kv_memory", "host_memory", "max_batched_tokens"),
+    *(
+        "seed",
+        "slo_ttft_s",
+        "slo_tpot_s",
+        "dtype",
+        "device",
+        "linear_weights",
+        "kv_memory",
+        "host_memory",
+        "max_batched_tokens",
+    ),
 )
 _USERINFO = re.compile(r"(?<=:)//[^/?#]*@")  # name and password in a URL
 _LATE_S = 0.05
@@ -113,6 +123,7 @@ def drive(
     ] = None,
     dtype: Annotated[str | None, _option("As in characterize.", panel=_BESIDE, metavar="NAME")] = None,
     device: Annotated[str | None, _option("As in characterize.", panel=_BESIDE, metavar="NAME")] = None,
+    linear_weights: Annotated[str | None, _option("As in characterize.", panel=_BESIDE, metavar="NAME")] = None,
     kv_memory: Annotated[str | None, _option("Byte budget of its cache.", panel=_BESIDE, metavar="SIZE")] = None,
     host_memory: Annotated[str | None, _option("Byte budget of its host tier.", panel=_BESIDE, metavar="SIZE")] = None,
     max_batched_tokens: Annotated[int | None, _option("Its most tokens of one step.", panel=_BESIDE)] = None,

@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kvatlas.cli.characterize import opened
-from kvatlas.cli.options import DEFAULT_RECORDS, DEFAULT_REPORT, Device, DType, HostMemory, KvMemory, Records, examples
+from kvatlas.cli.options import (
+    DEFAULT_RECORDS,
+    DEFAULT_REPORT,
+    Device,
+    DType,
+    HostMemory,
+    KvMemory,
+    LinearWeights,
+    Records,
+    examples,
+)
 from kvatlas.strategies.strategy import Strategy
 
 if TYPE_CHECKING:
@@ -53,6 +63,7 @@ def evaluate(
     max_batched_tokens: Annotated[int, typer.Option(help="Most tokens of one step.")] = 512,
     dtype: DType = "auto",
     device: Device = "cpu",
+    linear_weights: LinearWeights = "auto",
     seed: Annotated[int, typer.Option(help="Of the worked examples.")] = 0,
 ) -> None:
     """Ask a model the questions of lm-eval under each strategy: PIQA, HellaSwag, COPA, WinoGrande and many more.
@@ -64,6 +75,7 @@ def evaluate(
     from kvatlas.evaluation.run import Evaluation, check_evaluation, evaluate as run
 
     chosen: Any = dtype
+    linears: Any = linear_weights
     evaluation = Evaluation(
         tasks=tuple(filter(None, map(str.strip, tasks.split(",")))),
         strategies=tuple(strategies or ("full",)),
@@ -77,6 +89,7 @@ def evaluate(
         max_batched_tokens=max_batched_tokens,
         dtype=chosen,
         device=device,
+        linear_weights=linears,
         seed=seed,
     )
     check_evaluation(evaluation)

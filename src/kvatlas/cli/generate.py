@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kvatlas.cli.options import Device, DType, HostMemory, KvMemory, Link, examples
+from kvatlas.cli.options import Device, DType, HostMemory, KvMemory, LinearWeights, Link, examples
 from kvatlas.core.errors import ConfigError
 from kvatlas.core.units import format_bytes, format_seconds
 from kvatlas.strategies.strategy import Strategy
@@ -47,6 +47,7 @@ def generate(
     link: Link = None,
     dtype: DType = "auto",
     device: Device = "cpu",
+    linear_weights: LinearWeights = "auto",
     max_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 64,
     min_tokens: Annotated[int, typer.Option(help="Tokens before which nothing ends the output.")] = 0,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
@@ -72,7 +73,8 @@ def generate(
         seed=seed,
         stop=tuple(stop or ()),
     )
-    llm = LLM(model, parsed, kv_memory, dtype=dtype, device=device, host_memory=host_memory, link=link)
+    weights = {"dtype": dtype, "device": device, "linear_weights": linear_weights}
+    llm = LLM(model, parsed, kv_memory, **weights, host_memory=host_memory, link=link)
     requests = [llm.engine.add_request(llm.encode(text), params, parsed) for text in texts]
     live = stream and len(texts) == 1 and not as_json
     held = _run(llm.engine, requests, live)

@@ -20,6 +20,14 @@ Link = Annotated[
 ]
 DType = Annotated[str, typer.Option(metavar="NAME", help="Of weights: auto, float32, bfloat16 or float16.")]
 Device = Annotated[str, typer.Option(metavar="NAME", help="cpu, cuda or cuda:<index>.")]
+LinearWeights = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME",
+        help="Copies of weights for steps of few tokens on the CPU: auto (16 bits where exact), off, "
+        "fp32 (no copy), or fp16, bf16, int8, which round.",
+    ),
+]
 Records = Annotated[Path, typer.Option(metavar="FILE", help="The records file (DuckDB).")]
 
 

@@ -61,6 +61,10 @@ SpeedModel = Annotated[str | None, _text("Whose time and memory is measured.", _
 QualityModel = Annotated[str | None, _text("Whose answers are judged.", _RUN)]
 DType = Annotated[str | None, _text("Of weights: auto, float32, bfloat16 or float16.", _RUN)]
 Device = Annotated[str | None, _text("cpu, cuda or cuda:<index>.", _RUN)]
+LinearWeights = Annotated[
+    str | None,
+    _text("Copies of weights for steps of few tokens on the CPU: auto, off, fp32, fp16, bf16 or int8.", _RUN),
+]
 KvMemory = Annotated[str | None, _text("Byte budget of the cache, such as 512MiB.", _RUN, "SIZE")]
 HostMemory = Annotated[str | None, _text("Byte budget on the host, for offloading and swaps; 0: none.", _RUN, "SIZE")]
 EmulatedLink = Annotated[str | None, _text("Emulated link to the host, such as 16GB/s,10us; or none.", _RUN, "RATE")]

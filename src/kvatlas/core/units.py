@@ -48,3 +48,12 @@ def format_seconds(seconds: float) -> str:
     if seconds < 120:
         return f"{seconds:.3g} s"
     return f"{seconds // 60:.0f} min {seconds % 60:.0f} s"
+
+
+def parse_tier_bytes(text: str | int) -> int:
+    """Return the byte budget of a tier that may be left out: 0 is none.
+
+    Raises:
+        ConfigError: the text is no size.
+    """
+    return 0 if str(text).strip() == "0" else parse_bytes(text)

@@ -13,7 +13,7 @@ from kvatlas.core.errors import CapacityError, ConfigError, UnsupportedError
 from kvatlas.core.footprint import Footprint
 from kvatlas.core.layout import DEFAULT_BLOCK_SIZE
 from kvatlas.core.timeline import Event, Timeline
-from kvatlas.core.units import format_bytes, parse_bytes
+from kvatlas.core.units import format_bytes, parse_bytes, parse_tier_bytes
 from kvatlas.core.vocabulary import Format, Moment, Need
 from kvatlas.engine.detokenizer import Detokenizer
 from kvatlas.engine.forward import Transport
@@ -85,11 +85,12 @@ class Engine:
         self.clock = clock
         self.max_batched_tokens = max_batched_tokens
         self.format = kv_format or _FORMATS[model.adapter.dtype]
-        budget, host_budget = parse_bytes(kv_memory), _host_bytes(host_memory)
+        budget, host_budget = parse_bytes(kv_memory), parse_tier_bytes(host_memory)
         check_kv_memory(budget, model.adapter.device)
         check_host_memory(host_budget)
         self.store = KVStore(model.adapter.shape, self.format, budget, model.adapter.device, block_size, host_budget)
-        self.transport = Transport(link=Link(None if link is None else LinkRate.parse(link)))
+        rate = None if link is None else LinkRate.parse(link)
+        self.transport = Transport(link=Link(rate, model.adapter.device))
         prefix_cache = PrefixCache(self.store) if enable_prefix_caching else None
         self.scheduler = Scheduler(
             self.store,
@@ -326,11 +327,6 @@ class Engine:
                     f"raise {option} or choose another strategy"
                 )
         return bound
-
-
-def _host_bytes(text: str | int) -> int:
-    """Return the budget of the host tier; 0 means none, which no other budget may be."""
-    return 0 if str(text).strip() == "0" else parse_bytes(text)
 
 
 def _end_ids(model: LoadedModel) -> frozenset[int]:

@@ -28,6 +28,7 @@ class LLM:
         kv_memory: byte budget of the cache, such as ``"512MiB"``.
         dtype: of weights and activations; see `kvatlas.models.loading.load_model`.
         device: ``"cpu"`` or ``"cuda"``.
+        linear_weights: copies of weights for steps of few tokens on the CPU; likewise.
         engine_options: further options of `kvatlas.engine.engine.Engine`.
 
     Example:
@@ -45,11 +46,13 @@ class LLM:
         *,
         dtype: Any = "auto",
         device: str = "cpu",
+        linear_weights: Any = "auto",
         **engine_options: Any,
     ) -> None:
         self.strategy = Strategy.parse(strategy)
-        loaded = model if isinstance(model, LoadedModel) else load_model(model, dtype=dtype, device=device)
-        self.engine = Engine(loaded, kv_memory=kv_memory, **engine_options)
+        if not isinstance(model, LoadedModel):
+            model = load_model(model, dtype=dtype, device=device, linear_weights=linear_weights)
+        self.engine = Engine(model, kv_memory=kv_memory, **engine_options)
 
     def generate(
         self,

@@ -37,6 +37,7 @@ class KvatlasLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         kv_memory: byte budget of the cache.
         dtype: of weights and activations.
         device: ``"cpu"``, ``"cuda"`` or ``"cuda:<index>"``; None is the CPU.
+        linear_weights: copies of weights for steps of few tokens on the CPU; ``"int8"`` and its like round them.
         held_back: last tokens of a question that are fed after the cut; 0 is what generation does.
         max_gen_toks: most tokens of an answer where a task names no number.
         batch_size: without effect; the engine batches what fits into its memory.
@@ -57,6 +58,7 @@ class KvatlasLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         kv_memory: str | int = "1GiB",
         dtype: str = "auto",
         device: str | None = None,
+        linear_weights: str = "auto",
         held_back: int = 1,
         max_gen_toks: int = DEFAULT_OUTPUT_TOKENS,
         batch_size: int | str | None = None,
@@ -65,7 +67,8 @@ class KvatlasLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
     ) -> None:
         super().__init__()
         del batch_size, max_batch_size
-        self.llm = LLM(pretrained, strategy, kv_memory, dtype=dtype, device=device or "cpu", **engine_options)
+        weights = {"dtype": dtype, "device": device or "cpu", "linear_weights": linear_weights}
+        self.llm = LLM(pretrained, strategy, kv_memory, **weights, **engine_options)
         if self.llm.engine.model.tokenizer is None:
             raise ConfigError(
                 f"{self.llm.engine.model.name} has no tokenizer; lm-eval asks in text, choose another one"

@@ -17,8 +17,9 @@ import torch
 
 from kvatlas.core.errors import CapacityError, ConfigError, UnsupportedError
 from kvatlas.core.names import unknown_name
-from kvatlas.core.units import parse_bytes
+from kvatlas.core.units import parse_bytes, parse_tier_bytes
 from kvatlas.engine.memory import check_host_memory, check_kv_memory
+from kvatlas.models.linear import LinearChoice, check_choice
 from kvatlas.models.loading import DType, LoadedModel, load_model, resolve_dtype
 from kvatlas.records.contents import model_params
 from kvatlas.records.manifest import collect_manifest
@@ -48,6 +49,7 @@ class Evaluation:
         max_batched_tokens: step token limit.
         dtype: of weights and activations.
         device: where the model runs.
+        linear_weights: copies of weights for steps of few tokens on the CPU; see `kvatlas.models.loading.load_model`.
         seed: of the worked examples, and of the run.
 
     Raises:
@@ -66,13 +68,14 @@ class Evaluation:
     max_batched_tokens: int = 512
     dtype: DType = "auto"
     device: str = "cpu"
+    linear_weights: LinearChoice = "auto"
     seed: int = 0
 
     def __post_init__(self) -> None:
         for strategy in self.strategies:
             Strategy.parse(strategy)
         parse_bytes(self.kv_memory)
-        _host_bytes(self.host_memory)
+        parse_tier_bytes(self.host_memory)
         if not self.tasks or not self.strategies:
             raise ConfigError("nothing to evaluate; name at least one task, such as piqa, and one strategy")
         for name, least in (("limit", 1), ("fewshot", 0), ("held_back", 0), ("max_batched_tokens", 1), ("seed", 0)):
@@ -105,13 +108,14 @@ def check_evaluation(evaluation: Evaluation) -> None:
 
     Raises:
         UnsupportedError: lm-eval is not installed, or the device is absent.
-        ConfigError: the dtype or device is unknown.
+        ConfigError: the dtype, device or way of keeping linear weights is unknown.
         CapacityError: the machine has less memory than ``kv_memory`` or ``host_memory``.
     """
     _lm_eval_version()
     resolve_dtype(evaluation.dtype, evaluation.device)
+    check_choice(evaluation.linear_weights)
     check_kv_memory(parse_bytes(evaluation.kv_memory), torch.device(evaluation.device))
-    check_host_memory(_host_bytes(evaluation.host_memory))
+    check_host_memory(parse_tier_bytes(evaluation.host_memory))
 
 
 def evaluate(
@@ -132,7 +136,12 @@ def evaluate(
     """
     version = _lm_eval_version()
     manager, tasks = load_tasks(evaluation.tasks, evaluation.include)
-    model = load_model(evaluation.model, dtype=evaluation.dtype, device=evaluation.device)
+    model = load_model(
+        evaluation.model,
+        dtype=evaluation.dtype,
+        device=evaluation.device,
+        linear_weights=evaluation.linear_weights,
+    )
     manifest = collect_manifest(command, evaluation.seed, device=evaluation.device, models={model.name: _facts(model)})
     store.begin_run(manifest.model_copy(update={"versions": {**manifest.versions, "lm_eval": version}}))
     outcomes = []
@@ -248,9 +257,10 @@ def _point(evaluation: Evaluation, model: LoadedModel, name: str, task: Any, str
             "held_back": evaluation.held_back,
             "dtype": evaluation.dtype,
             "device": evaluation.device,
+            "linear_weights": evaluation.linear_weights,
             "threads": torch.get_num_threads(),
             "kv_memory_bytes": parse_bytes(evaluation.kv_memory),
-            "host_memory_bytes": _host_bytes(evaluation.host_memory),
+            "host_memory_bytes": parse_tier_bytes(evaluation.host_memory),
             "max_batched_tokens": evaluation.max_batched_tokens,
             **model_params(evaluation.model),
         },
@@ -265,6 +275,7 @@ def _facts(model: LoadedModel) -> Facts:
         "parameters": shape.num_parameters,
         "layers": len(shape.layers),
         "dtype": str(model.adapter.dtype).removeprefix("torch."),
+        "linears": str(model.adapter.linears),
         "threads": torch.get_num_threads(),
     }
 
@@ -279,10 +290,6 @@ def _shares(samples: Sequence[Sample]) -> str:
         else:
             parts.append(f"{metric} {sum(values) / len(values):.3f} (n = {len(values)})")
     return ", ".join(parts)
-
-
-def _host_bytes(text: str) -> int:
-    return 0 if text.strip() == "0" else parse_bytes(text)
 
 
 def _lm_eval_version() -> str:

@@ -74,7 +74,7 @@ class Lab:
         if not stays:
             self._guest.clear()
             gc.collect()  # adapters and their models point at each other
-        model = load_model(source, dtype=settings.dtype, device=settings.device)
+        model = load_model(source, dtype=settings.dtype, device=settings.device, linear_weights=settings.linear_weights)
         (self._kept if stays else self._guest)[source] = model
         return model
 
@@ -161,5 +161,6 @@ class Lab:
             "kv_heads": layer.num_kv_heads,
             "head_dim": layer.key_dim,
             "dtype": str(model.adapter.dtype).removeprefix("torch."),
+            "linears": str(model.adapter.linears),
             "threads": torch.get_num_threads(),
         }

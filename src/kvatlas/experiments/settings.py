@@ -7,7 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 from kvatlas.core.errors import ConfigError
-from kvatlas.core.units import parse_bytes
+from kvatlas.core.units import parse_bytes, parse_tier_bytes
+from kvatlas.models.linear import LinearChoice, check_choice
 from kvatlas.models.loading import DType
 from kvatlas.storage.link import LinkRate
 from kvatlas.strategies.strategy import Strategy
@@ -37,6 +38,7 @@ class Settings:
         speed_model: model whose time and memory are measured.
         dtype: of weights and activations.
         device: where models run.
+        linear_weights: copies of weights for steps of few tokens on the CPU; see `kvatlas.models.loading.load_model`.
         kv_memory: byte budget of each engine on the device.
         host_memory: byte budget of each engine on the host; "0": there is no such tier.
         link: rate of an emulated link between the two, such as ``16GB/s,10us``; "none" copies at full speed.
@@ -99,6 +101,7 @@ class Settings:
     speed_model: str = "random:llama-mini"
     dtype: DType = "auto"
     device: str = "cpu"
+    linear_weights: LinearChoice = "auto"
     kv_memory: str = "1GiB"
     host_memory: str = "1GiB"
     link: str = NO_LINK
@@ -157,8 +160,9 @@ class Settings:
         for strategy in self.strategies:
             Strategy.parse(strategy)
         self._check_lists()
+        check_choice(self.linear_weights)
         parse_bytes(self.kv_memory)
-        host_bytes(self.host_memory)
+        parse_tier_bytes(self.host_memory)
         for link in (self.link, *self.breakdown_links):
             link_name(link)
         for name in _COUNTS:
@@ -183,15 +187,6 @@ class Settings:
         value = getattr(self, name)
         if not all(good(one) for one in (value if isinstance(value, tuple) else (value,))):
             raise ConfigError(f"{name}={value} is out of range; write {wanted}")
-
-
-def host_bytes(text: str) -> int:
-    """Return a byte budget of the host tier; "0" is none.
-
-    Raises:
-        ConfigError: the text is no size.
-    """
-    return 0 if text.strip() == "0" else parse_bytes(text)
 
 
 def link_name(link: str) -> str:

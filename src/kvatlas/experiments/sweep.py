@@ -11,7 +11,7 @@ from rich.markup import escape
 
 from kvatlas.core.errors import CapacityError, KvatlasError
 from kvatlas.core.names import unknown_name
-from kvatlas.core.units import format_seconds, parse_bytes
+from kvatlas.core.units import format_seconds, parse_bytes, parse_tier_bytes
 from kvatlas.engine.memory import check_host_memory, check_kv_memory
 from kvatlas.experiments.accuracy_budget import AccuracyBudget
 from kvatlas.experiments.concurrency_memory import ConcurrencyMemory
@@ -27,7 +27,7 @@ from kvatlas.experiments.presets import PRESETS
 from kvatlas.experiments.prompt_length import PromptLength
 from kvatlas.experiments.request_latency import RequestLatency
 from kvatlas.experiments.request_rate import RequestRate
-from kvatlas.experiments.settings import host_bytes, link_name, time_limit
+from kvatlas.experiments.settings import link_name, time_limit
 from kvatlas.experiments.trace_replay import TraceReplay
 from kvatlas.models.loading import resolve_dtype
 from kvatlas.records.contents import model_params
@@ -98,7 +98,7 @@ def check_sweep(experiments: Sequence[Experiment], settings: Settings) -> None:
     """
     resolve_dtype(settings.dtype, settings.device)
     check_kv_memory(parse_bytes(settings.kv_memory), torch.device(settings.device))
-    check_host_memory(host_bytes(settings.host_memory))
+    check_host_memory(parse_tier_bytes(settings.host_memory))
     for entry in settings.time_limits:
         name, equals, _ = entry.rpartition("=")
         if equals:
@@ -211,9 +211,10 @@ def conditioned(point: Point, settings: Settings, **others: int | float | str) -
     conditions: Params = {
         "dtype": settings.dtype,
         "device": settings.device,
+        "linear_weights": settings.linear_weights,
         "threads": torch.get_num_threads(),
         "kv_memory_bytes": parse_bytes(settings.kv_memory),
-        "host_memory_bytes": host_bytes(settings.host_memory),
+        "host_memory_bytes": parse_tier_bytes(settings.host_memory),
         "link": link_name(settings.link),
         "max_batched_tokens": settings.max_batched_tokens,
         **others,

@@ -28,6 +28,7 @@ from kvatlas.models.attention import (
     running,
 )
 from kvatlas.models.foresight import Foresight
+from kvatlas.models.linear import LinearChoice, SmallLinears
 from kvatlas.models.rope import LengthRope
 
 __all__ = ["Adapter", "AttentionCall", "AttentionContext"]
@@ -39,19 +40,27 @@ _NO_LIMIT = 2**31 - 1
 class Adapter:
     """A causal LM of transformers that attends through a context.
 
-    Creating one puts the model into eval mode, switches its attention implementation and runs one forward of
-    two tokens to observe its shape. `restore` undoes both switches; as a context manager the adapter restores
-    on exit.
+    Creating one puts the model into eval mode, switches its attention implementation, runs one forward of two tokens
+    to observe its shape, and replaces its linears. `restore` undoes the switches; as a context manager the adapter
+    restores on exit.
 
     Args:
         model: a loaded causal LM; it is used, not copied.
         name: what reports call it; the model's own name if None.
+        linear_weights: how linears keep weights for few rows; see `kvatlas.models.linear.SmallLinears`.
+
+    Attributes:
+        linears: those that were replaced, with the bytes of their copies.
 
     Raises:
-        UnsupportedError: the family cannot be run this way; the text names the reason.
+        UnsupportedError: the family cannot be run this way, or its linears not with these weights; the text names the
+            reason.
+        CapacityError: there is too little memory for the copies that were asked for.
     """
 
-    def __init__(self, model: PreTrainedModel, *, name: str | None = None) -> None:
+    def __init__(
+        self, model: PreTrainedModel, *, name: str | None = None, linear_weights: LinearChoice = "auto"
+    ) -> None:
         self.model = model
         self._arguments = _forward_arguments(model)
         self._was_training = bool(model.training)
@@ -59,10 +68,12 @@ class Adapter:
         self._rope = LengthRope(model)
         self._order: dict[int, int] | None = None
         self._foresight: Foresight | None = None
+        self.linears = SmallLinears(model, "off")
         self._restored = False
         self._switch()
         try:
             self.shape, self.dtype = self._observe(name)
+            self.linears = SmallLinears(model, linear_weights)
         except BaseException:
             self.restore()
             raise
@@ -126,13 +137,14 @@ class Adapter:
         return self._rope.regime(total_tokens)
 
     def restore(self) -> None:
-        """Give the model its own attention, RoPE and training mode back; the adapter is then used up."""
+        """Give the model its own attention, RoPE, linears and training mode back; the adapter is then used up."""
         if self._restored:
             return
         self._restored = True
         if self._foresight is not None:
             self._foresight.remove()
         self._rope.remove()
+        self.linears.restore()
         self.model.set_attn_implementation(self._implementations)
         self.model.train(self._was_training)
 

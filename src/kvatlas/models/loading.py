@@ -23,6 +23,7 @@ from transformers import (
 from kvatlas.core.errors import CapacityError, CheckpointError, ConfigError, UnsupportedError
 from kvatlas.models.adapter import Adapter
 from kvatlas.models.coverage import layer_kinds, module_kinds
+from kvatlas.models.linear import LinearChoice, check_choice
 from kvatlas.models.probe import probe_model
 from kvatlas.models.quiet import quiet
 
@@ -50,7 +51,13 @@ class LoadedModel:
     name: str
 
 
-def load_model(source: str | Path | None, *, dtype: DType = "auto", device: str = "cpu") -> LoadedModel:
+def load_model(
+    source: str | Path | None,
+    *,
+    dtype: DType = "auto",
+    device: str = "cpu",
+    linear_weights: LinearChoice = "auto",
+) -> LoadedModel:
     """Return a model that passed the load-time probe.
 
     Args:
@@ -59,22 +66,26 @@ def load_model(source: str | Path | None, *, dtype: DType = "auto", device: str 
         dtype: of weights and activations. ``"auto"`` is float32 on the CPU, where bfloat16 is several times
             slower without hardware support, and the checkpoint's own elsewhere.
         device: ``"cpu"``, ``"cuda"`` or ``"cuda:<index>"``.
+        linear_weights: copies of weights from which linears compute steps of few tokens on the CPU in float32:
+            ``"auto"`` makes 16-bit copies where these are exact; ``"fp16"``, ``"bf16"`` and ``"int8"`` round;
+            ``"fp32"`` and ``"off"`` make none. See `kvatlas.models.linear.SmallLinears`.
 
     Raises:
+        ConfigError: dtype, device or ``linear_weights`` is unknown.
         CheckpointError: the checkpoint is missing, incomplete or corrupt.
-        UnsupportedError: the family, or this dtype on this device, is refused.
-        CapacityError: the weights do not fit on the device.
+        UnsupportedError: the family, or this dtype on this device, is refused, or it has no linears with such weights.
+        CapacityError: the weights do not fit on the device, or their copies into memory.
     """
     torch_dtype = resolve_dtype(dtype, device)
+    check_choice(linear_weights)
     if isinstance(source, str) and source.startswith(RANDOM_PREFIX):
         from kvatlas.models.random import random_model  # random builds on this module
 
-        return random_model(source, dtype=dtype, device=device)
+        return random_model(source, dtype=dtype, device=device, linear_weights=linear_weights)
     location, name = _locate(source)
     model = _load_weights(location, torch_dtype)
-    return LoadedModel(
-        adapter=adapt(_place(model, device, name), name=name), tokenizer=_load_tokenizer(location), name=name
-    )
+    adapter = adapt(_place(model, device, name), name=name, linear_weights=linear_weights)
+    return LoadedModel(adapter=adapter, tokenizer=_load_tokenizer(location), name=name)
 
 
 def name_of(source: str | Path | None) -> str:
@@ -91,14 +102,17 @@ def name_of(source: str | Path | None) -> str:
     return _locate(source)[1]
 
 
-def adapt(model: PreTrainedModel, *, name: str | None = None) -> Adapter:
+def adapt(model: PreTrainedModel, *, name: str | None = None, linear_weights: LinearChoice = "auto") -> Adapter:
     """Return an adapter for a model the caller already has, after probing its family.
 
-    The model is switched to kvatlas' attention and to eval mode; ``Adapter.restore`` undoes both.
+    The model is switched to kvatlas' attention and linears and to eval mode; ``Adapter.restore`` undoes that.
 
     Raises:
+        ConfigError: ``linear_weights`` is unknown; see `load_model`.
         UnsupportedError: the family is refused; the text names it and the reason.
+        CapacityError: there is too little memory for the copies of weights that were asked for.
     """
+    check_choice(linear_weights)
     dtype = str(model.dtype).removeprefix("torch.")
     resolve_dtype(dtype if dtype in get_args(DType) else "auto", str(model.device))  # refuses what cannot work
     result = probe_model(model)
@@ -106,7 +120,7 @@ def adapt(model: PreTrainedModel, *, name: str | None = None) -> Adapter:
     if not result.supported:
         raise UnsupportedError(f"model family {family!r} cannot run here: {result.reason}; use another one")
     with quiet():
-        adapter = Adapter(model, name=name)
+        adapter = Adapter(model, name=name, linear_weights=linear_weights)
     untested = (layer_kinds(adapter.shape) | module_kinds(model)) - result.kinds
     if untested:
         adapter.restore()

@@ -109,7 +109,7 @@ def _probe(model: PreTrainedModel, scale: int) -> ProbeResult:
         model.set_attn_implementation("eager")
         with torch.no_grad():
             expected = [model(input_ids=ids[None], use_cache=False).logits[0] for ids in sequences]
-        with Adapter(model) as adapter:
+        with Adapter(model, linear_weights="off") as adapter:
             packed = _run_packed(adapter, sequences, scale)
             error = max(_relative_error(a, b) for a, b in zip(packed, expected, strict=True))
             kinds = layer_kinds(adapter.shape) | module_kinds(model)

@@ -1,6 +1,7 @@
 """Random-weight Llamas with real head shapes, for experiments on speed and memory that need no download.
 
-Speed and memory do not depend on what the weights say. Quality does: never measure it on these.
+Speed and memory do not depend on what the weights say. Quality does: never measure it on these. Weights are rounded to
+bfloat16, in which nearly all checkpoints are published, so that a copy in bfloat16 is exact here as it is there.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from kvatlas.core.errors import UnknownNameError
+from kvatlas.models.linear import LinearChoice
 from kvatlas.models.loading import RANDOM_PREFIX, DType, LoadedModel, adapt, resolve_dtype
 
 
@@ -53,7 +55,9 @@ SIZES = {
 }
 
 
-def random_model(spec: str, *, dtype: DType = "auto", device: str = "cpu", seed: int = 0) -> LoadedModel:
+def random_model(
+    spec: str, *, dtype: DType = "auto", device: str = "cpu", seed: int = 0, linear_weights: LinearChoice = "auto"
+) -> LoadedModel:
     """Return a random-weight Llama without tokenizer; equal for equal arguments.
 
     Args:
@@ -61,6 +65,7 @@ def random_model(spec: str, *, dtype: DType = "auto", device: str = "cpu", seed:
         dtype: of weights and activations; ``"auto"`` is float32 on the CPU and bfloat16 elsewhere.
         device: ``"cpu"``, ``"cuda"`` or ``"cuda:<index>"``.
         seed: of the weights; the user's random state does not move.
+        linear_weights: as in `kvatlas.models.loading.load_model`.
 
     Raises:
         UnknownNameError: no such size.
@@ -68,7 +73,8 @@ def random_model(spec: str, *, dtype: DType = "auto", device: str = "cpu", seed:
     name = random_name(spec)
     torch_dtype = resolve_dtype(dtype, device) or torch.bfloat16
     model = _build(_config(SIZES[name.removeprefix(RANDOM_PREFIX)]), seed).to(device=device, dtype=torch_dtype)
-    return LoadedModel(adapter=adapt(model, name=name), tokenizer=None, name=name)
+    adapter = adapt(model, name=name, linear_weights=linear_weights)
+    return LoadedModel(adapter=adapter, tokenizer=None, name=name)
 
 
 def random_name(spec: str) -> str:
@@ -101,4 +107,8 @@ def _build(config: LlamaConfig, seed: int) -> LlamaForCausalLM:
     with torch.random.fork_rng(devices=[]):
         # Not torch.manual_seed: that would reseed the accelerator's generators as well.
         torch.default_generator.manual_seed(seed)
-        return LlamaForCausalLM(config)
+        model = LlamaForCausalLM(config)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.copy_(weight.bfloat16())
+    return model

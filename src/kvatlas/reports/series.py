@@ -41,11 +41,11 @@ Table = dict[SeriesKey, dict[float, dict[SampleId, float]]]
 # Numbers of samples are not settings; a budget tells series apart, not studies.
 NEVER_SPLIT = frozenset({BUDGET, "n"})
 # What older records do not name, because it could not be otherwise.
-DEFAULTS: Params = {LINK: NO_LINK, "turns": 1}
+DEFAULTS: Params = {LINK: NO_LINK, "turns": 1, "linear_weights": "off"}
 # Always said beside a swept value; and what captions say, so that conditions need not.
 _NAMED = ("trace", "task", "arrivals", LINK)
 _OF_THE_MACHINE = {
-    *("dtype", "device", "threads", "kv_memory_bytes", "host_memory_bytes", "max_batched_tokens"),
+    *("dtype", "device", "linear_weights", "threads", "kv_memory_bytes", "host_memory_bytes", "max_batched_tokens"),
     *("model_digest", "trace_digest", "pool_tries"),
 }
 _TRUST: tuple[Provenance, ...] = ("measured", "emulated", "estimated")

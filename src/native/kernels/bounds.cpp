@@ -11,7 +11,8 @@ template <int HEADS>
 float upper_bound(const uint8_t* bounds, int dim, const float* q) {
     vf sum[HEADS] = {};
     by_vectors(dim, [&](int c, int n) {
-        const vf least = load_element<Fp32>(bounds + 4 * c, n), greatest = load_element<Fp32>(bounds + 4 * (dim + c), n);
+        const vf least = load_element<Fp32>(bounds + 4 * c, n);
+        const vf greatest = load_element<Fp32>(bounds + 4 * (dim + c), n);
         for (int h = 0; h < HEADS; ++h) {
             const vf query = load_element<Fp32>((const uint8_t*)(q + h * dim + c), n);
             sum[h] += vmax(query * least, query * greatest);
@@ -42,8 +43,8 @@ float score_of(const kva_pool& pool, const uint8_t* bounds, const float* q, int 
 using namespace KVA_ISA;
 
 // q [rows, heads * group, key_dim] float32; out [rows, heads, columns]: -infinity past the length of a lane.
-KVA_EXPORT(kva_score_bounds)(const kva_part* part, const float* q, int64_t rows, int64_t heads, int32_t group, float* out,
-                             int32_t threads) {
+KVA_EXPORT(kva_score_bounds)(const kva_part* part, const float* q, int64_t rows, int64_t heads, int32_t group,
+                             float* out, int32_t threads) {
     const kva_pool& pool = *part->pool;
     if (pool.bounds_at < 0) return KVA_ESHAPE;
     const int64_t columns = part->columns, pieces = (columns + COLUMNS_AT_ONCE - 1) / COLUMNS_AT_ONCE;

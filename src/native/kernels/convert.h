@@ -1,6 +1,6 @@
 // Rows of numbers in and out of every element type, rounded to nearest even as torch does.
 #pragma once
-#include "read_quant.h"
+#include "read_int8.h"
 
 namespace KVA_ISA {
 
@@ -32,6 +32,16 @@ KVA_INLINE vh to_fp16(vf x) {
     return h;
 #endif
 }
+
+constexpr float HALF_MAX = 65504.0f;
+
+KVA_INLINE void put16(uint8_t* p, uint16_t x) { std::memcpy(p, &x, 2); }
+KVA_INLINE float float_of(uint16_t h) {
+    vh wide{};
+    wide[0] = h;
+    return from_fp16(wide)[0];
+}
+KVA_INLINE uint16_t get16(const uint8_t* p) { return load_as<uint16_t>(p); }
 
 KVA_INLINE vh to_bf16(vf x) {
     const vu u = (vu)x;
@@ -65,7 +75,7 @@ KVA_INLINE void by_vectors(int dim, const F& f) {
 template <class From, class To>
 KVA_INLINE void convert_row(const uint8_t* from, uint8_t* to, int dim) {
     if constexpr (std::is_same_v<From, To>) {
-        std::memcpy(to, from, dim * From::BYTES);
+        if (dim > 0) std::memcpy(to, from, dim * From::BYTES);  // of no numbers there may be no address
     } else {
         by_vectors(dim, [&](int c, int n) {
             store_element(To{}, to + c * To::BYTES, load_element<From>(from + c * From::BYTES, n), n);

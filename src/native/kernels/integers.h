@@ -8,6 +8,7 @@
 
 namespace KVA_ISA {
 
+constexpr int QUADS = 32;   // of a run of packed codes: tokens of keys, channels of values
 constexpr int VW = 2 * VF;  // 16-bit integers of a vector
 typedef int16_t vw __attribute__((vector_size(4 * VF)));
 typedef uint16_t vuw __attribute__((vector_size(4 * VF)));
@@ -152,7 +153,35 @@ KVA_INLINE void store_int8(int8_t* out, vf x) {
 #endif
 }
 
+// Likewise VF numbers of each of four heads, as quads: 4 numbers of a, the same 4 of b, of c, of d, the next 4 of a ..
+KVA_INLINE void store_quads(int8_t* out, vf a, vf b, vf c, vf d) {
+#if defined(KVA_ISA_avx512)
+    const __m512i ab = _mm512_packs_epi32(_mm512_cvtps_epi32((__m512)a), _mm512_cvtps_epi32((__m512)b));
+    const __m512i cd = _mm512_packs_epi32(_mm512_cvtps_epi32((__m512)c), _mm512_cvtps_epi32((__m512)d));
+    _mm512_storeu_si512(out, _mm512_packs_epi16(ab, cd));
+#elif defined(KVA_ISA_avx2)
+    const __m256i ab = _mm256_packs_epi32(_mm256_cvtps_epi32((__m256)a), _mm256_cvtps_epi32((__m256)b));
+    const __m256i cd = _mm256_packs_epi32(_mm256_cvtps_epi32((__m256)c), _mm256_cvtps_epi32((__m256)d));
+    _mm256_storeu_si256((__m256i*)out, _mm256_packs_epi16(ab, cd));
+#elif defined(__SSE2__)
+    const __m128i ab = _mm_packs_epi32(_mm_cvtps_epi32((__m128)a), _mm_cvtps_epi32((__m128)b));
+    const __m128i cd = _mm_packs_epi32(_mm_cvtps_epi32((__m128)c), _mm_cvtps_epi32((__m128)d));
+    _mm_storeu_si128((__m128i*)out, _mm_packs_epi16(ab, cd));
+#else
+    store_int8(out, a), store_int8(out + 4, b), store_int8(out + 8, c), store_int8(out + 12, d);
+#endif
+}
+
 KVA_INLINE vf vabs(vf x) { return bits((vu)x & 0x7fffffffu); }
+
+// The greater of a, which is not negative, and the size of b.
+KVA_INLINE vf max_size(vf a, vf b) {
+#if defined(KVA_ISA_avx512)
+    return (vf)_mm512_range_ps((__m512)b, (__m512)a, 0b1011);
+#else
+    return vmax(a, vabs(b));
+#endif
+}
 
 // Of up to four vectors, each in its place: its greatest number; its sum. Places without a vector hold anything.
 template <int N>

@@ -13,10 +13,11 @@ from kvatlas.experiments.experiment import Settings
 OPTIONS = {
     "strategies": "--json",
     "info": "",
-    "generate": "--prompt-file --model --strategy --kv-memory --host-memory --link --dtype --device --max-tokens "
-    "--min-tokens --temperature --top-k --top-p --seed --stop --stream --no-stream --json",
+    "generate": "--prompt-file --model --strategy --kv-memory --host-memory --link --dtype --device "
+    "--linear-weights --max-tokens --min-tokens --temperature --top-k --top-p --seed --stop --stream --no-stream "
+    "--json",
     "characterize": "--preset --config --dump-config --records --strategy --repeats --seed --threads --list "
-    "--time-limit --no-time-limit --repeat-limit --speed-model --quality-model --dtype --device "
+    "--time-limit --no-time-limit --repeat-limit --speed-model --quality-model --dtype --device --linear-weights "
     "--kv-memory --host-memory --link --max-batched-tokens --prompt-tokens --prompt-model "
     "--breakdown-prompt-tokens --breakdown-output-tokens --breakdown-link --breakdown-model "
     "--concurrency --concurrency-prompt-tokens --concurrency-output-tokens --pool-tries "
@@ -27,15 +28,27 @@ OPTIONS = {
     "--trace-length-scale --trace-max-prompt-tokens --slo-ttft --slo-tpot",
     "drive": "--name --preset --records --trace --arrivals --rate --burstiness --prompt-tokens --output-tokens "
     "--requests --time-scale --length-scale --max-prompt-tokens --seed --slo-ttft --slo-tpot --vocabulary "
-    "--served-model-name --api-key --timeout --model-name --dtype --device --kv-memory --host-memory "
+    "--served-model-name --api-key --timeout --model-name --dtype --device --linear-weights --kv-memory --host-memory "
     "--max-batched-tokens --threads",
     "evaluate": "--task --model --strategy --limit --fewshot --include --held-back --records --kv-memory --host-memory "
-    "--max-batched-tokens --dtype --device --seed",
+    "--max-batched-tokens --dtype --device --linear-weights --seed",
     "report": "--records --out",
+    "bench kernels": "--ops --formats --contexts --batch --threads --repeats --quick",
+    "bench engine": "--model --cases --peer --peers --no-peers --strategy --linear-weights --max-batched-tokens "
+    "--threads --repeats --timeout --folder --results --fresh --quick",
+    "bench overhead": "--model --batch --prompt-tokens --steps --strategy --linear-weights --threads --quick",
 }
 ARGUMENTS = {"generate": ["PROMPT"], "characterize": ["EXPERIMENT"], "drive": ["URL"]}
 
-COMMANDS = typer.main.get_command(app).commands
+COMMANDS = {
+    " ".join(path): command
+    for name, first in typer.main.get_command(app).commands.items()
+    for path, command in (
+        [((name, below), each) for below, each in first.commands.items()]
+        if hasattr(first, "commands")
+        else [((name,), first)]
+    )
+}
 
 
 @pytest.fixture(autouse=True)
@@ -55,7 +68,7 @@ def test_the_options_are_frozen(name):
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_help_lists_every_option_and_an_example(name):
-    result = kvatlas(name, "--help")
+    result = kvatlas(*name.split(), "--help")
     assert result.status == 0
     words = result.out.replace(",", " ").split()
     assert set(OPTIONS[name].split()) <= set(words)
@@ -65,11 +78,12 @@ def test_help_lists_every_option_and_an_example(name):
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_examples_can_be_parsed(name):
-    lines = kvatlas(name, "--help").out.split("Examples:")[1].strip().splitlines()
+    lines = kvatlas(*name.split(), "--help").out.split("Examples:")[1].strip().splitlines()
     for line in filter(None, map(str.strip, lines)):
-        _, program, command, *arguments = shlex.split(line)
-        assert (program, command) == ("kvatlas", name)
-        COMMANDS[name].make_context(name, arguments)
+        depth = 2 + len(name.split())
+        _, program, *words = shlex.split(line)[:depth]
+        assert (program, words) == ("kvatlas", name.split())
+        COMMANDS[name].make_context(name, shlex.split(line)[depth:])
 
 
 def test_every_setting_of_a_sweep_has_an_option():
@@ -79,7 +93,7 @@ def test_every_setting_of_a_sweep_has_an_option():
 def test_alone_it_shows_help():
     result = kvatlas()
     assert result.status == 0
-    assert all(name in result.out for name in OPTIONS)
+    assert all(name.split()[0] in result.out for name in OPTIONS)
     assert "$ kvatlas generate" in result.out
 
 

@@ -8,8 +8,9 @@ from hypothesis import given, strategies as st
 from tests.unit.cli.running import kvatlas
 
 from kvatlas.core.errors import ConfigError
+from kvatlas.core.units import parse_tier_bytes
 from kvatlas.experiments.presets import PRESETS
-from kvatlas.experiments.settings import Settings, host_bytes, link_name, time_limit
+from kvatlas.experiments.settings import Settings, link_name, time_limit
 from kvatlas.experiments.study import dump_study, parse_study
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
@@ -112,7 +113,7 @@ def test_time_limits():
 
 def test_links_and_the_host_have_one_spelling():
     assert (link_name("none"), link_name("16GB/s, 10us")) == ("none", "16 GB/s, 10 us")
-    assert (host_bytes("0"), host_bytes("1KiB")) == (0, 1024)
+    assert (parse_tier_bytes("0"), parse_tier_bytes("1KiB")) == (0, 1024)
 
 
 def test_flags_override_the_file_and_the_file_the_preset(tmp_path):

@@ -1,0 +1,206 @@
+"""Linears that are fast for few rows: decode steps read weights at memory speed, from copies of fewer bits.
+
+On the CPU in float32, ``forward`` of each ``nn.Linear`` that is large enough is replaced by one that gives up to 32
+rows to `kvatlas.kernels.small_linear`, and more rows, as in prefill, to the original. What is no ``nn.Linear`` (GPT-2's
+Conv1D, experts that are one parameter) is left to torch.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Literal, get_args
+
+import psutil
+import torch
+from torch import Tensor, nn
+
+from kvatlas.core.errors import CapacityError, ConfigError, UnsupportedError
+from kvatlas.core.units import format_bytes
+from kvatlas.core.vocabulary import Format
+from kvatlas.kernels.dispatch import choose
+from kvatlas.kernels.small_linear import MAX_ROWS, LinearWeights, encode, exact_format, small_linear
+from kvatlas.kernels.small_linear.native import bind
+
+LinearChoice = Literal["auto", "off", "fp32", "fp16", "bf16", "int8"]
+
+MIN_ELEMENTS = 1 << 16
+"""Weights below which torch's linear is about as fast, at least for many rows."""
+
+_LOG = logging.getLogger(__name__)
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+class SmallLinears:
+    """The replaced linears of a model.
+
+    Args:
+        model: whose linears are replaced.
+        choice: ``"auto"`` keeps a bf16 or fp16 copy where it holds every weight exactly, and reads the weights
+            themselves elsewhere, so that only the order of sums changes; ``"fp32"`` reads the weights themselves;
+            ``"bf16"``, ``"fp16"`` and ``"int8"`` (one scale per output) round them, for up to 32 rows only: prefill
+            keeps the weights as they are. ``"off"`` replaces nothing. Where native kernels are not in use, ``"auto"``
+            and ``"fp32"`` replace nothing either, while the others round in the form that is.
+        min_elements: weights of fewer elements are left to torch; ``MIN_ELEMENTS`` if None.
+
+    Attributes:
+        formats: number of replaced linears by format.
+        copy_bytes: bytes of the copies, each counted once.
+
+    Raises:
+        ConfigError: ``choice`` is unknown.
+        UnsupportedError: a format was named, and the model is not on the CPU in float32, or a weight does not fit.
+        CapacityError: a format was named, and there is too little memory for the copies.
+    """
+
+    def __init__(self, model: nn.Module, choice: LinearChoice = "auto", *, min_elements: int | None = None) -> None:
+        self.formats: Counter[Format] = Counter()
+        self.copy_bytes = 0
+        self._replaced: list[nn.Module] = []
+        check_choice(choice)
+        if choice == "off" or not _covers(model, choice):
+            return
+        try:
+            least = MIN_ELEMENTS if min_elements is None else min_elements
+            self._replace(list(_suitable(model, least)), choice)
+        except BaseException:
+            self.restore()
+            raise
+        if self._replaced:
+            _LOG.info("%s: %s", type(model).__name__, self)
+
+    def __str__(self) -> str:
+        if not self._replaced:
+            return "torch's linears"
+        kinds = ", ".join(f"{count} {format}" for format, count in self.formats.items())
+        return f"linears for up to {MAX_ROWS} rows: {kinds}; copies of {format_bytes(self.copy_bytes)}"
+
+    def restore(self) -> None:
+        """Give the linears their own forward back and let go of the copies; what is not replaced stays as it is."""
+        for module in self._replaced:
+            vars(module).pop("forward", None)
+        self._replaced.clear()
+        self.formats.clear()
+        self.copy_bytes = 0
+
+    def _replace(self, modules: list[nn.Linear], choice: LinearChoice) -> None:
+        choice = _affordable(modules, choice)
+        copies: dict[int, LinearWeights] = {}
+        for module in modules:
+            address = module.weight.data_ptr()
+            if address not in copies:
+                copies[address] = _copy(module.weight, choice)
+                if copies[address].format is not Format.FP32:
+                    self.copy_bytes += copies[address].nbytes
+            module.forward = _Forward(module, copies[address])  # type: ignore[method-assign]  # until restore
+            self._replaced.append(module)
+            self.formats[copies[address].format] += 1
+
+
+def check_choice(choice: str) -> None:
+    """Refuse an unknown way of keeping weights.
+
+    Raises:
+        ConfigError: ``choice`` is unknown.
+    """
+    if choice not in get_args(LinearChoice):
+        raise ConfigError(f"unknown linear_weights {choice!r}; choose one of {', '.join(get_args(LinearChoice))}")
+
+
+def _covers(model: nn.Module, choice: LinearChoice) -> bool:
+    """Whether linears are to be replaced; raises if a format was named for a model that cannot have it."""
+    weight = next(model.parameters(), torch.empty(0))
+    if weight.device.type != "cpu" or weight.dtype != torch.float32:
+        if choice == "auto":
+            return False
+        raise UnsupportedError(
+            f"linear_weights={choice} is for float32 on the CPU, but the model computes in "
+            f"{str(weight.dtype).removeprefix('torch.')} on {weight.device.type}; use auto"
+        )
+    return choice not in ("auto", "fp32") or choose(weight.device, native=True) == "native"
+
+
+def _suitable(model: nn.Module, min_elements: int) -> Iterator[nn.Linear]:
+    """Yield the linears that do what ``nn.Linear`` does and nothing else, with weights of their own on the CPU."""
+    for module in model.modules():
+        if type(module) is not nn.Linear or "forward" in vars(module) or any(getattr(module, name) for name in _HOOKS):
+            continue
+        if all(map(_is_plain, module.parameters())) and module.weight.numel() >= max(1, min_elements):
+            yield module
+
+
+def _is_plain(parameter: nn.Parameter) -> bool:
+    return (
+        type(parameter) is nn.Parameter
+        and parameter.device.type == "cpu"
+        and parameter.dtype == torch.float32
+        and parameter.is_contiguous()
+        and not parameter.is_inference()  # it has no version, so a change could not be seen
+    )
+
+
+def _affordable(modules: list[nn.Linear], choice: LinearChoice) -> LinearChoice:
+    """Return the choice, or ``"fp32"`` instead of ``"auto"`` where copies would not fit into memory."""
+    if choice == "fp32":
+        return choice
+    elements = sum({module.weight.data_ptr(): module.weight.numel() for module in modules}.values())
+    wanted, available = elements * (1 if choice == "int8" else 2), psutil.virtual_memory().available
+    if wanted <= available:
+        return choice
+    lack = f"copies of weights take {format_bytes(wanted)}, but {format_bytes(available)} are available"
+    if choice != "auto":
+        raise CapacityError(f"{lack}; use --linear-weights fp32, which makes none")
+    _LOG.warning("%s; decode steps read the float32 weights", lack)
+    return "fp32"
+
+
+def _copy(weight: Tensor, choice: LinearChoice) -> LinearWeights:
+    return encode(weight, exact_format(weight) if choice == "auto" else Format(choice))
+
+
+class _Forward:
+    """Gives few rows to the kernel, and the original everything that the kernel does not cover.
+
+    The original also takes over once the module's parameters were changed: then the copy is out of date.
+    """
+
+    def __init__(self, module: nn.Linear, weights: LinearWeights) -> None:
+        self._module = module
+        self._original = module.forward
+        self._parameters = module._parameters
+        self._weight, self._bias = module.weight, module.bias
+        self._version, self._address = module.weight._version, module.weight.data_ptr()
+        self._num_inputs = module.in_features
+        self._most = MAX_ROWS * module.in_features  # elements
+        self._small = _bound(weights, None if module.bias is None else module.bias.detach())
+
+    def __call__(self, input: Tensor) -> Tensor:
+        weight = self._weight
+        if (
+            input.numel() <= self._most
+            and type(input) is Tensor
+            and input.dtype is torch.float32
+            and input.is_cpu
+            and input.is_contiguous()
+            and input.dim() > 0
+            and input.size(-1) == self._num_inputs
+            and not torch.is_grad_enabled()
+            and self._parameters["weight"] is weight
+            and self._parameters["bias"] is self._bias
+            and weight._version == self._version
+            and weight.data_ptr() == self._address
+        ):
+            return self._small(input)
+        return self._original(input)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """A copy of the module, pickled or deep, computes with its own weights."""
+        return partial, (nn.Linear.forward, self._module)
+
+
+def _bound(weights: LinearWeights, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+    if choose(weights.codes.device, native=True) == "native":
+        return bind(weights, bias)
+    return lambda x: small_linear(x, weights, bias)
