@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvatlas.kernels.blocks import read_keys
+from kvatlas.kernels.blocks import bound_keys
 from kvatlas.storage.arena import BlockClass
 
 
@@ -21,16 +21,10 @@ def bound_blocks(blocks: BlockClass, table: Tensor, used: Tensor) -> None:
         table: [H, m] block ids.
         used: [H, m] int64, how many slots at the front of each hold a key; blocks without one are left alone.
     """
-    bounds = blocks.pool.key_bounds
-    if bounds is None or not table.numel():
+    if blocks.pool.key_bounds is None:
         return
-    table, used = table.to(blocks.device), used.to(blocks.device)
-    keys = read_keys(blocks.pool, table, torch.float32).view(*table.shape, blocks.layout.block_size, -1)
-    empty = (torch.arange(keys.shape[2], device=keys.device) >= used[..., None])[..., None]
-    low = keys.masked_fill(empty, torch.inf).amin(dim=2)
-    high = keys.masked_fill_(empty, -torch.inf).amax(dim=2)
-    some = used > 0
-    bounds[table[some].long()] = torch.stack([low[some], high[some]], dim=1)
+    ids, count = table.flatten().long().to(blocks.device), used.flatten().to(blocks.device)
+    bound_keys(blocks.pool, ids[count > 0], count[count > 0])
 
 
 def widen(blocks: BlockClass, block: Tensor, offset: Tensor, fresh: Tensor) -> None:

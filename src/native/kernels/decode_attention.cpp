@@ -10,9 +10,7 @@
 #include <cstdlib>
 
 #include "read_float.h"
-#if __has_include("read_quant.h")
 #include "read_quant.h"
-#endif
 
 namespace KVA_ISA {
 namespace {
@@ -112,11 +110,9 @@ int with_reader(int format, const F& f) {
         case KVA_FP32: f((FloatReader<Fp32>*)nullptr); return KVA_OK;
         case KVA_BF16: f((FloatReader<Bf16>*)nullptr); return KVA_OK;
         case KVA_FP16: f((FloatReader<Fp16>*)nullptr); return KVA_OK;
-#if __has_include("read_quant.h")
         case KVA_INT8: f((Int8Reader*)nullptr); return KVA_OK;
         case KVA_INT4: f((Int4Reader*)nullptr); return KVA_OK;
         case KVA_INT2: f((Int2Reader*)nullptr); return KVA_OK;
-#endif
     }
     return KVA_EFORMAT;
 }

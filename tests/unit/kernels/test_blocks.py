@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,8 +11,10 @@ from kvatlas.core.errors import ConfigError, UnsupportedError
 from kvatlas.core.layout import GRANULE, BlockLayout
 from kvatlas.core.vocabulary import Format, Sidecar
 from kvatlas.kernels import blocks
-from kvatlas.kernels.blocks import reference, torch_path
+from kvatlas.kernels.abi import FLOAT_TYPES
+from kvatlas.kernels.blocks import native, reference, torch_path
 from kvatlas.kernels.blocks.packing import pack_keys, pack_values, unpack_keys, unpack_values
+from kvatlas.kernels.native import Library, library
 from kvatlas.kernels.pool import BlockPool, Part
 
 FLOATS = [Format.FP32, Format.BF16, Format.FP16]
@@ -46,8 +49,29 @@ def random_blocks(pool: BlockPool, n: int, dtype: torch.dtype = torch.float32) -
     return k.to(dtype), v.to(dtype)
 
 
-def forms() -> list[Any]:
-    return [torch_path, blocks]
+class InInstructionSet:
+    """The native forms in one instruction set, on two threads."""
+
+    def __init__(self, found: Library, isa: str) -> None:
+        self.library = replace(found, isa=isa)
+
+    def __getattr__(self, name: str) -> Any:
+        def call(*arguments: Any) -> Any:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(native, "library", lambda: self.library)
+                patch.setattr(native, "num_threads", lambda: 2)
+                return getattr(native, name)(*arguments)
+
+        return call
+
+
+def forms(dtype: torch.dtype = torch.float32) -> list[Any]:
+    """What is compared with the reference for numbers of a type."""
+    found = library()
+    every = [torch_path, blocks]
+    if isinstance(found, Library) and dtype in FLOAT_TYPES:
+        every += [InInstructionSet(found, isa) for isa in found.available]
+    return every
 
 
 @pytest.mark.parametrize("dims", DIMS)
@@ -83,7 +107,8 @@ def test_blocks_of_any_size(format: Format, block_size: int) -> None:
         pool.memory.copy_(clean)
         form.encode_blocks(pool, ids, k, v)
         assert torch.equal(pool.memory, want)
-        for dtype in (torch.float32, torch.bfloat16, torch.float64):
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        for form in forms(dtype):
             got, wanted = (each.read_values(pool, ids.view(2, 2), dtype) for each in (form, reference))
             assert got.dtype == dtype
             assert torch.equal(got, wanted)
@@ -99,7 +124,7 @@ def test_keys_and_values_of_any_float_type(format: Format, dtype: torch.dtype) -
     clean = pool.memory.clone()
     reference.encode_blocks(pool, ids[:2], k, v)
     want = pool.memory.clone()
-    for form in forms():
+    for form in forms(dtype):
         pool.memory.copy_(clean)
         form.encode_blocks(pool, ids[:2], k, v)
         assert torch.equal(pool.memory, want)

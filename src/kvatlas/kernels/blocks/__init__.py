@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from kvatlas.core.errors import ConfigError, UnsupportedError
+from kvatlas.kernels.abi import FLOAT_TYPES
 from kvatlas.kernels.blocks import native, reference, torch_path
-from kvatlas.kernels.dispatch import use_reference
+from kvatlas.kernels.dispatch import choose
 from kvatlas.kernels.pool import BlockPool, Part
 
 __all__ = ["bound_keys", "copy_slots", "encode_blocks", "read_keys", "read_values", "score_bounds", "write_slots"]
@@ -75,7 +76,7 @@ def encode_blocks(pool: BlockPool, ids: Tensor, k: Tensor, v: Tensor) -> None:
             wanted = [len(ids), layout.block_size, width]
             raise ConfigError(f"{name} of shape {list(x.shape)} do not fill {len(ids)} blocks; expected {wanted}")
     if len(ids):
-        _form(pool, k.dtype, v.dtype).encode_blocks(pool, ids, k, v)
+        _form(pool, k.dtype, v.dtype, triton=True).encode_blocks(pool, ids, k, v)
 
 
 def read_keys(pool: BlockPool, table: Tensor, dtype: torch.dtype) -> Tensor:
@@ -90,7 +91,7 @@ def read_keys(pool: BlockPool, table: Tensor, dtype: torch.dtype) -> Tensor:
     """
     if not table.numel():
         return _no_slots(pool, table, pool.layout.key_dim, dtype)
-    result: Tensor = _form(pool, dtype).read_keys(pool, table, dtype)
+    result: Tensor = _form(pool, dtype, triton=True).read_keys(pool, table, dtype)
     return result
 
 
@@ -98,7 +99,7 @@ def read_values(pool: BlockPool, table: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the values of every column of a table [..., C * s, Dv], as :func:`read_keys` does the keys."""
     if not table.numel():
         return _no_slots(pool, table, pool.layout.value_dim, dtype)
-    result: Tensor = _form(pool, dtype).read_values(pool, table, dtype)
+    result: Tensor = _form(pool, dtype, triton=True).read_values(pool, table, dtype)
     return result
 
 
@@ -136,15 +137,24 @@ def score_bounds(q: Tensor, part: Part) -> Tensor:
     _want_bounds(part.pool)
     if not part.table.numel():
         return q.new_empty(part.table.shape, dtype=torch.float32)
-    result: Tensor = _form(part.pool).score_bounds(q, part)
+    result: Tensor = _form(part.pool, triton=True).score_bounds(q, part)
     return result
 
 
-def _form(pool: BlockPool, dtype: torch.dtype | None = None, other: torch.dtype | None = None) -> ModuleType:
-    """Return the form to use for numbers of these types to read or to write."""
-    if use_reference():
-        return reference
-    return native if native.covers(pool, dtype, other) else torch_path
+def _form(
+    pool: BlockPool, dtype: torch.dtype | None = None, other: torch.dtype | None = None, *, triton: bool = False
+) -> ModuleType:
+    """Return the form to use for numbers of these types to read or to write; ``triton``: there is one in Triton."""
+    same = other is None or other == dtype
+    known = same and (dtype is None or dtype in FLOAT_TYPES)
+    path = choose(pool.device, native=known and native.covers(pool), triton=known and triton)
+    if path == "triton":
+        from kvatlas.kernels.blocks import triton_path  # needs the package triton
+
+        return triton_path
+    if path == "native":
+        return native
+    return reference if path == "reference" else torch_path
 
 
 def _no_slots(pool: BlockPool, table: Tensor, width: int, dtype: torch.dtype) -> Tensor:

@@ -24,14 +24,10 @@ _ARGUMENTS = {
 }
 
 
-def covers(pool: BlockPool, dtype: torch.dtype | None = None, other: torch.dtype | None = None) -> bool:
-    """Whether the native forms are there for blocks in this memory and numbers of these types, None for no numbers."""
+def covers(pool: BlockPool) -> bool:
+    """Whether the kernels can read and write these blocks."""
     layout = pool.layout
-    if not isinstance(library(), Library) or pool.device.type != "cpu":
-        return False
-    if layout.format.is_packed and max(layout.key_dim, layout.value_dim) > _MAX_PACKED_DIM:
-        return False
-    return (dtype is None or dtype in FLOAT_TYPES) and (other is None or other == dtype)
+    return not layout.format.is_packed or max(layout.key_dim, layout.value_dim) <= _MAX_PACKED_DIM
 
 
 def write_slots(pool: BlockPool, block: Tensor, offset: Tensor, k: Tensor, v: Tensor | None) -> None:
