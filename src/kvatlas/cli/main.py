@@ -15,7 +15,7 @@ import typer
 from pydantic import ValidationError
 
 from kvatlas import __version__
-from kvatlas.cli import characterize, drive, evaluate, generate, info, report, strategies
+from kvatlas.cli import bench, characterize, drive, evaluate, generate, info, report, strategies
 from kvatlas.cli.options import examples
 from kvatlas.core.errors import KvatlasError
 
@@ -28,7 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-for _command in (strategies, info, generate, characterize, drive, evaluate, report):
+for _command in (strategies, info, generate, characterize, drive, evaluate, report, bench):
     _command.add_to(app)
 
 

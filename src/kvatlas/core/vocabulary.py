@@ -75,17 +75,17 @@ class Format(StrEnum):
     @property
     def bits(self) -> int:
         """Bits of one stored element, scales left out."""
-        return {Format.FP32: 32, Format.INT8: 8, Format.INT4: 4, Format.INT2: 2}.get(self, 16)
+        return _BITS[self]
 
     @property
     def is_float(self) -> bool:
         """Whether elements are floating-point numbers, so that no scale goes with them."""
-        return self in (Format.FP32, Format.BF16, Format.FP16)
+        return self in _FLOATS
 
     @property
     def is_packed(self) -> bool:
         """Whether elements share bytes, so that a block is written whole or not at all."""
-        return self.bits < 8
+        return self in _PACKED
 
     @property
     def element_bytes(self) -> int:
@@ -93,6 +93,10 @@ class Format(StrEnum):
         assert not self.is_packed, f"{self.value} packs several elements into a byte"
         return self.bits // 8
 
+
+_BITS = {Format.FP32: 32, Format.BF16: 16, Format.FP16: 16, Format.INT8: 8, Format.INT4: 4, Format.INT2: 2}
+_FLOATS = frozenset({Format.FP32, Format.BF16, Format.FP16})
+_PACKED = frozenset({Format.INT4, Format.INT2})
 
 SIDECAR_SLOT_BYTES = 4
 """Bytes of one sidecar entry of one slot: an int32 position or a float32 sum. Key bounds are per block."""

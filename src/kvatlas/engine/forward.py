@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kvatlas.core.timeline import EventKind, Timeline
 from kvatlas.core.vocabulary import Need
-from kvatlas.engine.segments import Chunk, DecodeGroup, sequence_of
+from kvatlas.engine.segments import Chunk, DecodeGroup, GroupLayer, sequence_of
 from kvatlas.engine.selection import choose_pages
 from kvatlas.engine.sources import Blocks, old_blocks
 from kvatlas.engine.speculation import Choice, Foresee, Sketch, Speculator, by_kv_head, choose
@@ -26,12 +26,12 @@ from kvatlas.kernels.blocks import read_keys, write_slots
 from kvatlas.kernels.chunk_attention import chunk_attention
 from kvatlas.kernels.column_sums import column_sums
 from kvatlas.kernels.decode_attention import decode_attention
-from kvatlas.kernels.pool import Part
+from kvatlas.kernels.pool import TORCH_DTYPES, Part
 from kvatlas.models.adapter import AttentionCall
 from kvatlas.storage.arena import BlockClass
 from kvatlas.storage.bounds import bound_blocks, widen
 from kvatlas.storage.link import Link
-from kvatlas.storage.sequence import Sequence, Slots
+from kvatlas.storage.sequence import Sequence
 from kvatlas.storage.store import KVStore
 
 _SKETCH_SLOTS = 4096  # past keys that enter a sketch at a time, about: whole blocks do
@@ -117,11 +117,15 @@ class ForwardPass:
     def attend(self, call: AttentionCall, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Write this layer's keys and values to their slots and return what the queries read [1, T, Hq, Dv]."""
         self._staging.enter(call.layer)
+        if self._transport.timeline is None:
+            return self._attend_rows(call, query, key, value)
         with self._staging.noted(EventKind.ATTEND, call.layer):
             return self._attend_rows(call, query, key, value)
 
     def _attend_rows(self, call: AttentionCall, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         q_THD, k_THD, v_THD = query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1)
+        if not self._chunks and len(self._groups) == 1:  # most steps
+            return self._attend_group(call, self._groups[0], q_THD, k_THD, v_THD)[None]
         out = q_THD.new_empty((q_THD.shape[0], q_THD.shape[1], v_THD.shape[2]))
         for chunk in self._chunks:
             rows = slice(chunk.start, chunk.start + chunk.count)
@@ -137,7 +141,8 @@ class ForwardPass:
         past = chunk.past_length[lanes]
         source = self._source(call, seq, chunk.visitors, chunk.table[lanes][None])
         home = seq.layout.of_layer(call.layer)
-        k, v = self._write(call, home, chunk.slots, k, v, source.visiting)
+        block, offset = chunk.slots.block[:, lanes], chunk.slots.offset[:, lanes]
+        k, v = self._write(call, home, block, offset, k, v, source.visiting)
         if home.pool.key_bounds is not None:
             bound_blocks(home, *self._touched(chunk, lanes))
         reach = strategy.keep.reach(chunk.request.prompt_tokens)
@@ -164,14 +169,11 @@ class ForwardPass:
         table = chunk.table[lanes]
         return table.gather(1, column.clamp(max=table.shape[1] - 1).to(table.device)), used
 
-    def _bound_keys(self, call: AttentionCall, group: DecodeGroup, home: BlockClass) -> None:
+    def _bound_keys(self, call: AttentionCall, home: BlockClass, here: GroupLayer) -> None:
         """Let the bounds of the blocks that a step writes to cover the new keys."""
-        if home.pool.key_bounds is None or self._store.lanes.shape.layers[call.layer].shares_kv_with is not None:
-            return
-        lanes, slots = self._store.lanes.slices[call.layer], group.slots
-        last = slots.index[:, lanes] == group.host_length[:, lanes] - 1
-        fresh = last & (slots.index[:, lanes] % self._store.block_size == 0)
-        widen(home, slots.block[:, lanes], slots.offset[:, lanes], fresh)
+        if self._store.lanes.shape.layers[call.layer].shares_kv_with is None:
+            fresh = (here.slot == here.host_length - 1) & (here.slot % self._store.block_size == 0)
+            widen(home, here.block, here.offset, fresh)
 
     def _past_parts(self, call: AttentionCall, chunk: Chunk, own: Blocks) -> list[Part]:
         """Return what a chunk reads of the past: encoded blocks, then ``own``."""
@@ -252,48 +254,49 @@ class ForwardPass:
         sketch.write(seq, past, k.transpose(0, 1))
 
     def _attend_group(self, call: AttentionCall, group: DecodeGroup, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        lanes, seqs, keep = self._store.lanes.slices[call.layer], group.seqs, group.strategy.keep
-        home = seqs[0].layout.of_layer(call.layer)
-        source = self._source(call, seqs[0], group.visitors, group.table[:, lanes])
-        stored_k, stored_v = self._write(call, home, group.slots, k, v, source.visiting)
+        seq, strategy, here = group.seqs[0], group.strategy, group.layers[call.layer]
+        home = seq.layout.of_layer(call.layer)
+        source = self._source(call, seq, group.visitors, here.table)
+        stored_k, stored_v = self._write(call, home, here.block, here.offset, k, v, source.visiting)
         choice = group.choices.get(call.layer)
-        length, host_length, slot = group.length[:, lanes], group.host_length[:, lanes], group.slots.index[:, lanes]
-        columns = group.columns[call.layer]
+        length, host_length, columns = here.length, here.host_length, group.columns[call.layer]
         if choice is not None:
-            slot = choice.count[:, None].expand_as(slot)
-            host_length, columns = slot + 1, int(choice.count.max()) // self._store.block_size + 1
+            host_length, columns = choice.count[:, None].expand_as(here.slot) + 1, self._columns(choice.count)
             length = host_length.to(q.device)
         if source.visiting:
-            self._write_visiting(source, slot, stored_k, stored_v)
+            self._write_visiting(source, here.slot if choice is None else host_length - 1, stored_k, stored_v)
         own = Blocks(blocks=source.blocks, table=source.table[..., :columns], length=length, host_length=host_length)
-        self._bound_keys(call, group, home)
-        pages = group.strategy.pages(call.layer, self._store.lanes.shape.layers[call.layer], self._store.block_size)
-        chosen = own if pages is None else choose_pages(q, own, pages)
-        old = self._old(call, group)
-        parts = [chosen.part()] if old is None else [old.part(hide_empty=group.strategy.evicts), chosen.part()]
-        need_mass = Need.COLUMN_SUMS in group.strategy.needs and keep.observed_queries(1) is None
+        read = own
+        if home.pool.key_bounds is not None:
+            self._bound_keys(call, home, here)
+            pages = strategy.pages(call.layer, self._store.lanes.shape.layers[call.layer], self._store.block_size)
+            read = own if pages is None else choose_pages(q, own, pages)
+        old = None if group.old is None else self._old(call, group)
+        parts = [read.part()] if old is None else [old.part(hide_empty=strategy.evicts), read.part()]
+        need_mass = home.column_sums is not None and strategy.keep.observed_queries(1) is None
         alike: object = call.window if group.dense else call.layer
         out, masses = decode_attention(
             q, parts, scale=call.scale, softcap=call.softcap, sinks=call.sinks,
             window=call.window if choice is None else None, query_position=group.positions, need_mass=need_mass,
-            shared=None if choice is not None or chosen is not own else group.shared.setdefault(alike, {}),
+            shared=None if choice is not None or read is not own else group.shared.setdefault(alike, {}),
         )  # fmt: skip
-        if need_mass:
-            assert masses is not None
-            where = replace(own, blocks=home, table=group.table[:, lanes, :columns])
-            held = self._held_blocks(alike, group, where)
-            *_, amounts = masses
-            self._at_home(
-                call,
-                source.visiting,
-                lambda: where.add_to_sums(amounts, held),
-                amounts.numel() * amounts.itemsize,
-            )
+        if masses is not None:
+            where = replace(own, blocks=home, table=here.table[..., :columns])
+            self._credit(call, source.visiting, where, masses[-1], self._held_blocks(alike, group, where))
             if old is not None:
                 old.add_to_sums(masses[0], old.held())
         if choice is not None:
             self._follow_up(call, group, choice, q, stored_k)
         return out
+
+    def _columns(self, count: Tensor) -> int:
+        """Return how many blocks hold the chosen tokens of a lane and the new one."""
+        return int(count.max()) // self._store.block_size + 1
+
+    def _credit(self, call: AttentionCall, on_host: bool, where: Blocks, amounts: Tensor, held: Tensor) -> None:
+        """Add the attention that a step paid to the column sums at home."""
+        num_bytes = amounts.numel() * amounts.itemsize
+        self._at_home(call, on_host, lambda: where.add_to_sums(amounts, held), num_bytes)
 
     def _follow_up(self, call: AttentionCall, group: DecodeGroup, choice: Choice, q: Tensor, k: Tensor) -> None:
         """Give the sketch the new token's key; account for the choice, if anybody asks."""
@@ -311,23 +314,38 @@ class ForwardPass:
             speculator.account.note(queries, keys, choice, cached, rotation)
 
     def _write(
-        self, call: AttentionCall, blocks: BlockClass, slots: Slots, k: Tensor, v: Tensor, visiting: bool
+        self,
+        call: AttentionCall,
+        blocks: BlockClass,
+        block: Tensor,
+        offset: Tensor,
+        k: Tensor,
+        v: Tensor,
+        visiting: bool,
     ) -> tuple[Tensor, Tensor]:
         """Store keys and values [n, H, D] where they live and return them as a later read will see them.
 
         Where integers are stored, a chunk's own queries still see what was computed.
         """
-        lanes = self._store.lanes.slices[call.layer]
-        dtype = blocks.pool.keys.dtype if blocks.layout.format.is_float else k.dtype
+        dtype = TORCH_DTYPES[blocks.layout.format] if blocks.layout.format.is_float else k.dtype
         stored_k, stored_v = k.to(dtype), v.to(dtype)
         if self._store.lanes.shape.layers[call.layer].shares_kv_with is None:
-            block, offset = slots.block[:, lanes].to(blocks.device), slots.offset[:, lanes].to(blocks.device)
-
-            def put() -> None:
-                write_slots(blocks.pool, block, offset, stored_k.to(blocks.device), stored_v.to(blocks.device))
-
-            self._at_home(call, visiting, put, stored_k.nbytes + stored_v.nbytes)
+            if visiting:
+                self._store_behind(call, blocks, block, offset, stored_k, stored_v)
+            else:
+                write_slots(blocks.pool, block, offset, stored_k, stored_v)
         return stored_k.to(k.dtype), stored_v.to(v.dtype)
+
+    def _store_behind(
+        self, call: AttentionCall, blocks: BlockClass, block: Tensor, offset: Tensor, k: Tensor, v: Tensor
+    ) -> None:
+        """Store keys and values on the host, in the background."""
+        where = block.to(blocks.device), offset.to(blocks.device)
+
+        def put() -> None:
+            write_slots(blocks.pool, *where, k.to(blocks.device), v.to(blocks.device))
+
+        self._at_home(call, True, put, k.nbytes + v.nbytes)
 
     def _at_home(self, call: AttentionCall, on_host: bool, write: Callable[[], None], num_bytes: int) -> None:
         """Write now where a layer's blocks live on the device, in the background where they live on the host."""

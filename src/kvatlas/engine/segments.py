@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -53,14 +54,25 @@ class Chunk:
     old: OldBlocks | None
 
 
+class GroupLayer(NamedTuple):
+    """What one layer of a decode group reads and writes: ``table`` [R, H, C], the others [R, H]; see `DecodeGroup`."""
+
+    table: Tensor
+    length: Tensor
+    host_length: Tensor
+    slot: Tensor
+    block: Tensor
+    offset: Tensor
+
+
 @dataclass(frozen=True, kw_only=True)
 class DecodeGroup:
     """One new token for each of R requests of one strategy, from row ``start`` of the batch on.
 
     ``table`` [R, lanes, C] and ``length`` [R, lanes] include the new tokens; ``host_length`` is the latter on the CPU.
     ``visitors`` are the blocks on the host, or None; ``old`` those that are encoded, or None; ``choices`` says, layer
-    by layer, which of the visitors' slots are read where not all are. ``shared`` and ``held`` are what layers whose
-    lanes are equal compute once.
+    by layer, which of the visitors' slots are read where not all are. ``layers`` are all tensors cut by layers, once
+    for a step. ``shared`` and ``held`` are what layers whose lanes are equal compute once.
     """
 
     strategy: Strategy
@@ -75,6 +87,7 @@ class DecodeGroup:
     host_length: Tensor
     visitors: Visitors | None
     old: OldBlocks | None
+    layers: list[GroupLayer]
     choices: dict[int, Choice] = field(default_factory=dict)
     shared: dict[object, dict[str, Tensor | None]] = field(default_factory=dict)
     held: dict[object, Tensor] = field(default_factory=dict)
@@ -123,22 +136,25 @@ def make_group(store: KVStore, requests: list[Request], start: int) -> DecodeGro
     """Take a slot for the next token of each request; all are of one strategy."""
     seqs = [sequence_of(request) for request in requests]
     device, strategy = store.arena.device, requests[0].strategy
-    slots = store.append_step(seqs)
+    slots = _on_device(store.append_step(seqs), device)
     rows = torch.tensor([seq.row for seq in seqs])
     length = store.length[rows]
     per_lane = (-(-length.amax(dim=0) // store.block_size)).tolist()
     columns = [max(per_lane[lanes]) for lanes in store.lanes.slices]
     old = _old_blocks(store, seqs)
+    table, on_device = store.table[rows, :, : max(columns)].to(device), length.to(device)
+    cuts = (store.lanes.split(each) for each in (table, on_device, length, slots.index, slots.block, slots.offset))
     return DecodeGroup(
         strategy=strategy,
         requests=requests,
         start=start,
         positions=torch.tensor([seq.seen - 1 for seq in seqs], device=device),
-        table=store.table[rows, :, : max(columns)].to(device),
-        length=length.to(device),
+        table=table,
+        length=on_device,
         host_length=length,
         columns=columns,
-        slots=_on_device(slots, device),
+        slots=slots,
+        layers=[GroupLayer(*parts) for parts in zip(*cuts, strict=True)],
         dense=all(seq.dense for seq in seqs) or (old is None and _alike(store, length)),
         visitors=_visitors(store, strategy, seqs, length, chooses=strategy.attend is not None),
         old=old,

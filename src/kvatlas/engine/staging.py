@@ -142,6 +142,8 @@ class Staging:
 
     def enter(self, layer: int) -> None:
         """Return when all that a layer reads is on the device; start on the next layer's."""
+        if not self._visitors:
+            return
         here = [one for one in self._visitors if one.reads_host(layer)]
         missing = [one for one in here if (layer, one) not in self._fetches]
         if missing:

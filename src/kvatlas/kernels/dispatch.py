@@ -19,8 +19,8 @@ from kvatlas.core.errors import ConfigError
 from kvatlas.kernels import triton_support
 from kvatlas.kernels.native import Library, library
 
-Path = Literal["reference", "torch", "native", "triton"]
-_CHOICES = ("auto", "reference", "torch", "native", "triton")
+Path = Literal["reference", "torch", "native", "triton", "flashinfer"]
+_CHOICES = ("auto", "reference", "torch", "native", "triton", "flashinfer")
 _CPU = torch.device("cpu")
 
 
@@ -32,17 +32,19 @@ class Operation:
         name: in words.
         native: whether it has a native form.
         triton: whether it has a Triton form.
+        flashinfer: whether FlashInfer has it.
         why_torch: why torch's form is used where there is no other.
     """
 
     name: str
     native: bool
     triton: bool
+    flashinfer: bool = False
     why_torch: str = ""
 
 
 OPERATIONS = (
-    Operation("decode attention", native=True, triton=True),
+    Operation("decode attention", native=True, triton=True, flashinfer=True),
     Operation("encode and decode blocks", native=True, triton=True),
     Operation("small-batch linear", native=True, triton=False, why_torch="for the CPU only"),
     Operation("column sums", native=False, triton=True, why_torch="matrix products are what they take"),
@@ -59,7 +61,7 @@ class ActivePath:
     why: str
 
 
-def choose(device: torch.device, *, native: bool = False, triton: bool = False) -> Path:
+def choose(device: torch.device, *, native: bool = False, triton: bool = False, flashinfer: bool = False) -> Path:
     """Return the form to run for tensors on ``device``; looks at the environment at every call, so a test may switch.
 
     A form that is asked for and runs here is used by the operations that have it, for arguments that it covers; the
@@ -69,11 +71,17 @@ def choose(device: torch.device, *, native: bool = False, triton: bool = False) 
         device: where the tensors lie.
         native: the operation has a native form, and it covers the arguments.
         triton: the operation has a Triton form; whether it covers the arguments is for the caller to ask.
+        flashinfer: FlashInfer has the operation, likewise; only by name, as it waits for the device at every call.
 
     Raises:
         ConfigError: ``KVATLAS_KERNELS`` is unknown, or names a form that cannot run here.
     """
     wanted = _choice()
+    if wanted == "flashinfer":
+        _refuse(wanted, triton_support.why_not_flashinfer(device))
+        if flashinfer:
+            return wanted
+        wanted = "auto"
     if wanted == "auto":
         if device.type == "cpu":
             return "native" if native and _has_library() else "torch"
@@ -103,7 +111,7 @@ def active_paths(device: torch.device) -> Iterator[ActivePath]:
         ConfigError: as :func:`choose`.
     """
     for each in OPERATIONS:
-        path = choose(device, native=each.native, triton=each.triton)
+        path = choose(device, native=each.native, triton=each.triton, flashinfer=each.flashinfer)
         yield ActivePath(each.name, path, _reason(each, device, path))
 
 
@@ -121,6 +129,8 @@ def _reason(operation: Operation, device: torch.device, path: Path) -> str:
         found = library()
         assert isinstance(found, Library)
         return f"{found.isa}, {found.path}"
+    if path == "flashinfer":
+        return "because KVATLAS_KERNELS=flashinfer, for calls that it covers"
     if path == "triton":
         return "interpreted" if device.type == "cpu" else str(device)
     if device.type == "cpu" and operation.native:

@@ -57,24 +57,25 @@ def value_codes(pool: BlockPool, block: int) -> Tensor:
 def _unpack(codes: Tensor, bits: int, *, run: Tensor, quad: Tensor, element: Tensor) -> Tensor:
     quads = 4 * bits  # those in the lowest bits of a run's bytes
     byte = codes[16 * bits * run + QUAD * (quad % quads) + element].long()
-    return (byte >> (bits * (quad // quads)) & (2**bits - 1)).to(torch.uint8)
+    code: Tensor = byte >> (bits * (quad // quads)) & (2**bits - 1)
+    return code.to(torch.uint8)
 
 
 def _key(pool: BlockPool, block: int, offset: int) -> Tensor:
     if pool.layout.format.is_packed:
         scale, minimum = pool.key_params[block].double()
-        return key_codes(pool, block)[offset] * scale + minimum
+        return torch.addcmul(minimum, key_codes(pool, block)[offset].double(), scale)
     key = pool.keys[block, offset].double()
-    return key if pool.layout.format.is_float else key * pool.key_params[block, offset].double()
+    return key if pool.layout.format.is_float else key.mul(pool.key_params[block, offset].double())
 
 
 def _value(pool: BlockPool, block: int, offset: int) -> Tensor:
     if pool.layout.format.is_packed:
         scale, minimum = pool.value_params[block, :, :, offset].double()
         group = torch.arange(pool.layout.value_dim, device=scale.device) // GROUP
-        return value_codes(pool, block)[offset] * scale[group] + minimum[group]
+        return torch.addcmul(minimum[group], value_codes(pool, block)[offset].double(), scale[group])
     value = pool.values[block, offset].double()
-    return value if pool.layout.format.is_float else value * pool.value_params[block, offset].double()
+    return value if pool.layout.format.is_float else value.mul(pool.value_params[block, offset].double())
 
 
 def _place(pool: BlockPool, table: Tensor, slot: int) -> tuple[int, int]:

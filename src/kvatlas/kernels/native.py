@@ -69,7 +69,9 @@ def library() -> Library | Missing:
     if path is None or not path.exists():
         if wanted:
             raise ConfigError(f"KVATLAS_NATIVE={wanted} does not exist; name a libkvatlas_native.so, or 'off'")
-        return Missing("they were not built: no C++ compiler was found when kvatlas was installed; install g++ and reinstall")
+        return Missing(
+            "they were not built: no C++ compiler was found when kvatlas was installed; install g++ and reinstall"
+        )
     try:
         handle = ctypes.CDLL(str(path))
     except OSError as error:

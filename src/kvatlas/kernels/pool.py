@@ -116,9 +116,10 @@ class BlockPool:
         size, strides = dtype.itemsize, [1]
         for width in reversed(shape[1:]):
             strides.insert(0, strides[0] * width)
-        return self.memory.view(dtype).as_strided(
-            (self.rows, *shape), (GRANULE // size, *strides), offset_bytes // size
-        )
+        with torch.inference_mode(False):  # a view of another type that is made within could not be written outside
+            return self.memory.view(dtype).as_strided(
+                (self.rows, *shape), (GRANULE // size, *strides), offset_bytes // size
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Whether the Triton forms can run, and what all of them need to launch."""
+"""Whether the forms for GPUs can run, and what those in Triton need to launch."""
 
 from __future__ import annotations
 
@@ -37,6 +37,13 @@ def why_not(device: torch.device) -> str | None:
     if capability < _OLDEST_CAPABILITY:
         return f"compute capability {capability[0]}.{capability[1]} is below 8.0"
     return None
+
+
+def why_not_flashinfer(device: torch.device) -> str | None:
+    """Return why FlashInfer cannot run on ``device``, or None if it can."""
+    if device.type != "cuda":
+        return f"FlashInfer runs on CUDA devices, not on {device.type}"
+    return None if find_spec("flashinfer") else "FlashInfer is not installed: pip install flashinfer-python"
 
 
 @cache

@@ -1,6 +1,7 @@
 """What several Triton kernels compute alike: scores' units, capped scores, and tiles of decoded blocks."""
 
-# mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disallow-untyped-decorators=False
+# mypy: disallow-untyped-calls=False
 # Triton reads these functions as its own language; their arguments are pointers, scalars and constants.
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from kvatlas.kernels.triton_support import interpreted
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 NO_BF16 = tl.constexpr(interpreted())
-"""Triton's interpreter keeps bfloat16 as bits and would calculate with these; numbers rounded to it then go on wider."""
+"""Triton's interpreter keeps bfloat16 as bits and would calculate with these; so there, rounded numbers go on wider."""
 
 
 @triton.jit
@@ -33,13 +34,25 @@ def capped(s, softcap):
 
 @triton.jit
 def unit_rows(q_MD, DOT: tl.constexpr):
-    """Return the rows in type DOT, and what each was divided by so that float16 holds it, whatever the model's scale."""
+    """Return the rows in type DOT, and what each was divided by so that float16 holds it, however large it is."""
     factor = tl.full([q_MD.shape[0]], 1.0, tl.float32)
-    if DOT == tl.float16:
+    if DOT == tl.float16:  # noqa: SIM300  (it is an argument)
         largest = tl.max(tl.abs(q_MD), 1)
         factor = tl.where(largest > 0, tl.exp2(tl.ceil(tl.log2(largest))), 1.0)
         q_MD = q_MD / factor[:, None]
     return q_MD.to(DOT), factor
+
+
+@triton.jit
+def query_pairs(
+    q, head, factor, j: tl.constexpr, G: tl.constexpr, DK: tl.constexpr, C: tl.constexpr, DOT: tl.constexpr
+):
+    """Return the queries' channels 4c + j and 4c + j + 2, [M, 2C], c by c."""
+    k = tl.arange(0, 2 * C)
+    d = 2 * k + j
+    g = tl.arange(0, head.shape[0])
+    x = tl.load(q + head[:, None] * DK + d[None, :], mask=(g < G)[:, None] & (d < DK)[None, :], other=0.0)
+    return (x.to(tl.float32) / factor[:, None]).to(DOT)
 
 
 @triton.jit

@@ -184,8 +184,9 @@ def _attention_forward(
 
 def _refuse_unknown(name: str, kwargs: Mapping[str, object]) -> None:
     """Refuse arguments that could change the result: to ignore one would be to answer another question."""
-    unknown = sorted(key for key, given in kwargs.items() if given is not None and key not in _HARMLESS)
+    unknown = [key for key, given in kwargs.items() if given is not None and key not in _HARMLESS]
     if unknown:
+        unknown.sort()
         raise UnsupportedError(f"{name} passes {', '.join(unknown)} to attention, unknown to kvatlas")
 
 

@@ -17,7 +17,8 @@ from kvatlas.core.errors import CapacityError
 from kvatlas.core.layout import GRANULE, BlockLayout
 from kvatlas.core.units import format_bytes
 from kvatlas.kernels.pool import BlockPool
-from kvatlas.storage.crossing import copy_rows, page_lock
+from kvatlas.storage.crossing import copy_rows, locked_memory
+from kvatlas.storage.pages import advise_huge_pages
 
 _RAW_BYTES = torch.int32.itemsize  # copying whole blocks as words is ten times faster than as bytes
 _BOUNCE_BYTES = 4 << 20  # most bytes between reading and writing: what is on its way is in nobody's books
@@ -168,9 +169,11 @@ class Arena:
         self.num_slabs = budget_bytes // self.slab_bytes
         self.total_bytes = self.num_slabs * self.slab_bytes
         self.device = torch.device(device)
-        self._memory = torch.empty(self.total_bytes, dtype=torch.uint8, device=device)
         if locked:
-            page_lock(self._memory)
+            self._memory = locked_memory(self.total_bytes)
+        else:
+            self._memory = torch.empty(self.total_bytes, dtype=torch.uint8, device=device)
+            advise_huge_pages(self._memory)
         self._empty_slabs = list(range(self.num_slabs - 1, -1, -1))
         self._classes: dict[BlockLayout, BlockClass] = {}
 

@@ -7,8 +7,8 @@ device waits, not the thread that computes. On the CPU none of this exists.
 
 from __future__ import annotations
 
+import mmap
 import threading
-import weakref
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -45,11 +45,11 @@ class StreamOrder:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._stream = torch.cuda.Stream(device)
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def mark(self) -> torch.cuda.Event:
         """Record an event on the calling thread's stream."""
-        event = torch.cuda.Event()
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record(torch.cuda.current_stream(self._device))
         return event
 
@@ -79,24 +79,38 @@ def order_for(device: torch.device | str) -> Order | None:
     return StreamOrder(device) if device.type == "cuda" else None
 
 
-def page_lock(memory: Tensor) -> None:
-    """Keep CPU memory where it is until it is freed, so that a CUDA device can reach it by itself.
+class _LockedPages(mmap.mmap):
+    """Anonymous memory that a CUDA device may reach by itself; given back to the system only after it was released."""
 
-    The memory is registered rather than allocated by torch, which would round it up to a power of two.
+    registered_at = 0
+
+    def __del__(self) -> None:
+        if self.registered_at:
+            _cudart().cudaHostUnregister(self.registered_at)
+
+
+def locked_memory(num_bytes: int) -> Tensor:
+    """Return page-locked memory of the host, uint8 [num_bytes], which a CUDA device can reach by itself.
+
+    It is registered rather than allocated by torch, which rounds up to a power of two.
 
     Raises:
         CapacityError: the system does not lock so much.
     """
-    if not memory.numel():
-        return
-    cudart, address = torch.cuda.cudart(), memory.data_ptr()
-    code = int(cudart.cudaHostRegister(address, memory.numel() * memory.element_size(), 0))
+    pages = _LockedPages(-1, num_bytes)
+    memory = torch.frombuffer(pages, dtype=torch.uint8)  # keeps the pages
+    code = int(_cudart().cudaHostRegister(memory.data_ptr(), num_bytes, 0))
     if code:
         raise CapacityError(
-            f"the system does not page-lock {format_bytes(memory.numel() * memory.element_size())} of host memory "
-            f"(CUDA error {code}); give less (--host-memory) or raise the limit of locked memory (ulimit -l)"
+            f"the system does not page-lock {format_bytes(num_bytes)} of host memory (CUDA error {code}); "
+            "give less (--host-memory) or raise the limit of locked memory (ulimit -l)"
         )
-    weakref.finalize(memory.untyped_storage(), cudart.cudaHostUnregister, address)
+    pages.registered_at = memory.data_ptr()
+    return memory
+
+
+def _cudart() -> Any:
+    return torch.cuda.cudart()  # type: ignore[no-untyped-call]
 
 
 def copy_rows(source: Tensor, source_ids: Tensor, target: Tensor, target_ids: Tensor) -> None:

@@ -36,6 +36,8 @@ class LaneMap:
             windows += [shape.layers[index].window or NO_WINDOW] * shape.layers[index].num_kv_heads
         self.window_of_lane = torch.tensor(windows, dtype=torch.int64)
         self.slices = [self._slice(index, starts) for index in range(len(shape.layers))]
+        self._sizes = [shape.layers[index].num_kv_heads for index in shape.owners]
+        self._places = [shape.owners.index(self.owner(index)) for index in range(len(shape.layers))]
         self.windows = {
             window: (self.window_of_lane == window).nonzero().flatten() for window in sorted(set(windows) - {NO_WINDOW})
         }
@@ -49,6 +51,11 @@ class LaneMap:
         """Return the lanes [n] int64 of some layers that own lanes, in order."""
         spans = [torch.arange(self.slices[index].start, self.slices[index].stop) for index in sorted(layers)]
         return torch.cat([torch.zeros(0, dtype=torch.int64), *spans])
+
+    def split(self, tensor: Tensor) -> list[Tensor]:
+        """Return for each layer its lanes of a tensor [rows, lanes, ...]: cheaper than slicing layer by layer."""
+        parts = torch.split(tensor, self._sizes, dim=1)
+        return [parts[index] for index in self._places]
 
     def _slice(self, layer: int, starts: dict[int, int]) -> slice:
         owner = self.owner(layer)

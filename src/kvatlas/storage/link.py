@@ -1,8 +1,8 @@
 """The way between two tiers: moves run beside the compute thread, most urgent first, are counted, and can be awaited.
 
-Without an accelerator both tiers are RAM and a move is a copy. With one, a fetch counts as done when it is queued on the
-device, and the compute is queued behind it (`storage.crossing`). An *emulated* link stretches each copy to the time that
-a slower link would have taken, so that such a link can be studied where there is none; whoever shows a time that
+Without an accelerator both tiers are RAM and a move is a copy. With one, a fetch counts as done when it is queued on
+the device, and the compute is queued behind it (`storage.crossing`). An *emulated* link stretches each copy to the time
+that a slower link would have taken, so that such a link can be studied where there is none; whoever shows a time that
 was measured over one must say so.
 """
 

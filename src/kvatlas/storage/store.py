@@ -148,7 +148,7 @@ class KVStore:
 
         Only sequences that no strategy has evicted from can be forked.
         """
-        assert seq.dense and len(seq.rows) == 1, "an evicted sequence would need its own sums, holes and companions"
+        assert seq.dense and seq.sketch is None and seq.encoded is None, "a lossy cache would need its own companions"
         child = self.open(seq.layout)
         columns = int(self.columns_held(seq).max())
         self.table[child.row, :, :columns] = self.table[seq.row, :, :columns]

@@ -1,8 +1,8 @@
 """Compiles every Triton kernel for a GPU that need not be here, as the forms would launch it.
 
 The forms run on CPU tensors with each kernel replaced by a recorder, which turns the arguments of a launch into what
-Triton's compiler wants to know of them. Run as ``python -m tests.unit.kernels.compile_triton 90``; ``--verbose`` prints the registers,
-spilled bytes and shared memory of each kernel.
+Triton's compiler wants to know of them. Run as ``python -m tests.unit.kernels.compile_triton 90``; ``--verbose``
+prints the registers, spilled bytes and shared memory of each kernel.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class Recorder:
                 signature[name] = "fp32"
             else:
                 signature[name] = "i32"
-                if value % 16 == 0:
+                if value % 16 == 0 and not self.kernel.params[index].do_not_specialize:
                     attributes[index,] = [["tt.divisibility", 16]]
         key = repr((signature, constants, options, attributes))
         if key not in self.compiled:

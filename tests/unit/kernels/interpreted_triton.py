@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.driving import loaded, relative_error
+from tests.families import tiny_model
+from tests.parity.test_gpu import logits
 from tests.unit.kernels import triton_cases
 
 from kvatlas.core.vocabulary import Format
@@ -34,3 +37,16 @@ def test_column_sums(format: Format) -> None:
 
 def test_column_sums_with_other_rules() -> None:
     triton_cases.check_column_sums(Format.BF16, "cpu", torch.float32, softcap=3.0, reach=(9, 20))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "strategy", ["h2o(heavy=20, recent=12)", "int8", "kivi(bits=4, residual=32)", "quest(budget=64)"]
+)
+def test_the_engine_runs_on_these_forms(strategy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = loaded(tiny_model("llama", num_hidden_layers=2, max_position_embeddings=512))
+    monkeypatch.setenv("KVATLAS_KERNELS", "triton")
+    got = logits(model, strategy)
+    monkeypatch.setenv("KVATLAS_KERNELS", "torch")
+    for each, want in zip(got, logits(model, strategy), strict=True):
+        assert relative_error(each, want) < 1e-3

@@ -65,7 +65,8 @@ class Lanes:
 def make_pool(layout: BlockLayout, blocks: int) -> tuple[BlockPool, list[int]]:
     """Return a pool that holds nothing but NaN, and the ids of ``blocks`` blocks, with gaps and in random order."""
     granules = layout.block_bytes // GRANULE
-    memory = torch.full((blocks * (granules + 1) * GRANULE // 4,), POISON[layout.format], dtype=torch.int32)
+    granules_in_all = blocks * (granules + 1) - 1  # the last block ends where the memory ends, for sanitizers to see
+    memory = torch.full((granules_in_all * GRANULE // 4,), POISON[layout.format], dtype=torch.int32)
     pool = BlockPool(memory.view(torch.uint8), layout)
     return pool, (torch.randperm(blocks) * (granules + 1)).tolist()
 

@@ -21,15 +21,20 @@ PACKED = [Format.INT4, Format.INT2]
 Form = Callable[..., Any]
 
 
-@pytest.fixture(params=["torch", "native, 1 thread", "native, 3 threads"])
+@pytest.fixture(params=["torch", "avx512, 1 thread", "avx2, 3 threads", "baseline, 2 threads"])
 def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Form:
     """A fast form of the operation."""
     if request.param == "torch":
         return torch_path.decode_attention
-    missing = library()
-    if isinstance(missing, Missing):
-        pytest.skip(f"no native kernels: {missing.reason}")
-    monkeypatch.setattr(native, "num_threads", lambda: int(request.param[8]))
+    found = library()
+    if isinstance(found, Missing):
+        pytest.skip(f"no native kernels: {found.reason}")
+    isa, threads = request.param.split(", ")
+    if isa not in found.available:
+        pytest.skip(f"this processor has no {isa}")
+    kernel = replace(found, isa=isa).function("kva_decode_attention")
+    monkeypatch.setattr(native, "_kernel", lambda: kernel)
+    monkeypatch.setattr(native, "num_threads", lambda: int(threads[0]))
     return native.decode_attention
 
 

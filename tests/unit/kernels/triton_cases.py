@@ -169,13 +169,23 @@ FORMATS = tuple(Format)
 DECODE_CASES = {
     **{f"{format.value} exact": Case((format,), (RAGGED,), key_dim=42, value_dim=70, group=3) for format in FORMATS},
     **{f"{format.value} half": Case((format,), (RAGGED,), dtype=torch.float16, hide_empty=True) for format in FORMATS},
+    "int8 half, no whole words": Case((Format.INT8,), (RAGGED,), dtype=torch.float16, key_dim=42, value_dim=70),
     "bf16": Case((Format.BF16,), (RAGGED,), dtype=torch.bfloat16, key_dim=64),
     "int4 bf16": Case((Format.INT4,), (RAGGED,), dtype=torch.bfloat16, key_dim=64, value_dim=64, group=16),
     "two parts": Case(
-        (Format.INT2, Format.FP16), (RAGGED, [[3, 40], [0, 16]]), hide_empty=True, options={"window": 40}, with_sinks=True
+        (Format.INT2, Format.FP16),
+        (RAGGED, [[3, 40], [0, 16]]),
+        hide_empty=True,
+        options={"window": 40},
+        with_sinks=True,
     ),
     "capped window": Case(
-        (Format.INT4,), ([[300, 150]],), group=1, dense_start=7, options={"window": 100, "softcap": 2.0}, with_sinks=True
+        (Format.INT4,),
+        ([[300, 150]],),
+        group=1,
+        dense_start=7,
+        options={"window": 100, "softcap": 2.0},
+        with_sinks=True,
     ),
     "small blocks": Case((Format.FP32,), (RAGGED,), block_size=4, options={"softcap": 3.0, "window": 30}, group=5),
     "dense": Case((Format.INT8,), ([[1100, 1000]],), dense_start=0, options={"window": 300}),
@@ -210,7 +220,9 @@ def check_blocks(format: Format, device: str, key_dim: int, value_dim: int) -> N
     q, length = torch.randn(2, 6, key_dim), torch.tensor([[96, 64], [33, 0]])
     bounds = reference.score_bounds(q, Part(pool=want, table=ids.int().expand(2, 2, 3), length=length))
     there = Part(
-        pool=BlockPool(want.memory.to(device), layout), table=ids.int().to(device).expand(2, 2, 3), length=length.to(device)
+        pool=BlockPool(want.memory.to(device), layout),
+        table=ids.int().to(device).expand(2, 2, 3),
+        length=length.to(device),
     )
     torch.testing.assert_close(triton_path.score_bounds(q.to(device), there).cpu(), bounds, rtol=1e-5, atol=1e-3)
 
@@ -228,7 +240,11 @@ def check_column_sums(format: Format, device: str, dtype: torch.dtype, **options
     settings = {"scale": 0.2, "softcap": None, "window": None, "reach": None} | options
     want, want_own = reference.column_sums(q, k, positions, lse, past, tile_slots=64, **settings)
     past = [
-        Part(pool=BlockPool(part.pool.memory.to(device), part.pool.layout), table=part.table.to(device), length=part.length.to(device))
+        Part(
+            pool=BlockPool(part.pool.memory.to(device), part.pool.layout),
+            table=part.table.to(device),
+            length=part.length.to(device),
+        )
         for part in past
     ]
     sums, own = triton_path.column_sums(

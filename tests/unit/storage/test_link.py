@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import ctypes
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 
 import pytest
+import torch
 from hypothesis import example, given, strategies as st
 
-from kvatlas.core.errors import ConfigError
-from kvatlas.storage import link as link_module
+from kvatlas.core.errors import CapacityError, ConfigError
+from kvatlas.storage import crossing, link as link_module
+from kvatlas.storage.crossing import order_for
 from kvatlas.storage.link import AHEAD, BACKGROUND, URGENT, Link, LinkRate, Move, Mover, Traffic
 
 PATIENCE_S = 20.0
@@ -203,3 +207,99 @@ print("end")
     command = [sys.executable, "-c", code.replace("WAITS", str(waits))]
     done = subprocess.run(command, capture_output=True, text=True, timeout=5 * PATIENCE_S)
     assert (done.returncode, done.stdout, done.stderr) == (0, "end\n", "")
+
+
+class Queues:
+    """Stands in for a device that works later: what is carried is done, but settled only when the gate opens."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+        self.gate = threading.Event()
+
+    def mark(self) -> str:
+        self.said.append(f"mark in {threading.current_thread().name}")
+        return "before"
+
+    def carry(self, mark: str, copy: Callable[[], None]) -> str:
+        copy()
+        self.said.append(f"carry after {mark} in {threading.current_thread().name}")
+        return "end"
+
+    def follow(self, mark: str) -> None:
+        self.said.append(f"follow {mark} in {threading.current_thread().name}")
+
+    def settle(self, mark: str) -> None:
+        assert self.gate.wait(PATIENCE_S)
+        self.said.append(f"settled {mark}")
+
+
+def test_compute_goes_on_behind_a_queued_fetch_without_waiting_for_its_bytes() -> None:
+    queues, traffic = Queues(), Traffic()
+    mover, here = Mover(None, traffic, queues, let_go=True), threading.current_thread().name
+    fetch = mover.submit(move())
+    fetch.wait()
+    assert queues.said == [f"mark in {here}", "carry after before in kvatlas-mover", f"follow end in {here}"]
+    assert not traffic.moves  # counted when the bytes are there, however early somebody could go on
+    queues.gate.set()
+    mover.stop()
+    assert traffic.moves == 1 and queues.said[-1] == "settled end"
+
+
+@pytest.mark.parametrize(("rate", "let_go"), [(None, False), (LinkRate(bytes_per_s=1e9), True)])
+def test_a_store_and_an_emulated_link_are_awaited_to_the_last_byte(rate: LinkRate | None, let_go: bool) -> None:
+    queues = Queues()
+    mover = Mover(rate, Traffic(), queues, let_go=let_go)
+    store = mover.submit(move())
+    assert not store._done.wait(0.05)
+    queues.gate.set()
+    store.wait()
+    assert queues.said[-2:] == ["settled end", f"follow end in {threading.current_thread().name}"]
+
+
+def test_an_error_while_queueing_reaches_whoever_waits() -> None:
+    def fail() -> None:
+        raise RuntimeError("no such block")
+
+    queues = Queues()
+    queues.gate.set()
+    with pytest.raises(RuntimeError, match="no such block"):
+        Mover(None, Traffic(), queues, let_go=True).submit(Move(copy=fail, num_bytes=1)).wait()
+
+
+class Driver:
+    """Stands in for CUDA's: notes what is registered, and what the memory held when it was released."""
+
+    def __init__(self, code: int) -> None:
+        self.code = code
+        self.held: dict[int, int] = {}
+        self.released: list[int] = []
+
+    def cudaHostRegister(self, address: int, num_bytes: int, flags: int) -> int:  # noqa: N802
+        self.held[address] = num_bytes
+        return self.code
+
+    def cudaHostUnregister(self, address: int) -> None:  # noqa: N802
+        self.released.append(ctypes.c_uint8.from_address(address).value)  # still readable
+        del self.held[address]
+
+
+def test_locked_memory_is_released_before_the_system_gets_it_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = Driver(code=0)
+    monkeypatch.setattr(crossing, "_cudart", lambda: driver)
+    memory = crossing.locked_memory(10_000).fill_(7)
+    view = memory.view(torch.int32)[5:]
+    assert list(driver.held.values()) == [10_000] and memory.data_ptr() % 4096 == 0
+    del memory
+    assert driver.held and view[0] == 0x07070707
+    del view
+    assert not driver.held and driver.released == [7]
+
+
+def test_memory_that_cannot_be_locked_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(crossing, "_cudart", lambda: Driver(code=2))
+    with pytest.raises(CapacityError, match=r"9.77 KiB of host memory.*--host-memory"):
+        crossing.locked_memory(10_000)
+
+
+def test_links_of_the_cpu_have_no_queues() -> None:
+    assert order_for("cpu") is None and Link(None, "cpu").fetches._queues is None

@@ -4,7 +4,8 @@ Packed formats treat keys and values alike: a group of 32 numbers shares a scale
 4 bytes of a word. Keys: a group is a channel's 32 tokens; values: a token's 32 channels.
 """
 
-# mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disallow-untyped-decorators=False
+# mypy: disallow-untyped-calls=False
 # Triton reads these functions as its own language; their arguments are pointers, scalars and constants.
 
 from __future__ import annotations
@@ -162,7 +163,7 @@ def decode_blocks(
     tl.store(out + i * (S * WIDTH) + (t * WIDTH)[:, None] + d[None, :], x.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["columns", "table_stride_r", "table_stride_h"])
 def bound_scores(
     q,
     sidecars,

@@ -5,6 +5,8 @@ Codes and scales are bit for bit those of the reference: divisions are exact and
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -86,7 +88,7 @@ def move_rows(source: Tensor, source_ids: Tensor, target: Tensor, target_ids: Te
             )
 
 
-def encoder(pool: BlockPool, values: bool) -> tuple[object, dict[str, int]]:
+def encoder(pool: BlockPool, values: bool) -> tuple[Any, dict[str, int]]:
     """Return the kernel that encodes a pool's keys or values, and its constants."""
     layout = pool.layout
     width = layout.value_dim if values else layout.key_dim

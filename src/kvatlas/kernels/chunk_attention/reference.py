@@ -35,9 +35,9 @@ def chunk_attention(
     lse = torch.zeros(Hq, T, dtype=torch.float64, device=q.device)
     for head in range(Hq):
         h = head // (Hq // H)
-        keys, values = cached_entries(past, h, q.dtype)
-        keys = torch.cat([*keys, k[:, h].to(q.dtype)]).double()
-        values = torch.cat([*values, v[:, h].to(q.dtype)]).double()
+        cached_k, cached_v = cached_entries(past, h, q.dtype)
+        keys = torch.cat([*cached_k, k[:, h].to(q.dtype)]).double()
+        values = torch.cat([*cached_v, v[:, h].to(q.dtype)]).double()
         key_positions = torch.cat([*cached_positions(past, h), positions])
         for t in range(T):
             seen = visible_keys(key_positions, int(positions[t]), window, reach)

@@ -44,6 +44,6 @@ def column_sums(
                 score = softcap * torch.tanh(score / softcap)
             probability = torch.zeros(sum(counts), dtype=torch.float64, device=q.device)
             probability[seen] = torch.exp(score - lse[head, t].double())
-            for total, received in zip(sums, probability.split(counts), strict=True):
+            for total, received in zip(sums, torch.split(probability, counts), strict=True):
                 total[h, : len(received)] += received
     return [each.float() for each in sums[:-1]], sums[-1].float()

@@ -3,7 +3,8 @@
 Shapes: N keys of a program, M rows (a query and a head of the group), D key width.
 """
 
-# mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disallow-untyped-decorators=False
+# mypy: disallow-untyped-calls=False
 # Triton reads these functions as its own language; their arguments are pointers, scalars and constants.
 
 from __future__ import annotations
@@ -13,8 +14,11 @@ import triton.language as tl
 
 from kvatlas.kernels.triton_tiles import LOG2_E, capped, key_tile, product
 
+_CHANGING = ["window", "sink_tokens", "recent", "dense_start", "num_queries", "num_slots", "table_stride"]
+"""Numbers that change while a request runs: a kernel compiled anew for round ones would stall it."""
 
-@triton.jit
+
+@triton.jit(do_not_specialize=_CHANGING)
 def sum_columns(
     q,
     lse,

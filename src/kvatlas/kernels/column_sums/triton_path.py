@@ -27,6 +27,8 @@ def why_not(q: Tensor) -> str | None:
     """Return what this form does not cover about a call, or None."""
     if q.dtype not in _TYPES:
         return f"queries of {q.dtype}"
+    if q.dtype == torch.float32 and q.is_cuda and torch.cuda.get_device_capability(q.device) < (9, 0):
+        return "queries of float32, whose products in three parts do not fit into registers below sm_90"
     return f"heads of more than {LARGEST_HEAD_DIM} elements" if q.shape[-1] > LARGEST_HEAD_DIM else None
 
 

@@ -12,7 +12,8 @@ from typing import Any
 from torch import Tensor
 
 from kvatlas.core.errors import ConfigError
-from kvatlas.kernels.decode_attention import native, reference, torch_path
+from kvatlas.kernels import triton_support
+from kvatlas.kernels.decode_attention import flashinfer_path, native, reference, torch_path
 from kvatlas.kernels.dispatch import choose
 from kvatlas.kernels.pool import Part
 from kvatlas.kernels.visibility import check_window
@@ -67,7 +68,7 @@ def decode_attention(
         )
     for part in parts:
         check_window(part, window, query_position)
-    form = _form(q, parts, slots)
+    form = _form(q, parts, slots, window=window, sinks=sinks, need_mass=need_mass)
     return form(
         q,
         parts,
@@ -82,8 +83,14 @@ def decode_attention(
     )
 
 
-def _form(q: Tensor, parts: Sequence[Part], slots: Tensor | None) -> Callable[..., tuple[Tensor, list[Tensor] | None]]:
-    path = choose(q.device, native=native.covers(q), triton=True)
+def _form(
+    q: Tensor, parts: Sequence[Part], slots: Tensor | None, **more: Any
+) -> Callable[..., tuple[Tensor, list[Tensor] | None]]:
+    path = choose(q.device, native=native.covers(q), triton=True, flashinfer=True)
+    if path == "flashinfer":
+        if flashinfer_path.why_not(q, parts, slots=slots, **more) is None:
+            return flashinfer_path.decode_attention
+        path = "triton" if triton_support.why_not(q.device) is None else "torch"
     if path == "triton":
         from kvatlas.kernels.decode_attention import triton_path  # needs the package triton
 

@@ -53,7 +53,7 @@ def decode_attention(
             if sinks is not None:
                 score = torch.cat([score, sinks[head].double().reshape(1)])
             counts = [len(numbers) for _, numbers in read]
-            weights = torch.softmax(score, dim=0)[: sum(counts)].split(counts)
+            weights = torch.split(torch.softmax(score, dim=0)[: sum(counts)], counts)
             for i, (part, (index, numbers)) in enumerate(zip(parts, read, strict=True)):
                 out[r, head] += _weigh(part.pool, part.table[r, h], numbers, weights[i])
                 mass[i][r, h, index] += weights[i]
@@ -109,6 +109,6 @@ def _rounded(numbers: Tensor) -> tuple[Tensor, Tensor]:
 def _by_block(pool: BlockPool, table: Tensor, slots: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
     """Yield for each block: its id, which of the slots [n] lie in it, and where in it these lie."""
     column, offset = slots // pool.layout.block_size, slots % pool.layout.block_size
-    for each in column.unique().tolist():
+    for each in torch.unique(column).tolist():
         here = column == each
         yield int(table[each]), here, offset[here]

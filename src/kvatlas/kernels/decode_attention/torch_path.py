@@ -84,7 +84,7 @@ def decode_attention(
     out = out_LGE.view(R, Hq, E).to(q.dtype)
     if mass_LS is None:
         return out, None
-    return out, [mass.reshape(R, H, -1).float() for mass in mass_LS.split(counts, dim=1)]
+    return out, [mass.reshape(R, H, -1).float() for mass in torch.split(mass_LS, counts, dim=1)]
 
 
 class _Lanes:
@@ -127,8 +127,14 @@ class _Lanes:
                 keys, values = (partial(buffer.read, table) for buffer in self._buffers)
                 runs.append(self._run(keys, values, count, part))
             else:
-                reads = (partial(read_entries, self._pool, which, table, self._dtype) for which in ("keys", "values"))
-                runs.append(self._run(*reads, count, part))  # type: ignore[arg-type]  # mypy: partial of Literals
+                runs.append(
+                    self._run(
+                        partial(read_entries, self._pool, "keys", table, self._dtype),
+                        partial(read_entries, self._pool, "values", table, self._dtype),
+                        count,
+                        part,
+                    )
+                )
         return runs
 
     @staticmethod
@@ -144,7 +150,7 @@ def _attend(
     L, G, _ = q_LGD.shape
     counts = [run.count for run in runs]
     scores_LGS = torch.empty(L, G, sum(counts), dtype=q_LGD.dtype, device=q_LGD.device)
-    for run, scores in zip(runs, scores_LGS.split(counts, dim=-1), strict=True):
+    for run, scores in zip(runs, torch.split(scores_LGS, counts, dim=-1), strict=True):
         k = run.keys()
         _clear(k, run.hidden)
         torch.baddbmm(scores, q_LGD, k.transpose(1, 2), beta=0, alpha=scale, out=scores)
@@ -153,7 +159,7 @@ def _attend(
         if run.mask is not None:
             scores += run.mask.unsqueeze(1)
     weights_LGS = _softmax(scores_LGS, [run.mask for run in runs], sinks_LG1)
-    for index, (run, weights) in enumerate(zip(runs, weights_LGS.split(counts, dim=-1), strict=True)):
+    for index, (run, weights) in enumerate(zip(runs, torch.split(weights_LGS, counts, dim=-1), strict=True)):
         v = run.values()
         _clear(v, run.hidden)
         torch.baddbmm(out_LGE, weights, v, beta=min(index, 1), out=out_LGE)

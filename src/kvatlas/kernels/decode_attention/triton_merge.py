@@ -1,6 +1,7 @@
 """Triton kernels that close decode attention: merge the runs of a head, and turn scores into probability mass."""
 
-# mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disallow-untyped-decorators=False
+# mypy: disallow-untyped-calls=False
 # Triton reads these functions as its own language; their arguments are pointers, scalars and constants.
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import triton.language as tl
 from kvatlas.kernels.triton_tiles import LOG2_E
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_runs"])
 def merge_runs(
     partial,
     lse,
@@ -55,7 +56,7 @@ def merge_runs(
     tl.store(merged_lse + head + tl.arange(0, 1), tl.where(total > 0, top + tl.log2(total), float("-inf")))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_slots", "scores_stride"])
 def sum_mass(scores, merged_lse, length, mass, num_slots, scores_stride, G: tl.constexpr, BLOCK: tl.constexpr):
     """Write ``mass`` [lanes, num_slots]: each slot's probability, summed over the G query heads of its lane."""
     lane = tl.program_id(0)

@@ -8,13 +8,14 @@ The launch sizes are fixed by shapes, so the compiler sees few variants and a st
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import triton.language as tl
 from torch import Tensor
 
-from kvatlas.core.layout import GRANULE
+from kvatlas.core.layout import GRANULE, GROUP
 from kvatlas.core.vocabulary import Format, Sidecar
 from kvatlas.kernels.decode_attention.triton_float import attend_float
 from kvatlas.kernels.decode_attention.triton_merge import merge_runs, sum_mass
@@ -23,16 +24,42 @@ from kvatlas.kernels.pool import TORCH_DTYPES, Part
 from kvatlas.kernels.triton_support import inner_contiguous, num_processors, power_of_two, typed_elements
 
 LARGEST_HEAD_DIM = 256
-_PROGRAMS_PER_PROCESSOR = 4
 _SHORTEST_RUN = 256
 """Slots: below this, launching and merging a run costs more than it gains."""
 _ROWS = 16
 """Least rows of a tensor core's product."""
 _MASS_SLOTS = 512
 _MERGED_RUNS = 16
-_FLOAT16_SHIFT = 10.0
-"""Weights are at most 2 to this power in float16 products, which leaves room for small ones."""
+_FLOAT16_SHIFT = 5.0
+"""Weights are at most 2 to this power in float16 products: room for small ones, and for scales of values up to 2047."""
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How a kernel is cut and run; ``benchmarks/gpu_decode_attention.py --sweep`` tries others.
+
+    Args:
+        slots: slots of a step, where the operands of a slot are at most 256 bytes wide; fewer beyond.
+        stages: steps whose loads are under way at once.
+        warps: warps of a program.
+        programs: programs per multiprocessor to aim at.
+    """
+
+    slots: int
+    stages: int
+    warps: int
+    programs: int
+
+
+SCHEDULES = {
+    Format.FP32: Schedule(64, 3, 4, 4),
+    Format.BF16: Schedule(64, 3, 4, 4),
+    Format.FP16: Schedule(64, 3, 4, 4),
+    Format.INT8: Schedule(64, 3, 4, 4),
+    Format.INT4: Schedule(64, 3, 2, 8),
+    Format.INT2: Schedule(64, 3, 2, 8),
+}
 
 
 def why_not(q: Tensor, parts: Sequence[Part], slots: Tensor | None) -> str | None:
@@ -45,6 +72,8 @@ def why_not(q: Tensor, parts: Sequence[Part], slots: Tensor | None) -> str | Non
             return f"heads of more than {LARGEST_HEAD_DIM} elements"
         if layout.format.is_packed and slots is not None:
             return f"single slots of {layout.format.value} blocks"
+        if layout.format.is_packed and layout.key_dim % 2:
+            return f"{layout.format.value} keys of an odd number of elements"
     return None
 
 
@@ -66,7 +95,7 @@ def decode_attention(
     H = parts[0].table.shape[1]
     DV = parts[0].pool.layout.value_dim
     widths = [_num_slots(part, slots) for part in parts]
-    runs = _runs(R * H, widths, parts, q.device)
+    runs = _runs(R * H, widths, parts, q)
     num_runs = sum(-(-width // run) for width, run in zip(widths, runs, strict=True))
     partial = torch.empty(R * Hq, max(1, num_runs), DV, dtype=torch.float32, device=q.device)
     lse = torch.empty(R * Hq, max(1, num_runs), dtype=torch.float32, device=q.device)
@@ -151,7 +180,7 @@ class _Call:
         params = memory if layout.format.is_float else memory.view(torch.float16)
         sidecars = memory.view(torch.int32)
         position = length if self._position is None else self._position
-        before = (params, sidecars, table, length)
+        before = (sidecars, table, length)
         middle = (position, partial, lse, lse if scores is None else scores, *self._numbers, run, first_run, num_runs)
         strides = (table.stride(0), table.stride(1))
         stride = 0 if scores is None else scores.stride(0)
@@ -164,6 +193,7 @@ class _Call:
             q,
             elements,
             elements,
+            params,
             *before,
             table if slots is None else slots,
             *middle,
@@ -182,17 +212,22 @@ def layout_constants(part: Part) -> dict[str, int]:
     constants = {
         "DK": layout.key_dim,
         "DV": layout.value_dim,
-        "KP_OFFSET": layout.key_params_offset // 2,
-        "VP_OFFSET": layout.value_params_offset // 2,
         "POSITION_OFFSET": layout.sidecar_offset(Sidecar.POSITIONS) // 4 if has_positions else 0,
     }
     if layout.format.is_packed:
-        return constants | {"V_OFFSET": layout.key_bytes // 4, "BITS": layout.format.bits}
+        return constants | {
+            "BITS": layout.format.bits,
+            "V_OFFSET": layout.key_bytes // 4,
+            "KP_OFFSET": layout.key_params_offset // 4,
+            "VP_OFFSET": layout.value_params_offset // 4,
+        }
     size = layout.format.element_bytes
     return constants | {
         "S": layout.block_size,
         "GRANULE": GRANULE // size,
         "V_OFFSET": layout.key_bytes // size,
+        "KP_OFFSET": layout.key_params_offset // 2,
+        "VP_OFFSET": layout.value_params_offset // 2,
         "INT8": layout.format is Format.INT8,
     }
 
@@ -201,25 +236,26 @@ def tile_constants(part: Part, dtype: torch.dtype, group: int) -> dict[str, Any]
     """Return the sizes and types of a kernel's tiles, and how it is to be scheduled."""
     layout = part.pool.layout
     dot = _dot_type(layout.format, dtype)
+    schedule, slots = SCHEDULES[layout.format], _step(part, dtype)
     constants = {
         "M": power_of_two(group, _ROWS),
         "DOT": _TYPES[dot],
         "SHIFT": _FLOAT16_SHIFT if dot == torch.float16 else 0.0,
+        "STAGES": schedule.stages,
+        "num_warps": schedule.warps,
     }
     if layout.format.is_packed:
         return constants | {
             "C": power_of_two(-(-layout.key_dim // 4), _ROWS),
             "GROUPS": power_of_two(-(-layout.value_dim // 32)),
-            "B": 4,
-            "STAGES": 2,
-            "num_warps": 4,
+            "B": slots // GROUP,
         }
+    in_words = layout.format is Format.INT8 and dot == torch.float16
     return constants | {
+        "WORDS": in_words and layout.key_dim % 4 == 0 == layout.value_dim % 4,
         "DKP": power_of_two(layout.key_dim, _ROWS),
         "DVP": power_of_two(layout.value_dim, _ROWS),
-        "BLOCK": _block_slots(part, dot),
-        "STAGES": 3,
-        "num_warps": 4,
+        "BLOCK": slots,
     }
 
 
@@ -232,26 +268,27 @@ def _dot_type(format: Format, dtype: torch.dtype) -> torch.dtype:
     return dtype if TORCH_DTYPES[format] == dtype else torch.float32
 
 
-def _block_slots(part: Part, dot: torch.dtype) -> int:
-    """Return how many slots a step reads: as many as three stages of them fit into shared memory."""
+def _step(part: Part, dtype: torch.dtype) -> int:
+    """Return how many slots a step reads: fewer where rows are wide, as stages share the processor's memory."""
     layout = part.pool.layout
-    row_bytes = max(power_of_two(layout.key_dim), power_of_two(layout.value_dim)) * dot.itemsize
-    return 64 if row_bytes <= 256 else 32
+    row_bytes = max(power_of_two(layout.key_dim), power_of_two(layout.value_dim))
+    row_bytes *= _dot_type(layout.format, dtype).itemsize
+    slots = SCHEDULES[layout.format].slots
+    return max(2 * GROUP if layout.format.is_packed else _ROWS, slots * 256 // max(256, row_bytes))
 
 
 def _num_slots(part: Part, slots: Tensor | None) -> int:
     return part.table.shape[-1] * part.pool.layout.block_size if slots is None else slots.shape[-1]
 
 
-def _runs(lanes: int, widths: Sequence[int], parts: Sequence[Part], device: torch.device) -> list[int]:
+def _runs(lanes: int, widths: Sequence[int], parts: Sequence[Part], q: Tensor) -> list[int]:
     """Return for each part how many slots a program reads, so that all processors have some programs each."""
-    programs = _PROGRAMS_PER_PROCESSOR * num_processors(device)
-    fair = -(-sum(widths) * lanes // programs)
-    return [-(-max(_SHORTEST_RUN, fair) // _step(part)) * _step(part) for part in parts]
-
-
-def _step(part: Part) -> int:
-    return 128
+    runs = []
+    for part in parts:
+        programs = SCHEDULES[part.pool.layout.format].programs * num_processors(q.device)
+        fair, step = -(-sum(widths) * lanes // programs), _step(part, q.dtype)
+        runs.append(-(-max(_SHORTEST_RUN, fair) // step) * step)
+    return runs
 
 
 def _mass(scores: Tensor | None, merged: Tensor, length: Tensor, shape: tuple[int, int, int]) -> Tensor:
