@@ -16,6 +16,7 @@ from kvatlas.core.layout import DEFAULT_BLOCK_SIZE, GRANULE, BlockLayout
 from kvatlas.core.vocabulary import Format
 from kvatlas.kernels.blocks import encode_blocks
 from kvatlas.kernels.pool import BlockPool, Part
+from kvatlas.storage.pages import advise_huge_pages
 
 COLD_BYTES = 256 * 2**20
 _DISTINCT_BLOCKS = 2048
@@ -102,6 +103,7 @@ class Content:
         distinct = BlockPool(torch.zeros(count * layout.block_bytes, dtype=torch.uint8), layout)
         encode_blocks(distinct, torch.arange(count) * step, self.keys, self.values)
         memory = torch.empty(copies * count * layout.block_bytes, dtype=torch.uint8)
+        advise_huge_pages(memory)  # as the engine's arena is
         rows, places = memory.view(copies, count, -1), torch.empty(copies, count, dtype=torch.int32)
         generator = torch.Generator().manual_seed(2)
         for copy in range(copies):  # place i of a copy holds block order[i]
@@ -118,7 +120,10 @@ class Content:
         """Return keys and values [L, B, H, S, D], in the order in which `paged` has them."""
         order = torch.arange(layers * lanes.blocks) % len(self.keys)
         shape = (layers, lanes.batch, lanes.kv_heads, lanes.context, lanes.head_dim)
-        keys, values = (stored.to(dtype)[order].view(shape) for stored in (self.keys, self.values))
+        keys, values = torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=dtype)
+        for filled, stored in ((keys, self.keys), (values, self.values)):
+            advise_huge_pages(filled.view(-1).view(torch.uint8))  # no worse off than our blocks
+            torch.index_select(stored.to(dtype), 0, order, out=filled.view(-1, *stored.shape[1:]))
         return keys, values
 
     def of_sequence(self, lanes: Lanes, sequence: int) -> tuple[Tensor, Tensor]:

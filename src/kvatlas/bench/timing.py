@@ -19,7 +19,7 @@ class Timing:
 
     Args:
         walls_s: wall seconds of each call.
-        cpus_s: CPU seconds of each, those of all threads of this process.
+        cpus_s: CPU seconds per call, those of all threads of this process, turn by turn.
     """
 
     walls_s: list[float] = field(default_factory=list)
@@ -32,7 +32,7 @@ class Timing:
 
     @property
     def cpu_s(self) -> float:
-        """The median call."""
+        """The median turn."""
         return statistics.median(self.cpus_s)
 
     @property
@@ -61,16 +61,17 @@ def take_turns(
         for name in names[start:] + names[:start]:
             if sum(timings[name].walls_s) > limit_s:
                 continue
-            end = time.perf_counter() + turn_s
-            _time_call(forms[name], timings[name])
-            while time.perf_counter() < end:
-                _time_call(forms[name], timings[name])
+            _take_turn(forms[name], timings[name], turn_s)
     return timings
 
 
-def _time_call(form: Callable[[], object], timing: Timing) -> None:
-    cpu, wall = time.process_time(), time.perf_counter()
-    form()
-    wall_end, cpu_end = time.perf_counter(), time.process_time()
-    timing.walls_s.append(wall_end - wall)
-    timing.cpus_s.append(cpu_end - cpu)
+def _take_turn(form: Callable[[], object], timing: Timing, turn_s: float) -> None:
+    """Call for ``turn_s``, at least once. CPU time of other threads may be counted only every few milliseconds."""
+    cpu, begin, calls = time.process_time(), time.perf_counter(), 0
+    end = begin + turn_s
+    while not calls or begin < end:
+        form()
+        now = time.perf_counter()
+        timing.walls_s.append(now - begin)
+        begin, calls = now, calls + 1
+    timing.cpus_s.append((time.process_time() - cpu) / calls)
