@@ -117,7 +117,7 @@ def test_little_memory_changes_nothing(family: str, strategy: str) -> None:
     parsed = Strategy.parse(strategy)
     needed = max(spacious.footprint(parsed, len(j.prompt), len(j.outputs)).peak_bytes for j in jobs)
     slab = spacious.store.arena.slab_bytes
-    pool = spacious.store.capacity_bytes(spacious.store.layout(parsed.format, parsed.sidecars))
+    pool = spacious.store.capacity_bytes(spacious.store.layout(None, parsed.sidecars))
     spare = spacious.store.arena.num_slabs - pool // slab
     engine = Engine(model(family), kv_memory=(-(-needed // slab) + spare + 1) * slab, **options)
     drive(engine, jobs)

@@ -68,6 +68,7 @@ def assert_as_told(done: Job) -> None:
     spared = sorted(errors)[:-TIES]  # two pages may promise the same up to the last digit
     error, limit = (median(errors), ROUNDED_TOLERANCE) if "kivi" in done.strategy else (max(spared), TOLERANCE)
     assert error < limit, f"{done.strategy}, prompt {len(done.prompt)}: {error:.1e}"
+    assert sorted(errors)[len(errors) * 9 // 10] < 20 * limit, f"{done.strategy}, prompt {len(done.prompt)}"
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

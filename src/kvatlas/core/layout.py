@@ -56,8 +56,8 @@ class BlockLayout:
     def __post_init__(self) -> None:
         if self.format.is_packed and self.block_size != GROUP:
             raise ConfigError(
-                f"{self.format.value} is stored in blocks of {GROUP} tokens, one group of scales; "
-                f"a block size of {self.block_size} cannot hold it"
+                f"{self.format.value} (kivi) is stored in blocks of {GROUP} tokens, one group of scales; "
+                f"a block size of {self.block_size} cannot hold it: use a block size of {GROUP}"
             )
 
     @cached_property

@@ -17,12 +17,18 @@ from kvatlas.engine.request import Request
 from kvatlas.engine.runner import Batch, Runner
 from kvatlas.engine.scheduler import layout_under
 from kvatlas.models.bridge import GenerateBridge
+from kvatlas.models.linear import LinearChoice
 from kvatlas.models.loading import LoadedModel, adapt
 from kvatlas.strategies.strategy import Strategy
 
 
 def attach(
-    model: Any, strategy: str | Strategy = "full", *, kv_memory: str | int = "512MiB", **engine_options: Any
+    model: Any,
+    strategy: str | Strategy = "full",
+    *,
+    kv_memory: str | int = "512MiB",
+    linear_weights: LinearChoice = "auto",
+    **engine_options: Any,
 ) -> Attachment:
     """Make ``model.generate`` run under a strategy until `Attachment.detach`; return the attachment.
 
@@ -33,6 +39,7 @@ def attach(
         model: a causal LM of transformers; used in place.
         strategy: what manages the cache.
         kv_memory: byte budget of the cache.
+        linear_weights: how linears keep weights for few rows, or ``"off"``; see `kvatlas.models.linear`.
         engine_options: further options of `kvatlas.engine.engine.Engine`.
 
     Raises:
@@ -49,7 +56,7 @@ def attach(
         torch.Size([1, 5])
     """
     parsed = Strategy.parse(strategy)
-    adapter = adapt(model)
+    adapter = adapt(model, linear_weights=linear_weights)
     try:
         loaded = LoadedModel(adapter=adapter, tokenizer=None, name=adapter.shape.name)
         engine = Engine(loaded, kv_memory=kv_memory, **engine_options)
@@ -99,6 +106,7 @@ class _Rows:
     def begin(self, prompts: Seq[list[int]]) -> Tensor:
         """Process the prompts in chunks, one after another, and return the logits after each [B, V]."""
         rows = []
+        self._engine.model.adapter.linears.refresh()
         for prompt in prompts:
             request = self._open(prompt)
             self._requests.append(request)

@@ -183,6 +183,8 @@ class Engine:
         parsed = Strategy.parse(strategy)
         self.prepare(parsed)
         self._check_tokens(prompt_ids, params)
+        if not self.has_work:
+            self.model.adapter.linears.refresh()
         request = Request(
             id=request_id or next(self._ids),
             tokens=list(prompt_ids),
@@ -221,7 +223,7 @@ class Engine:
         """
         if not request.strategy.lossless:
             raise UnsupportedError(
-                f"a conversation under {request.strategy} cannot be forked, because it evicts tokens; "
+                f"a conversation under {request.strategy} cannot be forked, because its cache depends on its history; "
                 "fork one under a lossless strategy such as 'full'"
             )
         copy = replace(

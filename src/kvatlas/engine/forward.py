@@ -22,11 +22,11 @@ from kvatlas.engine.selection import choose_pages
 from kvatlas.engine.sources import Blocks, old_blocks
 from kvatlas.engine.speculation import Choice, Foresee, Sketch, Speculator, by_kv_head, choose
 from kvatlas.engine.staging import Staging, Transfer, Visitors
-from kvatlas.kernels.blocks import read_keys, write_slots
+from kvatlas.kernels.blocks import read_keys, rounded, write_slots
 from kvatlas.kernels.chunk_attention import chunk_attention
 from kvatlas.kernels.column_sums import column_sums
 from kvatlas.kernels.decode_attention import decode_attention
-from kvatlas.kernels.pool import TORCH_DTYPES, Part
+from kvatlas.kernels.pool import Part
 from kvatlas.models.adapter import AttentionCall
 from kvatlas.storage.arena import BlockClass
 from kvatlas.storage.bounds import bound_blocks, widen
@@ -266,19 +266,20 @@ class ForwardPass:
         if source.visiting:
             self._write_visiting(source, here.slot if choice is None else host_length - 1, stored_k, stored_v)
         own = Blocks(blocks=source.blocks, table=source.table[..., :columns], length=length, host_length=host_length)
-        read = own
+        read = None
         if home.pool.key_bounds is not None:
             self._bound_keys(call, home, here)
             pages = strategy.pages(call.layer, self._store.lanes.shape.layers[call.layer], self._store.block_size)
-            read = own if pages is None else choose_pages(q, own, pages)
+            read = None if pages is None else choose_pages(q, own, pages, here.slot)
         old = None if group.old is None else self._old(call, group)
-        parts = [read.part()] if old is None else [old.part(hide_empty=strategy.evicts), read.part()]
+        last = own.part() if read is None else read
+        parts = [last] if old is None else [old.part(hide_empty=strategy.evicts), last]
         need_mass = home.column_sums is not None and strategy.keep.observed_queries(1) is None
         alike: object = call.window if group.dense else call.layer
         out, masses = decode_attention(
             q, parts, scale=call.scale, softcap=call.softcap, sinks=call.sinks,
             window=call.window if choice is None else None, query_position=group.positions, need_mass=need_mass,
-            shared=None if choice is not None or read is not own else group.shared.setdefault(alike, {}),
+            shared=None if choice is not None or read is not None else group.shared.setdefault(alike, {}),
         )  # fmt: skip
         if masses is not None:
             where = replace(own, blocks=home, table=here.table[..., :columns])
@@ -323,12 +324,8 @@ class ForwardPass:
         v: Tensor,
         visiting: bool,
     ) -> tuple[Tensor, Tensor]:
-        """Store keys and values [n, H, D] where they live and return them as a later read will see them.
-
-        Where integers are stored, a chunk's own queries still see what was computed.
-        """
-        dtype = TORCH_DTYPES[blocks.layout.format] if blocks.layout.format.is_float else k.dtype
-        stored_k, stored_v = k.to(dtype), v.to(dtype)
+        """Store keys and values [n, H, D] where they live and return them as a later read will see them."""
+        stored_k, stored_v = (rounded(each, blocks.layout.format) for each in (k, v))
         if self._store.lanes.shape.layers[call.layer].shares_kv_with is None:
             if visiting:
                 self._store_behind(call, blocks, block, offset, stored_k, stored_v)

@@ -234,8 +234,17 @@ class Scheduler:
         return count
 
     def _wanted(self, request: Request, count: int, tier: Arena | None = None) -> int:
+        """Return the bytes of a tier that ``count`` more tokens take, less those that encoding gives back first."""
+        assert request.seq is not None
         tier, needed = tier or self._store.arena, self._needed(request, count)
-        return sum(number * group.blocks.block_bytes for group, number in needed if group.blocks.arena is tier)
+        wanted = sum(number * group.blocks.block_bytes for group, number in needed if group.blocks.arena is tier)
+        due = self._store.blocks_due(request.seq)
+        freed = (
+            int(due[group.lanes].sum()) * group.blocks.block_bytes
+            for group in request.seq.layout.groups
+            if group.blocks.arena is tier
+        )
+        return wanted - sum(freed)
 
     def _needed(self, request: Request, count: int) -> list[tuple[LaneGroup, int]]:
         assert request.seq is not None

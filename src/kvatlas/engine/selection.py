@@ -12,30 +12,28 @@ from torch import Tensor
 
 from kvatlas.engine.sources import Blocks
 from kvatlas.kernels.blocks import score_bounds
+from kvatlas.kernels.pool import Part
 
 
-def choose_pages(query: Tensor, cached: Blocks, most: int) -> Blocks:
-    """Return the ``most`` most promising blocks of each lane, in order, the newest always among them.
+def choose_pages(query: Tensor, cached: Blocks, most: int, slot: Tensor) -> Part:
+    """Return the ``most`` most promising blocks of each lane, in order, that of the newest token always among them.
 
     Args:
         query: [R, Hq, Dk], rotated.
-        cached: blocks with key bounds.
+        cached: blocks with key bounds, without holes.
         most: blocks of a lane to read, at least 1.
+        slot: [R, H] int64, where the newest token is: not always the last slot, as it may have taken an evicted one's.
     """
+    part = cached.part()
     if cached.table.shape[-1] <= most:
-        return cached
+        return part
     size, length = cached.blocks.layout.block_size, cached.length
     columns = -(-length // size)
-    scores = score_bounds(query, cached.part())
-    newest = torch.arange(scores.shape[-1], device=scores.device) == columns[..., None] - 1
+    scores = score_bounds(query, part)
+    newest = torch.arange(scores.shape[-1], device=scores.device) == (slot // size).to(scores.device)[..., None]
     column = scores.masked_fill_(newest, torch.inf).topk(most, dim=-1).indices
     # Columns behind a short lane's end were chosen for want of others; they go last, behind its length.
     column = column.sort(dim=-1).values
-    left_out = (columns - most).clamp(min=0)
-    host_columns = -(-cached.host_length // size)
-    return replace(
-        cached,
-        table=cached.table.gather(-1, column),
-        length=length - left_out * size,
-        host_length=cached.host_length - (host_columns - most).clamp(min=0) * size,
-    )
+    ends = (column == columns[..., None] - 1).any(dim=-1)  # only the last block may be partly filled
+    chosen = columns.clamp(max=most) * size - torch.where(ends, columns * size - length, 0)
+    return replace(part, table=cached.table.gather(-1, column), length=chosen)

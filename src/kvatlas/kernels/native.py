@@ -76,11 +76,12 @@ def library() -> Library | Missing:
         handle = ctypes.CDLL(str(path))
     except OSError as error:
         return Missing(f"{path} cannot be loaded: {error}")
-    if handle.kva_abi_version() != ABI_VERSION:
-        return Missing(f"{path} is of another version; reinstall kvatlas")
+    version = getattr(handle, "kva_abi_version", None)
+    if version is None or version() != ABI_VERSION:
+        return Missing(f"{path} is not of this version of kvatlas; reinstall kvatlas")
     handle.kva_isas.restype = ctypes.c_char_p
     available = tuple(handle.kva_isas().decode().split())
-    isa = os.environ.get("KVATLAS_ISA", available[0])
+    isa = os.environ.get("KVATLAS_ISA") or available[0]
     if isa not in available:
         raise ConfigError(f"KVATLAS_ISA={isa} does not run here; choose one of {', '.join(available)}")
     return Library(path, isa, available, handle)

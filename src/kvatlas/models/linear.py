@@ -24,6 +24,7 @@ from kvatlas.kernels.dispatch import choose
 from kvatlas.kernels.small_linear import MAX_ROWS, LinearWeights, encode, exact_format, small_linear
 from kvatlas.kernels.small_linear.native import bind
 
+_SAMPLE = 64  # numbers of a weight that tell whether it has changed
 LinearChoice = Literal["auto", "off", "fp32", "fp16", "bf16", "int8"]
 
 MIN_ELEMENTS = 1 << 16
@@ -77,6 +78,18 @@ class SmallLinears:
         kinds = ", ".join(f"{count} {format}" for format, count in self.formats.items())
         return f"linears for up to {MAX_ROWS} rows: {kinds}; copies of {format_bytes(self.copy_bytes)}"
 
+    def refresh(self) -> None:
+        """Let go of copies whose weights were written to behind torch's back, as ``weight.data`` allows.
+
+        Looks at a few dozen numbers of each weight, so a change of single rows may be missed: load such a model anew.
+        """
+        for module in list(self._replaced):
+            forward = vars(module).get("forward")
+            if isinstance(forward, _Forward) and forward.is_stale():
+                vars(module).pop("forward", None)
+                self._replaced.remove(module)
+                _LOG.warning("a linear's weights have changed; it runs as torch's from now on")
+
     def restore(self) -> None:
         """Give the linears their own forward back and let go of the copies; what is not replaced stays as it is."""
         for module in self._replaced:
@@ -87,9 +100,9 @@ class SmallLinears:
 
     def _replace(self, modules: list[nn.Linear], choice: LinearChoice) -> None:
         choice = _affordable(modules, choice)
-        copies: dict[int, LinearWeights] = {}
+        copies: dict[tuple[int, torch.Size], LinearWeights] = {}
         for module in modules:
-            address = module.weight.data_ptr()
+            address = module.weight.data_ptr(), module.weight.shape
             if address not in copies:
                 copies[address] = _copy(module.weight, choice)
                 if copies[address].format is not Format.FP32:
@@ -163,7 +176,8 @@ def _copy(weight: Tensor, choice: LinearChoice) -> LinearWeights:
 class _Forward:
     """Gives few rows to the kernel, and the original everything that the kernel does not cover.
 
-    The original also takes over once the module's parameters were changed: then the copy is out of date.
+    The original also takes over once the module's parameters were replaced or changed in place: then the copy is out
+    of date. What ``weight.data`` hides from torch is found by `SmallLinears.refresh`.
     """
 
     def __init__(self, module: nn.Linear, weights: LinearWeights) -> None:
@@ -174,6 +188,7 @@ class _Forward:
         self._version, self._address = module.weight._version, module.weight.data_ptr()
         self._num_inputs = module.in_features
         self._most = MAX_ROWS * module.in_features  # elements
+        self._sample, self._bias_sample = _sampled(module.weight), _sampled(module.bias)
         self._small = _bound(weights, None if module.bias is None else module.bias.detach())
 
     def __call__(self, input: Tensor) -> Tensor:
@@ -187,17 +202,32 @@ class _Forward:
             and input.dim() > 0
             and input.size(-1) == self._num_inputs
             and not torch.is_grad_enabled()
-            and self._parameters["weight"] is weight
-            and self._parameters["bias"] is self._bias
+            and not torch.is_autocast_enabled("cpu")
+            and self._parameters.get("weight") is weight
+            and self._parameters.get("bias") is self._bias
             and weight._version == self._version
             and weight.data_ptr() == self._address
         ):
             return self._small(input)
         return self._original(input)
 
+    def is_stale(self) -> bool:
+        """Whether the weights are no longer those of the copy, as far as a sample can tell."""
+        module = self._module
+        now = _sampled(module.weight), _sampled(module.bias)
+        return not all(map(torch.equal, now, (self._sample, self._bias_sample)))
+
     def __reduce__(self) -> tuple[object, ...]:
         """A copy of the module, pickled or deep, computes with its own weights."""
         return partial, (nn.Linear.forward, self._module)
+
+
+def _sampled(parameter: Tensor | None) -> Tensor:
+    """Return a few dozen numbers of a parameter, spread over all of it."""
+    if parameter is None:
+        return torch.empty(0)
+    flat = parameter.detach().view(-1)
+    return flat[:: max(1, flat.numel() // _SAMPLE)].clone()
 
 
 def _bound(weights: LinearWeights, bias: Tensor | None) -> Callable[[Tensor], Tensor]:

@@ -183,6 +183,10 @@ class Arena:
             self._classes[layout] = BlockClass(self, layout, self._memory, self.slab_bytes)
         return self._classes[layout]
 
+    def classes(self) -> list[BlockClass]:
+        """Return all classes known so far."""
+        return list(self._classes.values())
+
     def num_available(self, blocks: BlockClass) -> int:
         """Return how many blocks could be allocated now without reclaiming cached ones."""
         idle = sum(len(other.idle_slabs) for other in self._classes.values() if other is not blocks)

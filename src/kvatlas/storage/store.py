@@ -16,6 +16,7 @@ Tables, lengths and counts are tensors over sequences x lanes on the CPU; no obj
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -25,7 +26,8 @@ from kvatlas.core.layout import DEFAULT_BLOCK_SIZE, GROUP, BlockLayout, layout_o
 from kvatlas.core.shapes import ModelShape
 from kvatlas.core.units import format_bytes
 from kvatlas.core.vocabulary import Format, Sidecar
-from kvatlas.storage.arena import Arena, Books, copy_blocks
+from kvatlas.storage.arena import Arena, BlockClass, Books, copy_blocks
+from kvatlas.storage.compaction import empty_a_slab
 from kvatlas.storage.encoding import encode_front
 from kvatlas.storage.lanes import LaneGroup, LaneMap, SequenceLayout
 from kvatlas.storage.sequence import LaneRow, Sequence, Slots
@@ -77,6 +79,7 @@ class KVStore:
         self.length = torch.zeros((4, self.lanes.count), dtype=torch.int64)
         self.hole = torch.full((4, self.lanes.count), -1, dtype=torch.int64)
         self._free_rows = [3, 2, 1, 0]
+        self._open: WeakSet[LaneRow] = WeakSet()
 
     # Sequences
 
@@ -112,12 +115,16 @@ class KVStore:
     def open(self, layout: SequenceLayout) -> Sequence:
         """Return a new, empty sequence."""
         seq = Sequence(row=self.take_row(), layout=layout, starts=dict.fromkeys(self.lanes.windows, 0))
+        self._open.add(seq)
         if layout.staging is not None:
             seq.staging = LaneRow(row=self.take_row(), layout=layout.staging)
+            self._open.add(seq.staging)
         if layout.sketch is not None:
             seq.sketch = LaneRow(row=self.take_row(), layout=layout.sketch)
+            self._open.add(seq.sketch)
         if layout.encoded is not None:
             seq.encoded = LaneRow(row=self.take_row(), layout=layout.encoded)
+            self._open.add(seq.encoded)
         return seq
 
     def close(self, seq: Sequence) -> None:
@@ -231,7 +238,9 @@ class KVStore:
         return due * (self.hole[seq.row] < 0) * self._has_lanes(seq.encoded)
 
     def try_extend(self, seq: Sequence, count: int, staged: int = 0) -> bool:
-        """Allocate room for ``count`` more tokens in every lane; False, and nothing changed, if it does not fit.
+        """Allocate room for ``count`` more tokens in every lane; False if it does not fit.
+
+        Nothing is lost then, though old blocks may have been encoded.
 
         Args:
             seq: the sequence.
@@ -320,8 +329,9 @@ class KVStore:
     def _grant(self, needs: list[tuple[LaneGroup, int]]) -> tuple[list[tuple[LaneGroup, Tensor]], Arena | None]:
         """Return block ids for every group; or nothing, and the tier that is short."""
         for group, number in needs:
-            if number and group.blocks.arena.num_available(group.blocks) < number:
-                return [], group.blocks.arena
+            while number and group.blocks.arena.num_available(group.blocks) < number:
+                if group.blocks.arena is not self.arena or not self._empty_a_slab(group.blocks):
+                    return [], group.blocks.arena
         granted: list[tuple[LaneGroup, Tensor]] = []
         for group, number in needs:
             ids = group.blocks.arena.try_allocate(group.blocks, number)
@@ -330,6 +340,10 @@ class KVStore:
                 return [], group.blocks.arena
             granted.append((group, ids))
         return granted, None
+
+    def _empty_a_slab(self, taker: BlockClass) -> bool:
+        """Make room for another class of device blocks by moving blocks together; False: there is none to be made."""
+        return empty_a_slab(self.arena, taker, self.table, [row for row in self._open if row.row >= 0])
 
     def append(self, seq: Sequence, count: int) -> Slots:
         """Take the next ``count`` slots of every lane for new tokens and note their positions.

@@ -10,7 +10,7 @@ import pytest
 import torch
 from tests.families import tiny_model, token_ids
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, prune
 
 from kvatlas.core.errors import CapacityError, ConfigError, UnsupportedError
 from kvatlas.core.vocabulary import Format
@@ -294,3 +294,31 @@ def test_the_bundled_model_and_its_option():
     assert not load_model(None, linear_weights="off").adapter.linears.formats
     with pytest.raises(ConfigError, match="unknown linear_weights 'fp8'"):
         load_model(None, linear_weights="fp8")
+
+
+def test_weights_written_behind_torchs_back_are_found() -> None:
+    model = nn.Sequential(nn.Linear(40, 24), nn.Linear(24, 24, bias=False))
+    linears = SmallLinears(model, "bf16", min_elements=1)
+    model[0].weight.data.mul_(2)
+    linears.refresh()
+    x = torch.randn(3, 40)
+    with torch.no_grad():
+        torch.testing.assert_close(model[0](x), x @ model[0].weight.T + model[0].bias)
+        assert "forward" in vars(model[1]), "the other one has not changed"
+
+
+def test_weights_that_share_memory_but_not_a_shape_have_copies_of_their_own() -> None:
+    first, second = nn.Linear(30, 40, bias=False), nn.Linear(30, 20, bias=False)
+    second.weight = nn.Parameter(first.weight[:20])
+    SmallLinears(nn.Sequential(first, second), "bf16", min_elements=1)
+    with torch.no_grad():
+        assert first(torch.randn(2, 30)).shape == (2, 40) and second(torch.randn(2, 30)).shape == (2, 20)
+
+
+def test_pruned_linears_run_as_torchs() -> None:
+    module = nn.Linear(30, 40)
+    SmallLinears(nn.Sequential(module), "bf16", min_elements=1)
+    prune.l1_unstructured(module, "weight", amount=0.5)
+    x = torch.randn(2, 30)
+    with torch.no_grad():
+        torch.testing.assert_close(module(x), x @ module.weight.T + module.bias)

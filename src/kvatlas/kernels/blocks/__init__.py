@@ -15,12 +15,22 @@ import torch
 from torch import Tensor
 
 from kvatlas.core.errors import ConfigError, UnsupportedError
+from kvatlas.core.vocabulary import Format
 from kvatlas.kernels.abi import FLOAT_TYPES
 from kvatlas.kernels.blocks import native, reference, torch_path
 from kvatlas.kernels.dispatch import choose
-from kvatlas.kernels.pool import BlockPool, Part
+from kvatlas.kernels.pool import TORCH_DTYPES, BlockPool, Part
 
-__all__ = ["bound_keys", "copy_slots", "encode_blocks", "read_keys", "read_values", "score_bounds", "write_slots"]
+__all__ = [
+    "bound_keys",
+    "copy_slots",
+    "encode_blocks",
+    "read_keys",
+    "read_values",
+    "rounded",
+    "score_bounds",
+    "write_slots",
+]
 
 Slots = tuple[Tensor, Tensor]
 """Block ids and offsets in these blocks, two int64 tensors of one shape."""
@@ -41,6 +51,16 @@ def write_slots(pool: BlockPool, block: Tensor, offset: Tensor, k: Tensor, v: Te
     """
     _refuse_packed(pool)
     _form(pool, k.dtype, None if v is None else v.dtype).write_slots(pool, block, offset, k, v)
+
+
+def rounded(x: Tensor, format: Format) -> Tensor:
+    """Return keys or values [..., D] as single slots of a format give them back, in a float type.
+
+    Where blocks are packed later, tokens are first stored in another format: ask for that one.
+    """
+    if format.is_float:
+        return x.to(TORCH_DTYPES[format])
+    return torch_path.through_int8(x)
 
 
 def copy_slots(pool: BlockPool, source: Slots, target: Slots) -> None:

@@ -123,6 +123,12 @@ def _sides(pool: BlockPool, k: Tensor, v: Tensor | None) -> list[tuple[Tensor, T
     return sides
 
 
+def through_int8(x: Tensor) -> Tensor:
+    """Return x [..., D] as int8 gives it back, in the type of x."""
+    codes, scale = _to_int8(x.float())
+    return (codes.float() * scale.float().unsqueeze(-1)).to(x.dtype)
+
+
 def _to_int8(x: Tensor) -> tuple[Tensor, Tensor]:
     """Return codes of x [..., D], int8, and scales [...], float16."""
     x = x.float()
