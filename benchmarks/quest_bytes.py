@@ -1,6 +1,6 @@
 """What does Quest read, and how much faster is that?
 
-Random 2-layer Llama (8 query and 2 KV heads of 128), the first layer dense; 16,384 tokens of context, keys and values
+Random 2-layer Llama (32 query and 8 KV heads of 128), the first layer dense; 16,384 tokens of context, keys and values
 in 16 bits, a budget of 1,024 tokens. Bytes are counted in the calls that the engine makes: blocks handed to decode
 attention, and key bounds scored; layers that read everything (`dense`) are listed apart, pages are shared by the query
 heads of a KV head. Times are those of the same calls, choosing included, CPU-seconds of one thread, medians over decode
@@ -86,7 +86,7 @@ def blocks(part: Part) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="random:llama-mini")
+    parser.add_argument("--model", default="random:llama-wide")
     parser.add_argument("--prompt-tokens", type=int, default=16384)
     parser.add_argument("--budget", type=int, default=1024)
     parser.add_argument("--steps", type=int, default=60)

@@ -39,14 +39,17 @@ class RandomSize:
     vocab: int = 32_000
 
 
-# llama-mini tries things out. llama-long has so few heads that a CPU gets through 128K tokens, and twice the layers
-# that offloading holds on the device.
+# llama-mini tries things out; llama-wide has the attention heads of an 8B model and little else. llama-long has so few
+# heads that a CPU gets through 128K tokens, and twice the layers that offloading holds on the device.
 SIZES = {
     "llama-mini": RandomSize(
         layers=2, hidden=256, intermediate=512, query_heads=8, kv_heads=2, head_dim=128, vocab=1000
     ),
     "llama-long": RandomSize(
         layers=4, hidden=128, intermediate=256, query_heads=2, kv_heads=1, head_dim=64, vocab=1000
+    ),
+    "llama-wide": RandomSize(
+        layers=2, hidden=256, intermediate=512, query_heads=32, kv_heads=8, head_dim=128, vocab=1000
     ),
     "llama-55m": RandomSize(layers=8, hidden=512, intermediate=2560, query_heads=8, kv_heads=2, head_dim=64),
     "llama-100m": RandomSize(layers=12, hidden=768, intermediate=2048, query_heads=12, kv_heads=3, head_dim=64),
