@@ -38,7 +38,7 @@ STRATEGIES = (
     "snapkv(budget=1024) | kivi(bits=2, residual=128)",
 )
 OFFERED = (10, 34, 20, 30, 44, 60)
-CHUNK_TOKENS = 512
+CHUNK_TOKENS = 2048
 
 
 def arithmetic(model: LoadedModel, strategy: str, prompt_tokens: int) -> float:
