@@ -342,7 +342,7 @@ class ForwardPass:
         def put() -> None:
             write_slots(blocks.pool, *where, k.to(blocks.device), v.to(blocks.device))
 
-        self._at_home(call, True, put, k.nbytes + v.nbytes)
+        self._staging.store(call.layer, Transfer(copy=put, num_bytes=k.nbytes + v.nbytes))
 
     def _at_home(self, call: AttentionCall, on_host: bool, write: Callable[[], None], num_bytes: int) -> None:
         """Write now where a layer's blocks live on the device, in the background where they live on the host."""

@@ -69,20 +69,17 @@ class GroupLayer(NamedTuple):
 class DecodeGroup:
     """One new token for each of R requests of one strategy, from row ``start`` of the batch on.
 
-    ``table`` [R, lanes, C] and ``length`` [R, lanes] include the new tokens; ``host_length`` is the latter on the CPU.
-    ``visitors`` are the blocks on the host, or None; ``old`` those that are encoded, or None; ``choices`` says, layer
-    by layer, which of the visitors' slots are read where not all are. ``layers`` are all tensors cut by layers, once
-    for a step. ``shared`` and ``held`` are what layers whose lanes are equal compute once.
+    ``layers`` are tables, lengths (the new tokens included) and the new slots, cut by layers once for a step;
+    ``host_length`` [R, lanes] is all lengths, on the CPU. ``visitors`` are the blocks on the host, or None; ``old``
+    those that are encoded, or None; ``choices`` says, layer by layer, which of the visitors' slots are read where not
+    all are. ``shared`` and ``held`` are what layers whose lanes are equal compute once.
     """
 
     strategy: Strategy
     requests: list[Request]
     start: int
     positions: Tensor
-    table: Tensor
-    length: Tensor
     columns: list[int]
-    slots: Slots
     dense: bool
     host_length: Tensor
     visitors: Visitors | None
@@ -142,19 +139,16 @@ def make_group(store: KVStore, requests: list[Request], start: int) -> DecodeGro
     per_lane = (-(-length.amax(dim=0) // store.block_size)).tolist()
     columns = [max(per_lane[lanes]) for lanes in store.lanes.slices]
     old = _old_blocks(store, seqs)
-    table, on_device = store.table[rows, :, : max(columns)].to(device), length.to(device)
-    cuts = (store.lanes.split(each) for each in (table, on_device, length, slots.index, slots.block, slots.offset))
+    table = store.table[rows, :, : max(columns)].to(device)
+    cut = (table, length.to(device), length, slots.index, slots.block, slots.offset)
     return DecodeGroup(
         strategy=strategy,
         requests=requests,
         start=start,
         positions=torch.tensor([seq.seen - 1 for seq in seqs], device=device),
-        table=table,
-        length=on_device,
         host_length=length,
         columns=columns,
-        slots=slots,
-        layers=[GroupLayer(*parts) for parts in zip(*cuts, strict=True)],
+        layers=[GroupLayer(*parts) for parts in zip(*map(store.lanes.split, cut), strict=True)],
         dense=all(seq.dense for seq in seqs) or (old is None and _alike(store, length)),
         visitors=_visitors(store, strategy, seqs, length, chooses=strategy.attend is not None),
         old=old,

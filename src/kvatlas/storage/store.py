@@ -115,16 +115,13 @@ class KVStore:
     def open(self, layout: SequenceLayout) -> Sequence:
         """Return a new, empty sequence."""
         seq = Sequence(row=self.take_row(), layout=layout, starts=dict.fromkeys(self.lanes.windows, 0))
-        self._open.add(seq)
         if layout.staging is not None:
             seq.staging = LaneRow(row=self.take_row(), layout=layout.staging)
-            self._open.add(seq.staging)
         if layout.sketch is not None:
             seq.sketch = LaneRow(row=self.take_row(), layout=layout.sketch)
-            self._open.add(seq.sketch)
         if layout.encoded is not None:
             seq.encoded = LaneRow(row=self.take_row(), layout=layout.encoded)
-            self._open.add(seq.encoded)
+        self._open.update(seq.rows)
         return seq
 
     def close(self, seq: Sequence) -> None:
