@@ -28,6 +28,7 @@ from kvatlas.models.attention import (
     running,
 )
 from kvatlas.models.foresight import Foresight
+from kvatlas.models.layers import FusedLayers
 from kvatlas.models.linear import LinearChoice, SmallLinears
 from kvatlas.models.rope import LengthRope
 
@@ -41,8 +42,8 @@ class Adapter:
     """A causal LM of transformers that attends through a context.
 
     Creating one puts the model into eval mode, switches its attention implementation, runs one forward of two tokens
-    to observe its shape, and replaces its linears. `restore` undoes the switches; as a context manager the adapter
-    restores on exit.
+    to observe its shape, and replaces its linears and layers. `restore` undoes the switches; as a context manager the
+    adapter restores on exit.
 
     Args:
         model: a loaded causal LM; it is used, not copied.
@@ -51,6 +52,7 @@ class Adapter:
 
     Attributes:
         linears: those that were replaced, with the bytes of their copies.
+        layers: the decoder layers that run natively around their attention.
 
     Raises:
         UnsupportedError: the family cannot be run this way, or its linears not with these weights; the text names the
@@ -69,11 +71,13 @@ class Adapter:
         self._order: dict[int, int] | None = None
         self._foresight: Foresight | None = None
         self.linears = SmallLinears(model, "off")
+        self.layers = FusedLayers(model, self.linears)
         self._restored = False
         self._switch()
         try:
             self.shape, self.dtype = self._observe(name)
             self.linears = SmallLinears(model, linear_weights)
+            self.layers = FusedLayers(model, self.linears)
         except BaseException:
             self.restore()
             raise
@@ -121,7 +125,7 @@ class Adapter:
         return logits if "logits_to_keep" in self._arguments else logits[logits_for]
 
     def watch_inputs(self) -> None:
-        """From now on show each layer's input to contexts that have ``before_layer``."""
+        """From now on show each layer's input to contexts that have ``before_layer``; native layers stand aside."""
         assert self._foresight is not None
         self._foresight.install()
 
@@ -144,6 +148,7 @@ class Adapter:
         if self._foresight is not None:
             self._foresight.remove()
         self._rope.remove()
+        self.layers.restore()
         self.linears.restore()
         self.model.set_attn_implementation(self._implementations)
         self.model.train(self._was_training)

@@ -20,8 +20,7 @@ from kvatlas.core.errors import UnsupportedError
 
 IMPLEMENTATION = "kvatlas"
 
-# What families pass on beside the arguments below, and what needs no answer from an attention function.
-_HARMLESS = frozenset(
+HARMLESS = frozenset(
     {
         "cache_position",
         "logits_to_keep",
@@ -34,6 +33,7 @@ _HARMLESS = frozenset(
         "use_cache",
     }
 )
+"""What families pass on beside an attention function's arguments, and what needs no answer from it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,7 +184,7 @@ def _attention_forward(
 
 def _refuse_unknown(name: str, kwargs: Mapping[str, object]) -> None:
     """Refuse arguments that could change the result: to ignore one would be to answer another question."""
-    unknown = [key for key, given in kwargs.items() if given is not None and key not in _HARMLESS]
+    unknown = [key for key, given in kwargs.items() if given is not None and key not in HARMLESS]
     if unknown:
         unknown.sort()
         raise UnsupportedError(f"{name} passes {', '.join(unknown)} to attention, unknown to kvatlas")

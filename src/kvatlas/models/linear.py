@@ -11,7 +11,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Literal, get_args
+from typing import Literal, TypeGuard, get_args
 
 import psutil
 import torch
@@ -20,9 +20,11 @@ from torch import Tensor, nn
 from kvatlas.core.errors import CapacityError, ConfigError, UnsupportedError
 from kvatlas.core.units import format_bytes
 from kvatlas.core.vocabulary import Format
+from kvatlas.kernels import product
 from kvatlas.kernels.dispatch import choose
 from kvatlas.kernels.small_linear import MAX_ROWS, LinearWeights, encode, exact_format, small_linear
 from kvatlas.kernels.small_linear.native import bind
+from kvatlas.models.unchanged import Unchanged, has_hooks
 
 _SAMPLE = 64  # numbers of a weight that tell whether it has changed
 LinearChoice = Literal["auto", "off", "fp32", "fp16", "bf16", "int8"]
@@ -31,7 +33,6 @@ MIN_ELEMENTS = 1 << 16
 """Weights below which torch's linear is about as fast, at least for many rows."""
 
 _LOG = logging.getLogger(__name__)
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class SmallLinears:
@@ -49,6 +50,7 @@ class SmallLinears:
     Attributes:
         formats: number of replaced linears by format.
         copy_bytes: bytes of the copies, each counted once.
+        active: whether linears may be replaced, even if all are too small to be.
 
     Raises:
         ConfigError: ``choice`` is unknown.
@@ -61,7 +63,8 @@ class SmallLinears:
         self.copy_bytes = 0
         self._replaced: list[nn.Module] = []
         check_choice(choice)
-        if choice == "off" or not _covers(model, choice):
+        self.active = choice != "off" and _covers(model, choice)
+        if not self.active:
             return
         try:
             least = MIN_ELEMENTS if min_elements is None else min_elements
@@ -89,6 +92,11 @@ class SmallLinears:
                 vars(module).pop("forward", None)
                 self._replaced.remove(module)
                 _LOG.warning("a linear's weights have changed; it runs as torch's from now on")
+
+    def weights_of(self, module: nn.Linear) -> LinearWeights | None:
+        """Return the weights that a replaced linear computes few rows from; None for another."""
+        forward = vars(module).get("forward")
+        return forward.weights if isinstance(forward, _Forward) else None
 
     def restore(self) -> None:
         """Give the linears their own forward back and let go of the copies; what is not replaced stays as it is."""
@@ -138,10 +146,18 @@ def _covers(model: nn.Module, choice: LinearChoice) -> bool:
 def _suitable(model: nn.Module, min_elements: int) -> Iterator[nn.Linear]:
     """Yield the linears that do what ``nn.Linear`` does and nothing else, with weights of their own on the CPU."""
     for module in model.modules():
-        if type(module) is not nn.Linear or "forward" in vars(module) or any(getattr(module, name) for name in _HOOKS):
-            continue
-        if all(map(_is_plain, module.parameters())) and module.weight.numel() >= max(1, min_elements):
+        if is_suitable(module) and module.weight.numel() >= max(1, min_elements):
             yield module
+
+
+def is_suitable(module: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether a module does what ``nn.Linear`` does and nothing else, with weights of its own on the CPU."""
+    return (
+        type(module) is nn.Linear
+        and "forward" not in vars(module)
+        and not has_hooks(module)
+        and all(map(_is_plain, module.parameters()))
+    )
 
 
 def _is_plain(parameter: nn.Parameter) -> bool:
@@ -174,28 +190,26 @@ def _copy(weight: Tensor, choice: LinearChoice) -> LinearWeights:
 
 
 class _Forward:
-    """Gives few rows to the kernel, and the original everything that the kernel does not cover.
+    """Gives few rows to the kernel, many to oneDNN, and the original everything that these do not cover.
 
     The original also takes over once the module's parameters were replaced or changed in place: then the copy is out
     of date. What ``weight.data`` hides from torch is found by `SmallLinears.refresh`.
     """
 
     def __init__(self, module: nn.Linear, weights: LinearWeights) -> None:
+        self.weights = weights
         self._module = module
         self._original = module.forward
-        self._parameters = module._parameters
-        self._weight, self._bias = module.weight, module.bias
-        self._version, self._address = module.weight._version, module.weight.data_ptr()
         self._num_inputs = module.in_features
         self._most = MAX_ROWS * module.in_features  # elements
         self._sample, self._bias_sample = _sampled(module.weight), _sampled(module.bias)
         self._small = _bound(weights, None if module.bias is None else module.bias.detach())
+        self._has_product = product.available()
+        self._is_unchanged = Unchanged([module])
 
     def __call__(self, input: Tensor) -> Tensor:
-        weight = self._weight
         if (
-            input.numel() <= self._most
-            and type(input) is Tensor
+            type(input) is Tensor
             and input.dtype is torch.float32
             and input.is_cpu
             and input.is_contiguous()
@@ -203,12 +217,12 @@ class _Forward:
             and input.size(-1) == self._num_inputs
             and not torch.is_grad_enabled()
             and not torch.is_autocast_enabled("cpu")
-            and self._parameters.get("weight") is weight
-            and self._parameters.get("bias") is self._bias
-            and weight._version == self._version
-            and weight.data_ptr() == self._address
+            and self._is_unchanged()
         ):
-            return self._small(input)
+            if input.numel() <= self._most:
+                return self._small(input)
+            if self._has_product and input.dim() > 1:
+                return product.product(input, self._module.weight, self._module.bias)
         return self._original(input)
 
     def is_stale(self) -> bool:

@@ -4,23 +4,12 @@
 // dot products: MT rows of x times NT rows of W are accumulated at once in vectors along K, so that each number of W is
 // converted once for MT rows. Every output is summed in one order, whatever M and the number of threads are: a row of x
 // gives the same bits alone and in company.
-#include "abi.h"
+#include "linear.h"
 #include "simd.h"
-
-// Mirrored in kernels/small_linear/native.py.
-struct kva_linear {
-    const uint8_t* weight;  // [N, K]
-    const float* scale;     // [N] of int8, or null
-    const float* bias;      // [N], or null
-    int64_t num_outputs;    // N
-    int64_t num_inputs;     // K
-    int32_t format;         // KVA_FP32, KVA_BF16, KVA_FP16 or KVA_INT8
-};
 
 namespace KVA_ISA {
 namespace {
 
-constexpr int MAX_ROWS = 32;
 #if defined(KVA_ISA_avx512)
 constexpr int TILE = 6;  // most rows of x at once: 6 x 4 accumulators, 6 of x and 1 of W fill 31 of 32 registers
 #else
@@ -30,9 +19,8 @@ constexpr int TILE = 3;  // 3 x 4 accumulators, 3 of x and 1 of W: all 16 regist
 constexpr bool narrow(int rows) { return VF == 16 && rows <= 2; }
 constexpr int companions(int rows) { return narrow(rows) ? 8 : 4; }
 
-constexpr int64_t BLOCK_BYTES = 1 << 17;       // of W, taken by one thread at a time: in the L2 cache for all tiles
-constexpr int64_t AHEAD_BYTES = 1 << 16;       // prefetch distance, of which a memory's latency covers half
-constexpr int64_t BYTES_PER_THREAD = 1 << 17;  // waking a thread takes as long as reading so much
+constexpr int64_t STEP_BYTES = 1 << 17;   // of W, taken by one thread at a time: in the L2 cache for all tiles
+constexpr int64_t AHEAD_BYTES = 1 << 16;  // prefetch distance, of which a memory's latency covers half
 
 template <int FORMAT>
 struct Weights;
@@ -164,39 +152,42 @@ void block(const kva_linear& a, const float* x, float* y, int M, int64_t begin, 
     }
 }
 
-template <int F>
-int run(const kva_linear& a, const float* x, float* y, int M, int threads) {
-    const int64_t N = a.num_outputs, w_row = a.num_inputs * element<F>();
-    const int64_t wanted = BLOCK_BYTES / (w_row + 1) / 8 * 8, height = wanted < 8 ? 8 : wanted;
-    const int64_t blocks = (N + height - 1) / height;
-    int64_t used = N * w_row / BYTES_PER_THREAD;
-    used = used > blocks ? blocks : used;
-    used = used > threads ? threads : used < 1 ? 1 : used;
-    const auto one = [&](int64_t b) { block<F>(a, x, y, M, b * height, b + 1 < blocks ? (b + 1) * height : N); };
-#ifdef _OPENMP
-    if (used > 1) {
-#pragma omp parallel for num_threads(int(used)) schedule(static)
-        for (int64_t b = 0; b < blocks; b++) one(b);
-        return KVA_OK;
+}  // namespace
+
+int64_t linear_row_bytes(const kva_linear& a) {
+    switch (a.format) {
+        case KVA_FP32: return a.num_inputs * element<KVA_FP32>();
+        case KVA_BF16: return a.num_inputs * element<KVA_BF16>();
+        case KVA_FP16: return a.num_inputs * element<KVA_FP16>();
+        case KVA_INT8: return a.num_inputs * element<KVA_INT8>();
     }
-#endif
-    for (int64_t b = 0; b < blocks; b++) one(b);
-    return KVA_OK;
+    return 0;
 }
 
-}  // namespace
+int64_t linear_step(const kva_linear& a) {
+    const int64_t rows = STEP_BYTES / (linear_row_bytes(a) + 1) / 8 * 8;
+    return rows < 8 ? 8 : rows;
+}
+
+void linear_rows(const kva_linear& a, const float* x, float* y, int M, int64_t begin, int64_t end) {
+    switch (a.format) {
+        case KVA_FP32: return block<KVA_FP32>(a, x, y, M, begin, end);
+        case KVA_BF16: return block<KVA_BF16>(a, x, y, M, begin, end);
+        case KVA_FP16: return block<KVA_FP16>(a, x, y, M, begin, end);
+        case KVA_INT8: return block<KVA_INT8>(a, x, y, M, begin, end);
+    }
+}
+
 }  // namespace KVA_ISA
 
 // x [M, K] and y [M, N], contiguous float32; M is at most 32.
 KVA_EXPORT(kva_small_linear)(const kva_linear* a, const float* x, float* y, int32_t M, int32_t threads) {
     using namespace KVA_ISA;
     if (M < 0 || M > MAX_ROWS || a->num_outputs < 0 || a->num_inputs < 0) return KVA_ESHAPE;
-    if (M == 0 || a->num_outputs == 0) return KVA_OK;
-    switch (a->format) {
-        case KVA_FP32: return run<KVA_FP32>(*a, x, y, M, threads);
-        case KVA_BF16: return run<KVA_BF16>(*a, x, y, M, threads);
-        case KVA_FP16: return run<KVA_FP16>(*a, x, y, M, threads);
-        case KVA_INT8: return run<KVA_INT8>(*a, x, y, M, threads);
-    }
-    return KVA_EFORMAT;
+    if (a->format < KVA_FP32 || a->format > KVA_INT8) return KVA_EFORMAT;
+    if (M == 0) return KVA_OK;
+    together(worthwhile(a->num_outputs * linear_row_bytes(*a), threads), [&](Team team) {
+        share_rows(*a, team, [&](int64_t begin, int64_t end) { linear_rows(*a, x, y, M, begin, end); });
+    });
+    return KVA_OK;
 }

@@ -60,7 +60,7 @@ def model(family: str) -> torch.nn.Module:
 
 @pytest.mark.parametrize("family", [*FAMILIES, "stablelm", "nemotron", "deepseek_v2"])
 def test_foreseen_from_its_own_input_is_what_comes(family: str) -> None:
-    with Adapter(model(family)) as adapter:
+    with Adapter(model(family), linear_weights="off") as adapter:  # watched or not, transformers' layers
         plain = run(adapter, DenseContext())
         adapter.watch_inputs()
         for rows in SEVERAL:
@@ -74,7 +74,7 @@ def test_foreseen_from_its_own_input_is_what_comes(family: str) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "opt", "gpt_neox", "qwen3", "deepseek_v2"])
 def test_foreseen_from_the_layer_before_is_a_guess_of_the_same_shape(family: str) -> None:
-    with Adapter(model(family)) as adapter:
+    with Adapter(model(family), linear_weights="off") as adapter:  # watched or not, transformers' layers
         plain = run(adapter, DenseContext())
         adapter.watch_inputs()
         context = Watching(slice(2, 7), ahead=1)

@@ -16,6 +16,7 @@ from kvatlas.core.errors import CapacityError, ConfigError, UnsupportedError
 from kvatlas.core.vocabulary import Format
 from kvatlas.engine.llm import LLM
 from kvatlas.engine.params import SamplingParams
+from kvatlas.kernels import product
 from kvatlas.kernels.native import Library, library
 from kvatlas.models import linear as models_linear
 from kvatlas.models.adapter import Adapter
@@ -79,7 +80,6 @@ def test_everything_else_is_computed_by_the_original():
     small(module)
     x = torch.randn(32, 24)
     assert not calls_the_original(module, x)
-    assert calls_the_original(module, torch.randn(33, 24))
     assert calls_the_original(module, torch.randn(24, 32).T)
     assert calls_the_original(module, x.as_subclass(type("Other", (Tensor,), {})))
     with torch.enable_grad():
@@ -90,6 +90,17 @@ def test_everything_else_is_computed_by_the_original():
         module(torch.randn(2, 12))
     with pytest.raises(RuntimeError, match="dtype"):
         module(x.double())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("has_product", [True, False])
+@pytest.mark.parametrize("choice", ["auto", "int8"])
+def test_many_rows_are_computed_from_the_weights_themselves(choice, has_product, monkeypatch):
+    monkeypatch.setattr(product, "available", lambda: has_product)
+    module, x = linear(), torch.randn(2, 33, 24)
+    small(module, choice)
+    assert calls_the_original(module, x) is not has_product
+    torch.testing.assert_close(module(x), nn.functional.linear(x, module.weight, module.bias))
 
 
 def test_gradients_are_those_of_the_original():

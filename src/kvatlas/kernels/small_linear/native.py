@@ -32,6 +32,19 @@ class KvaLinear(ctypes.Structure):
     )
 
 
+def describe(weights: LinearWeights, bias: Tensor | None) -> KvaLinear:
+    """Return ``kva_linear`` of weights [N, K] and a bias [N], which must outlive it."""
+    num_outputs, num_inputs = weights.codes.shape
+    return KvaLinear(
+        weights.codes.data_ptr(),
+        None if weights.scale is None else weights.scale.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+        num_outputs,
+        num_inputs,
+        FORMATS[weights.format],
+    )
+
+
 def bind(weights: LinearWeights, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
     """Return the linear of these weights, with as little as possible left to do in a call.
 
@@ -45,15 +58,7 @@ def bind(weights: LinearWeights, bias: Tensor | None) -> Callable[[Tensor], Tens
     assert isinstance(found, Library)
     call = found.function(_NAME)
     call.argtypes = _ARGUMENTS  # type: ignore[attr-defined]  # a ctypes function
-    num_outputs, num_inputs = weights.codes.shape
-    struct = KvaLinear(
-        weights.codes.data_ptr(),
-        None if weights.scale is None else weights.scale.data_ptr(),
-        None if bias is None else bias.data_ptr(),
-        num_outputs,
-        num_inputs,
-        FORMATS[weights.format],
-    )
+    struct, num_outputs = describe(weights, bias), len(weights.codes)
     kept = struct, weights, bias
     address, get_num_threads = ctypes.addressof(struct), torch.get_num_threads
 
