@@ -13,7 +13,7 @@ from kvatlas.core.timeline import EventKind
 from kvatlas.engine.eviction import after_decode_step, after_prompt_chunk, end_prompt
 from kvatlas.engine.forward import ForwardPass, Transport
 from kvatlas.engine.request import Request
-from kvatlas.engine.segments import Chunk, DecodeGroup, make_chunk, make_group
+from kvatlas.engine.segments import Chunk, DecodeGroup, make_chunk, make_group, sequence_of
 from kvatlas.models.adapter import Adapter
 from kvatlas.storage.eviction import drop_passed_windows
 from kvatlas.storage.store import KVStore
@@ -103,11 +103,19 @@ class Runner:
             raise
         if self._transport.timeline is not None:
             self._transport.timeline.add(EventKind.STEP, -1, start, time.perf_counter())
-        for request, _ in order:
-            assert request.seq is not None
-            request.peak_bytes = max(request.peak_bytes, self._store.allocated_bytes(request.seq))
+        self._note_peaks([request for request, _ in order])
         self._evict(chunks, groups)
         return due, logits
+
+    def _note_peaks(self, requests: Seq[Request]) -> None:
+        rows = [(request, row) for request in requests for row in sequence_of(request).rows]
+        held = dict.fromkeys(map(id, requests), 0)
+        for (request, _), num_bytes in zip(
+            rows, self._store.row_bytes([r for _, r in rows], self._store.arena), strict=True
+        ):
+            held[id(request)] += num_bytes
+        for request in requests:
+            request.peak_bytes = max(request.peak_bytes, held[id(request)])
 
     def _place(self, pack: Batch) -> tuple[list[Chunk], list[DecodeGroup]]:
         """Take slots for all tokens of the pack, row after row."""

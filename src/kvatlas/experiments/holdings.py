@@ -39,7 +39,7 @@ def holdings(store: KVStore, seq: Sequence) -> Holdings:
         tier = "device" if group.blocks.arena is store.arena else "host"
         kv[tier] += count * group.blocks.layout.kv_bytes
         blocks[tier] += count * group.blocks.block_bytes
-    companions = [0 if row is None else store.row_bytes(row, store.arena) for row in (seq.sketch, seq.staging)]
+    companions = [0 if row is None else store.row_bytes([row], store.arena)[0] for row in (seq.sketch, seq.staging)]
     return Holdings(
         device_kv=kv["device"],
         device_sidecars=blocks["device"] - kv["device"],

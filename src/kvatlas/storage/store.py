@@ -170,13 +170,18 @@ class KVStore:
             seq: the sequence, its companions included.
             arena: the tier; None for the device.
         """
-        return sum(self.row_bytes(row, arena or self.arena) for row in seq.rows)
+        return sum(self.row_bytes(seq.rows, arena or self.arena))
 
-    def row_bytes(self, row: LaneRow, arena: Arena) -> int:
-        """Return the bytes of all blocks of a tier that one row holds, sidecars included."""
-        held = self.columns_held(row)
-        groups = [group for group in row.layout.groups if group.blocks.arena is arena]
-        return sum(int(held[group.lanes].sum()) * group.blocks.block_bytes for group in groups)
+    def row_bytes(self, rows: Seq[LaneRow], arena: Arena) -> list[int]:
+        """Return the bytes of all blocks of a tier that each row holds, sidecars included."""
+        held = -(-self.length[[row.row for row in rows]] // self.block_size)
+        total = torch.zeros(len(rows), dtype=torch.int64)
+        for layout in {id(row.layout): row.layout for row in rows}.values():
+            mine = torch.tensor([row.layout is layout for row in rows])
+            for group in layout.groups:
+                if group.blocks.arena is arena:
+                    total += mine * held[:, group.lanes].sum(dim=1) * group.blocks.block_bytes
+        return total.tolist()
 
     def kv_bytes(self, seq: Sequence) -> int:
         """Return the bytes of keys and values of all blocks that ``seq`` holds on any tier, sidecars left out."""
