@@ -257,14 +257,17 @@ class ForwardPass:
         seq, strategy, here = group.seqs[0], group.strategy, group.layers[call.layer]
         home = seq.layout.of_layer(call.layer)
         source = self._source(call, seq, group.visitors, here.table)
-        stored_k, stored_v = self._write(call, home, here.block, here.offset, k, v, source.visiting)
+        if source.visiting:
+            k, v = self._write(call, home, here.block, here.offset, k, v, source.visiting)
+        else:  # the kernel reads what is stored: nobody needs it back
+            self._put(call, home, here.block, here.offset, k, v, on_host=False)
         choice = group.choices.get(call.layer)
         length, host_length, columns = here.length, here.host_length, group.columns[call.layer]
         if choice is not None:
             host_length, columns = choice.count[:, None].expand_as(here.slot) + 1, self._columns(choice.count)
             length = host_length.to(q.device)
         if source.visiting:
-            self._write_visiting(source, here.slot if choice is None else host_length - 1, stored_k, stored_v)
+            self._write_visiting(source, here.slot if choice is None else host_length - 1, k, v)
         own = Blocks(blocks=source.blocks, table=source.table[..., :columns], length=length, host_length=host_length)
         read = None
         if home.pool.key_bounds is not None:
@@ -287,7 +290,7 @@ class ForwardPass:
             if old is not None:
                 old.add_to_sums(masses[0], old.held())
         if choice is not None:
-            self._follow_up(call, group, choice, q, stored_k)
+            self._follow_up(call, group, choice, q, k)
         return out
 
     def _columns(self, count: Tensor) -> int:
@@ -326,23 +329,29 @@ class ForwardPass:
     ) -> tuple[Tensor, Tensor]:
         """Store keys and values [n, H, D] where they live and return them as a later read will see them."""
         stored_k, stored_v = (rounded(each, blocks.layout.format) for each in (k, v))
-        if self._store.lanes.shape.layers[call.layer].shares_kv_with is None:
-            if visiting:
-                self._store_behind(call, blocks, block, offset, stored_k, stored_v)
-            else:
-                write_slots(blocks.pool, block, offset, stored_k, stored_v)
+        self._put(call, blocks, block, offset, stored_k, stored_v, on_host=visiting)
         return stored_k.to(k.dtype), stored_v.to(v.dtype)
 
-    def _store_behind(
-        self, call: AttentionCall, blocks: BlockClass, block: Tensor, offset: Tensor, k: Tensor, v: Tensor
+    def _put(
+        self,
+        call: AttentionCall,
+        blocks: BlockClass,
+        block: Tensor,
+        offset: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        on_host: bool,
     ) -> None:
-        """Store keys and values on the host, in the background."""
+        """Store keys and values, in the background if they live on the host, unless another layer stores them."""
+        if self._store.lanes.shape.layers[call.layer].shares_kv_with is not None:
+            return
         where = block.to(blocks.device), offset.to(blocks.device)
 
         def put() -> None:
             write_slots(blocks.pool, *where, k.to(blocks.device), v.to(blocks.device))
 
-        self._staging.store(call.layer, Transfer(copy=put, num_bytes=k.nbytes + v.nbytes))
+        self._at_home(call, on_host, put, k.nbytes + v.nbytes)
 
     def _at_home(self, call: AttentionCall, on_host: bool, write: Callable[[], None], num_bytes: int) -> None:
         """Write now where a layer's blocks live on the device, in the background where they live on the host."""
