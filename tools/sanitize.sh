@@ -23,8 +23,9 @@ run() {
     "$PYTHON" -m pytest -n 0 -q -p no:cacheprovider --timeout 1800 -k "not torch" "$@"
 }
 # These choose each instruction set by themselves.
-run tests/unit/kernels/test_decode_attention.py tests/unit/kernels/test_quantized_attention.py
+run tests/unit/kernels/test_decode_attention.py tests/unit/kernels/test_quantized_attention.py \
+    tests/unit/kernels/test_column_sums.py tests/unit/kernels/test_small_linear.py tests/unit/kernels/test_layer.py
 for isa in $sets; do
     echo "sanitizers, $isa"
-    KVATLAS_ISA=$isa run tests/unit/kernels/test_blocks.py tests/unit/kernels/test_small_linear.py
+    KVATLAS_ISA=$isa run tests/unit/kernels/test_blocks.py
 done

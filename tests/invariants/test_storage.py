@@ -242,7 +242,7 @@ class StoreMachine(RuleBasedStateMachine):
     def swap_out(self, model: Model) -> Model | MultipleResults:
         """Out of the device and off its rows; or, where the host is full, as if nothing had been asked."""
         before = self.books(), self.rows(model)
-        staging = 0 if model.seq.staging is None else self.store.row_bytes(model.seq.staging, self.store.arena)
+        staging = 0 if model.seq.staging is None else self.store.row_bytes([model.seq.staging], self.store.arena)[0]
         used, moved = self.store.allocated_bytes(model.seq) - staging, model.seq.shared
         out = self.swapper.try_swap_out(model.seq)
         if out is None:

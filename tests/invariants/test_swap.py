@@ -136,7 +136,7 @@ def test_every_bit_comes_back(format: Format | None, place: tuple[tuple[int, ...
     assert kv.length[seq.row].tolist() == length and int(kv.hole[seq.row, 0]) == 0 and seq.seen == tokens
     staging = 0 if seq.staging is None else device - kv.allocated_bytes(seq)
     assert kv.allocated_bytes(seq) == device - staging and torch.equal(seq.sketch_columns[1], torch.tensor([[3, 1]]))
-    moved = sum(kv.row_bytes(row, kv.arena) for row in kept)
+    moved = sum(kv.row_bytes(kept, kv.arena))
     assert link.to_host.num_bytes == link.to_device.num_bytes == moved
     assert (link.to_host.moves, link.to_device.moves) == ((1, 1) if moved else (0, 0)), "one move each way"
     kv.close(seq)

@@ -8,16 +8,20 @@ from typing import Any
 from rich.table import Table
 
 from kvatlas.bench.blocks import measure_blocks
+from kvatlas.bench.columns import CHUNKS, QUICK, measure_columns
 from kvatlas.bench.decode import measure_cell
+from kvatlas.bench.layers import measure_layers
 from kvatlas.bench.linear import measure_linear
 from kvatlas.bench.machine import READ_BYTES, torch_threads
 from kvatlas.bench.paged import COLD_BYTES, Lanes
-from kvatlas.bench.tables import blocks_table, decode_table, linear_table
+from kvatlas.bench.tables import blocks_table, columns_table, decode_table, layers_table, linear_table
 from kvatlas.core.vocabulary import Format
 
 _BLOCKS = 512
 _ROWS = (1, 2, 4, 8, 16, 32)
 _LINEARS = ((2048, 8192),)
+_LAYERS = "random:llama-55m"
+_LAYER_ROWS = (1, 4, 16, 512)
 
 
 def measure_kernels(
@@ -50,6 +54,9 @@ def measure_kernels(
         if "blocks" in ops:
             told["blocks"] = measure_blocks(formats, _BLOCKS // (8 if quick else 1), threads, repeats)
             show(blocks_table(told["blocks"]))
+        if "columns" in ops:
+            told["columns"] = measure_columns(QUICK if quick else CHUNKS, threads, repeats)
+            show(columns_table(told["columns"]))
         if "linear" in ops:
             told["linear"] = []
             for inputs, outputs in _LINEARS:
@@ -58,4 +65,7 @@ def measure_kernels(
                 )
                 told["linear"] += rows
                 show(linear_table(rows))
+        if "layers" in ops:
+            told["layers"] = measure_layers(_LAYERS, _LAYER_ROWS[:2] if quick else _LAYER_ROWS, threads, repeats)
+            show(layers_table(told["layers"]))
     return told

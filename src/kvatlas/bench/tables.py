@@ -80,6 +80,45 @@ def linear_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
+def columns_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Return the rows of `measure_columns`."""
+    table = _table(
+        f"column sums of a chunk, {rows[0]['threads']} thread(s), float32",
+        "heads", "tokens", "past", "form", "wall ms", "CPU ms", "x over torch", "by CPU", "GFLOP/s", texts=4,
+    )  # fmt: skip
+    for row in rows:
+        table.add_row(
+            f"{row['query_heads']}/{row['kv_heads']} of {row['head_dim']}",
+            str(row["tokens"]),
+            str(row["past"]),
+            row["form"],
+            f"{row['wall_ms']:.2f}",
+            f"{row['cpu_ms']:.2f}",
+            f"{row['over_torch']:.2f}",
+            f"{row['over_torch_cpu']:.2f}",
+            f"{row['flop_per_s'] / 1e9:.1f}",
+        )
+    return table
+
+
+def layers_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Return the rows of `measure_layers`."""
+    table = _table(
+        f"{rows[0]['model']} without its attention, {rows[0]['threads']} thread(s), float32",
+        "rows", "layers", "wall ms", "CPU ms", "x over transformers", "by CPU", texts=2,
+    )  # fmt: skip
+    for row in rows:
+        table.add_row(
+            str(row["rows"]),
+            row["form"],
+            f"{row['wall_ms']:.2f}",
+            f"{row['cpu_ms']:.2f}",
+            f"{row['over_torch']:.2f}",
+            f"{row['over_torch_cpu']:.2f}",
+        )
+    return table
+
+
 def engine_table(model: str, threads: int, found: Sequence[tuple[Case, Sequence[Answer]]]) -> Table:
     """Return all engines case by case; the first engine of each case is ours."""
     table = _table(

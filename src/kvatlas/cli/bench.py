@@ -17,7 +17,7 @@ from kvatlas.core.vocabulary import Format
 
 DEFAULT_PEERS = Path("out/peers")
 DEFAULT_ENGINE_RESULTS = Path("out/bench/engine.jsonl")
-_OPS = ("decode", "blocks", "linear")
+_OPS = ("decode", "blocks", "columns", "linear", "layers")
 _KERNEL_EXAMPLES = examples(
     "kvatlas bench kernels --quick",
     "kvatlas bench kernels --contexts 2048,8192,32768 --batch 1,8 --threads 1,2 --repeats 7",
@@ -55,7 +55,9 @@ def add_to(app: typer.Typer) -> None:
 
 def kernels(
     context: typer.Context,
-    ops: Annotated[str, typer.Option(metavar="NAMES", help="decode, blocks, linear.")] = "decode,blocks,linear",
+    ops: Annotated[
+        str, typer.Option(metavar="NAMES", help="decode, blocks, columns, linear, layers.")
+    ] = "decode,blocks,columns,linear,layers",
     formats: Annotated[
         str, typer.Option(metavar="NAMES", help="Of keys and values: fp32, bf16, fp16, int8, int4, int2.")
     ] = "fp32,bf16,fp16,int8,int4,int2",
@@ -65,7 +67,7 @@ def kernels(
     repeats: _Repeats = None,
     quick: _Quick = False,
 ) -> None:
-    """Decode attention, block encoding and small linears in every format, beside torch's best, in turns.
+    """Decode attention, block encoding, column sums, small linears and decoder layers, beside torch's best, in turns.
 
     Every form reads keys and values that no cache holds: it walks over 256 MiB before it reads a lane again. Bytes per
     second count what must be read once; the machine's own read rate and FLOP rate are measured in the same rounds.

@@ -47,7 +47,8 @@ OPERATIONS = (
     Operation("decode attention", native=True, triton=True, flashinfer=True),
     Operation("encode and decode blocks", native=True, triton=True),
     Operation("small-batch linear", native=True, triton=False, why_torch="for the CPU only"),
-    Operation("column sums", native=False, triton=True, why_torch="matrix products are what they take"),
+    Operation("decoder layer", native=True, triton=False, why_torch="for the CPU only"),
+    Operation("column sums", native=True, triton=True),
     Operation("prefill attention", native=False, triton=False, why_torch="its flash attention is the best there is"),
 )
 

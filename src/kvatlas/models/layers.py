@@ -24,7 +24,7 @@ from kvatlas.kernels.layer import LayerWeights, Linear, Norm
 from kvatlas.kernels.layer.native import NativeLayer
 from kvatlas.kernels.small_linear import MAX_ROWS, encode
 from kvatlas.models.attention import HARMLESS, AttentionCall, Forward, current, running
-from kvatlas.models.linear import SmallLinears, is_suitable
+from kvatlas.models.linear import SmallLinears, is_plain, is_suitable
 from kvatlas.models.unchanged import Unchanged, has_hooks
 
 KINDS = (
@@ -93,21 +93,15 @@ def _fused(layer: nn.Module, linears: SmallLinears) -> _Fused | None:
     """Return a layer's native forward, or None if it is not the layer that its class promises."""
     try:
         weights = _weights(layer, linears)
-    except AttributeError as error:
-        _LOG.info("%s stays transformers': %s", type(layer).__name__, error)
+        asked = None if weights is None else _trial(layer, weights)
+    except Exception as error:  # whatever somebody made of a layer, the model must load and run as it is
+        _LOG.warning("%s stays transformers': %s: %s", type(layer).__name__, type(error).__name__, error)
         return None
-    if weights is None:
-        return None
-    found = _trial(layer, weights)
-    return None if found is None else _Fused(layer, weights, found)
+    return None if weights is None or asked is None else _Fused(layer, weights, asked)
 
 
 def _weights(layer: Any, linears: SmallLinears) -> LayerWeights | None:
-    """Return what a layer computes with; None if a part of it does more than its class does.
-
-    Raises:
-        AttributeError: it lacks a part.
-    """
+    """Return what a layer computes with; None if a part of it does more than its class does."""
     attention, mlp = layer.self_attn, layer.mlp
     norms = [layer.input_layernorm, layer.post_attention_layernorm]
     norms += [getattr(attention, name) for name in ("q_norm", "k_norm") if hasattr(attention, name)]
@@ -117,7 +111,7 @@ def _weights(layer: Any, linears: SmallLinears) -> LayerWeights | None:
         return None
     if any("forward" in vars(part) or has_hooks(part) for part in (attention, mlp, mlp.act_fn, *norms)):
         return None
-    if any(norm.weight.dtype != torch.float32 or not norm.weight.is_contiguous() for norm in norms):
+    if not all(is_plain(norm.weight) for norm in norms):
         return None
     made = [_linear(each, linears) for each in products]
     if any(each is None for each in made):

@@ -156,11 +156,12 @@ def is_suitable(module: nn.Module) -> TypeGuard[nn.Linear]:
         type(module) is nn.Linear
         and "forward" not in vars(module)
         and not has_hooks(module)
-        and all(map(_is_plain, module.parameters()))
+        and all(map(is_plain, module.parameters()))
     )
 
 
-def _is_plain(parameter: nn.Parameter) -> bool:
+def is_plain(parameter: nn.Parameter) -> bool:
+    """Whether a parameter is ordinary float32 memory of the CPU, whose changes torch counts."""
     return (
         type(parameter) is nn.Parameter
         and parameter.device.type == "cpu"

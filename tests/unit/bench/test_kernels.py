@@ -2,6 +2,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from kvatlas.bench.columns import Chunk
 from kvatlas.bench.decode import GATHER, SDPA_GQA, SDPA_PACKED, SDPA_PACKED_FP32, TORCH_FORM, TORCH_FORMS, measure_cell
 from kvatlas.bench.kernels import measure_kernels
 from kvatlas.bench.paged import Content, Lanes
@@ -66,18 +67,24 @@ def test_what_does_not_fit_is_skipped_with_the_reason(monkeypatch):
 
 def test_all_operations_make_tables_and_leave_torch_threads_alone(monkeypatch):
     monkeypatch.setattr("kvatlas.bench.kernels._LINEARS", ((64, 128),))
+    chunks = tuple(Chunk(tokens=40, past=past, query_heads=4, kv_heads=2, head_dim=32) for past in (0, 64))
+    monkeypatch.setattr("kvatlas.bench.kernels.QUICK", chunks)
+    monkeypatch.setattr("kvatlas.bench.kernels._LAYERS", "random:llama-mini")
     before, console = torch.get_num_threads(), Console(width=200)
     with console.capture() as shown:
         told = measure_kernels(
-            ["decode", "blocks", "linear"], [Format.FP16, Format.INT2], [64], [1],
+            ["decode", "blocks", "columns", "linear", "layers"], [Format.FP16, Format.INT2], [64], [1],
             threads=1, repeats=1, quick=True, show=console.print, read_bytes=READ_BYTES, cold_bytes=1 << 16,
         )  # fmt: skip
     assert torch.get_num_threads() == before
     assert {row["form"] for row in told["decode"]} == {*TORCH_FORMS, "fp16", "int2"}
     assert {(row["operation"], row["format"]) for row in told["blocks"]} >= {("encode", "int2"), ("read", "fp16")}
+    assert {row["past"] for row in told["columns"]} == {0, 64}
+    assert all(row["difference"] < 1e-5 for row in told["columns"])
     assert {row["rows"] for row in told["linear"]} == {1, 2, 4}
     assert all(row["error"] < 0.1 for row in told["linear"])
+    assert [row["rows"] for row in told["layers"]] == [1, 1, 1, 4, 4, 4]
+    assert all(row["difference"] < 1e-3 for row in told["layers"])
     text = shown.get()
-    assert all(
-        title in text for title in ("decode attention, batch 1, 64 tokens", "64 blocks of", "linear of 64 to 128")
-    )
+    titles = "decode attention, batch 1, 64 tokens", "64 blocks of", "column sums of a chunk", "linear of 64 to 128"
+    assert all(title in text for title in titles)

@@ -54,7 +54,10 @@ def test_overhead_ends_with_one_line_of_json():
     ("arguments", "told"),
     [
         (("kernels", "--contexts", "100"), "contexts=100 is out of range; write at least 32 and a multiple of 32"),
-        (("kernels", "--ops", "decode,prefill"), "unknown operation 'prefill'; choose among decode, blocks, linear"),
+        (
+            ("kernels", "--ops", "decode,prefill"),
+            "unknown operation 'prefill'; choose among decode, blocks, columns, linear, layers",
+        ),
         (("kernels", "--formats", "fp8"), "unknown format 'fp8'; choose among fp32"),
         (("kernels", "--threads", "0", "--ops", "blocks"), "threads=0 is out of range; write at least 1"),
         (("kernels", "--repeats", "0"), "repeats=0 is out of range"),

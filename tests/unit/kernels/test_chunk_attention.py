@@ -232,6 +232,19 @@ def stored(own: tuple[torch.Tensor, ...]) -> Lanes:
     return lanes
 
 
+def test_rows_may_lie_in_any_order_in_memory() -> None:
+    torch.manual_seed(0)
+    *tensors, positions = chunk(20, 2, 2, 32)
+    scattered = [x.permute(2, 0, 1).contiguous().permute(1, 2, 0) for x in tensors]
+    assert all(x.stride(-1) != 1 for x in scattered)
+    for own in (tensors, scattered):
+        expected = reference.chunk_attention(
+            *own, positions, [], scale=0.2, softcap=None, sinks=None, window=None, reach=None, tile_slots=16
+        )
+        for got, wanted in zip(chunk_attention(*own, positions, [], scale=0.2), expected, strict=True):
+            close(got, wanted, atol=2e-5)
+
+
 @pytest.mark.parametrize("options", [{}, {"softcap": 3.0}, {"window": 700}])
 def test_memory_does_not_grow_with_the_past(options: dict[str, Any]) -> None:
     own = chunk(64, 2, 2, 32, first=4096)

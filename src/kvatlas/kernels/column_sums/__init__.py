@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from kvatlas.kernels.column_sums import reference, torch_path
+from kvatlas.kernels.column_sums import native, reference, torch_path
 from kvatlas.kernels.dispatch import choose
 from kvatlas.kernels.pool import Part
 
@@ -47,7 +47,7 @@ def column_sums(
         softcap: scores become ``softcap * tanh(score / softcap)``; None leaves them.
         window: visible are positions > query - window.
         reach: (sink_tokens, recent): visible are positions < sink_tokens or > query - recent.
-        tile_slots: past slots to hold at a time, rounded up to whole blocks.
+        tile_slots: past slots that torch's form holds at a time, rounded up to whole blocks.
     """
     form = _form(q)
     return form(
@@ -65,7 +65,9 @@ def column_sums(
 
 
 def _form(q: Tensor) -> Callable[..., tuple[list[Tensor], Tensor]]:
-    path = choose(q.device, triton=True)
+    path = choose(q.device, native=native.covers(q), triton=True)
+    if path == "native":
+        return native.column_sums
     if path == "triton":
         from kvatlas.kernels.column_sums import triton_path  # needs the package triton
 
