@@ -9,6 +9,7 @@ Shapes: M rows, K inputs, N outputs; x [..., M, K], weight [N, K], bias [N] or N
 from __future__ import annotations
 
 import logging
+import math
 from functools import cache
 
 import torch
@@ -21,20 +22,24 @@ _LOG = logging.getLogger(__name__)
 @cache
 def available() -> bool:
     """Whether this torch has the operations, and they compute what they should."""
-    x, weight, bias, other = torch.randn(3, 5), torch.randn(4, 5), torch.randn(4), torch.randn(3, 4)
-    plain = linear(x, weight, bias)
+    # Whatever the caller's defaults, modes and random state are: the answer is kept for the process.
+    shapes = (3, 5), (4, 5), (4,), (3, 4)
+    x, weight, bias, other = (
+        torch.linspace(-2, 1, math.prod(shape), dtype=torch.float32, device="cpu").reshape(shape) for shape in shapes
+    )
     try:
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            plain = linear(x, weight, bias)
             pairs = (
                 (product(x, weight, bias), plain),
                 (product_silu(x, weight, bias), silu(plain)),
                 (product_add(x, weight, bias, other), plain + other),
                 (product_mul(x, weight, bias, other), plain * other),
             )
+            return all(torch.allclose(got, wanted, atol=1e-5) for got, wanted in pairs)
     except (AttributeError, RuntimeError) as error:
         _LOG.info("torch's linear is used for many rows: %s", error)
         return False
-    return all(torch.allclose(got, wanted, atol=1e-5) for got, wanted in pairs)
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

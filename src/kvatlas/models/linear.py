@@ -1,8 +1,8 @@
 """Linears that are fast for few rows: decode steps read weights at memory speed, from copies of fewer bits.
 
 On the CPU in float32, ``forward`` of each ``nn.Linear`` that is large enough is replaced by one that gives up to 32
-rows to `kvatlas.kernels.small_linear`, and more rows, as in prefill, to the original. What is no ``nn.Linear`` (GPT-2's
-Conv1D, experts that are one parameter) is left to torch.
+rows to `kvatlas.kernels.small_linear`, and more rows, as in prefill, to `kvatlas.kernels.product`. What is no
+``nn.Linear`` (GPT-2's Conv1D, experts that are one parameter) is left to torch.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ class SmallLinears:
     def restore(self) -> None:
         """Give the linears their own forward back and let go of the copies; what is not replaced stays as it is."""
         for module in self._replaced:
-            vars(module).pop("forward", None)
+            give_back(module, _Forward)
         self._replaced.clear()
         self.formats.clear()
         self.copy_bytes = 0
@@ -157,6 +157,25 @@ def is_suitable(module: nn.Module) -> TypeGuard[nn.Linear]:
         and "forward" not in vars(module)
         and not has_hooks(module)
         and all(map(is_plain, module.parameters()))
+        and (module.bias is None or module.bias.shape == module.weight.shape[:1])
+    )
+
+
+def give_back(module: nn.Module, kind: type) -> None:
+    """Let a module's class compute again, unless somebody has put a forward of their own in the place of ours."""
+    if isinstance(vars(module).get("forward"), kind):
+        del module.forward
+
+
+def is_ordinary(x: object) -> bool:
+    """Whether an input is contiguous float32 memory of the CPU, and nothing but a result is wanted of it."""
+    return (
+        type(x) is Tensor
+        and x.dtype is torch.float32
+        and x.is_cpu
+        and x.is_contiguous()
+        and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled("cpu")
     )
 
 
@@ -209,17 +228,7 @@ class _Forward:
         self._is_unchanged = Unchanged([module])
 
     def __call__(self, input: Tensor) -> Tensor:
-        if (
-            type(input) is Tensor
-            and input.dtype is torch.float32
-            and input.is_cpu
-            and input.is_contiguous()
-            and input.dim() > 0
-            and input.size(-1) == self._num_inputs
-            and not torch.is_grad_enabled()
-            and not torch.is_autocast_enabled("cpu")
-            and self._is_unchanged()
-        ):
+        if is_ordinary(input) and input.dim() > 0 and input.size(-1) == self._num_inputs and self._is_unchanged():
             if input.numel() <= self._most:
                 return self._small(input)
             if self._has_product and input.dim() > 1:

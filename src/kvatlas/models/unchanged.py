@@ -1,8 +1,10 @@
-"""Whether modules are still what they were when something was derived from their weights."""
+"""Whether modules are still what they were when something was derived from them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from operator import is_
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
@@ -22,31 +24,42 @@ class Unchanged:
 
     Args:
         modules: to remember.
-        bypassed: nobody calls these modules: another part, another forward or a hook counts as a change as well.
+        bypassed: nobody calls these modules: another part, class, forward or plain setting, and any hook, count as
+            changes as well.
     """
 
     def __init__(self, modules: Iterable[nn.Module], *, bypassed: bool = False) -> None:
-        self._entries: list[tuple[Mapping[str, object], str, object]] = []
-        self._versions: list[tuple[Tensor, int, int]] = []
+        self._holders: list[dict[str, Any]] = []
+        self._names: list[str] = []
+        self._held: list[object] = []
         self._hooks: list[Mapping[int, object]] = []
+        self._classes: list[tuple[nn.Module, Any, object]] = []
+        self._parameters: list[Tensor] = []
         if bypassed:
             self._hooks += [torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks]
         for module in modules:
-            self._entries += [(module._parameters, name, part) for name, part in module._parameters.items()]
-            self._versions += [(p, p._version, p.data_ptr()) for p in module._parameters.values() if p is not None]
+            self.remember(module._parameters, module._parameters)
+            self._parameters += [each for each in module._parameters.values() if each is not None]
             if bypassed:
-                self._entries += [(module._modules, name, part) for name, part in module._modules.items()]
-                self._entries.append((vars(module), "forward", vars(module).get("forward")))
+                self.remember(module._modules, module._modules)
+                settings = (name for name, value in vars(module).items() if isinstance(value, int | float | None))
+                self.remember(vars(module), ["forward", *settings])
                 self._hooks += [module._forward_hooks, module._forward_pre_hooks]
+                self._classes.append((module, type(module), type(module).forward))
+        self._places = [(each._version, each.data_ptr()) for each in self._parameters]
+
+    def remember(self, holder: dict[str, Any], names: Iterable[str]) -> None:
+        """Let other values under these names count as a change."""
+        for name in names:
+            self._holders.append(holder)
+            self._names.append(name)
+            self._held.append(holder.get(name))
 
     def __call__(self) -> bool:
         """Return whether nothing has changed."""
-        if any(self._hooks):
-            return False
-        for holder, name, part in self._entries:
-            if holder.get(name) is not part:
-                return False
-        for parameter, version, address in self._versions:  # a generator takes twice as long
-            if parameter._version != version or parameter.data_ptr() != address:
-                return False
-        return True
+        return (
+            not any(self._hooks)
+            and all(map(is_, map(dict.get, self._holders, self._names), self._held))
+            and all(module.__class__ is kind and kind.forward is forward for module, kind, forward in self._classes)
+            and [(each._version, each.data_ptr()) for each in self._parameters] == self._places
+        )

@@ -4,6 +4,7 @@
 //
 // Every row of x is computed in one order, whatever M and the number of threads are.
 // Shapes: M rows, C hidden size, I inner size of the MLP, D elements of a head.
+#include <exception>
 #include <vector>
 
 #include "linear.h"
@@ -90,10 +91,14 @@ void turn(const kva_layer& a, float* q, float* k, const float* cos, const float*
 
 int64_t bytes(const kva_linear& a) { return a.num_outputs * linear_row_bytes(a); }
 
-// Room for intermediate results. It stays with the calling thread, as fresh memory would cost a page fault per 4 KiB.
+// Room for intermediate results, or null. It stays with the calling thread, as fresh memory would cost a page fault per 4 KiB.
 float* scratch(int64_t floats) {
     thread_local std::vector<float> room;
-    if (int64_t(room.size()) < floats) room.resize(floats);
+    try {
+        if (int64_t(room.size()) < floats) room.resize(floats);
+    } catch (const std::exception&) {  // none may leave through the C ABI
+        return nullptr;
+    }
     return room.data();
 }
 
@@ -124,7 +129,9 @@ KVA_EXPORT(kva_layer_queries)(const kva_layer* a, const float* x, const float* c
     using namespace KVA_ISA;
     if (const int code = refusal(*a, M)) return code;
     const int64_t C = a->q.num_inputs;
-    float* normed = scratch(M * C);
+    if (M == 0) return KVA_OK;
+    float* const normed = scratch(M * C);
+    if (!normed) return KVA_EMEMORY;
     together(worthwhile(bytes(a->q) + bytes(a->k) + bytes(a->v), threads), [&](Team team) {
         for (int64_t m = team.begin(M); m < team.end(M); m++) norm_row(a->input_norm, x + m * C, normed + m * C, C);
         team.wait();
@@ -147,7 +154,10 @@ KVA_EXPORT(kva_layer_output)(const kva_layer* a, const float* x, const float* at
     if (const int code = refusal(*a, M)) return code;
     if (a->o.num_inputs != a->q.num_outputs) return KVA_ESHAPE;
     const int64_t C = a->q.num_inputs, I = a->gate.num_outputs;
-    float *normed = scratch(2 * M * (C + I)), *part = normed + M * C, *gate = part + M * C, *up = gate + M * I;
+    if (M == 0) return KVA_OK;
+    float* const normed = scratch(2 * M * (C + I));
+    if (!normed) return KVA_EMEMORY;
+    float *part = normed + M * C, *gate = part + M * C, *up = gate + M * I;
     const int64_t read = bytes(a->o) + bytes(a->gate) + bytes(a->up) + bytes(a->down);
     together(worthwhile(read, threads), [&](Team team) {
         share_rows(a->o, team, [&](int64_t n, int64_t end) {

@@ -29,7 +29,7 @@ def numbers(*shape: int, seed: int = 0) -> Tensor:
 
 
 def made(
-    hidden: int, inner: int, query_heads: int, kv_heads: int, dim: int,
+    hidden: int, inner: int, num_query_heads: int, num_kv_heads: int, dim: int,
     *, format: Format = Format.FP32, bias: bool = False, head_norms: bool = False,
 ) -> LayerWeights:  # fmt: skip
     """A layer whose activations neither vanish nor explode."""
@@ -42,10 +42,10 @@ def made(
         return Norm(weight=1 + 0.3 * numbers(width, seed=seed), eps=1e-5)
 
     return LayerWeights(
-        q=linear(query_heads * dim, hidden, 1),
-        k=linear(kv_heads * dim, hidden, 2),
-        v=linear(kv_heads * dim, hidden, 3),
-        o=linear(hidden, query_heads * dim, 4),
+        q=linear(num_query_heads * dim, hidden, 1),
+        k=linear(num_kv_heads * dim, hidden, 2),
+        v=linear(num_kv_heads * dim, hidden, 3),
+        o=linear(hidden, num_query_heads * dim, 4),
         gate=linear(inner, hidden, 5),
         up=linear(inner, hidden, 6),
         down=linear(hidden, inner, 7),
@@ -53,8 +53,8 @@ def made(
         output_norm=norm(hidden, 9),
         query_norm=norm(dim, 10) if head_norms else None,
         key_norm=norm(dim, 11) if head_norms else None,
-        query_heads=query_heads,
-        kv_heads=kv_heads,
+        num_query_heads=num_query_heads,
+        num_kv_heads=num_kv_heads,
         head_dim=dim,
     )
 
@@ -63,7 +63,7 @@ def inputs(layer: LayerWeights, rows: int) -> tuple[Tensor, Tensor, Tensor, Tens
     """x, cos, sin, and what the queries read, each [rows, ...]."""
     hidden, dim = layer.q.weights.codes.shape[1], layer.head_dim
     x, cos, sin = (numbers(rows, width, seed=rows + width) for width in (hidden, dim, dim + 1))
-    return x, cos, sin[:, :dim].contiguous(), numbers(rows, layer.query_heads, dim, seed=3)
+    return x, cos, sin[:, :dim].contiguous(), numbers(rows, layer.num_query_heads, dim, seed=3)
 
 
 def check(layer: LayerWeights, rows: int) -> None:

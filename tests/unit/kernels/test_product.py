@@ -30,13 +30,15 @@ def test_products_are_those_of_torch(shape, bias):
     assert torch.equal(other, before)
 
 
-def test_a_torch_without_them_is_noticed(monkeypatch):
-    for broken in (None, lambda *arguments: torch.zeros(3, 4)):
-        product.available.cache_clear()
-        monkeypatch.setattr(product, "_unary", broken or _missing)
-        assert not product.available()
+@pytest.mark.parametrize("name", ["_unary", "_binary"])
+@pytest.mark.parametrize("how", ["missing", "wrong"])
+def test_a_torch_without_them_is_noticed(name, how, monkeypatch):
+    def broken(*arguments: object) -> torch.Tensor:
+        if how == "missing":
+            raise AttributeError("no such operation")
+        return torch.zeros(3, 4)
+
     product.available.cache_clear()
-
-
-def _missing(*arguments: object) -> None:
-    raise AttributeError("no such operation")
+    monkeypatch.setattr(product, name, broken)
+    assert not product.available()
+    product.available.cache_clear()

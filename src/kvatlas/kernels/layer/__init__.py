@@ -40,7 +40,7 @@ class LayerWeights:
         gate: [I, C], whose SiLU multiplies ``up`` [I, C] before ``down`` [C, I].
         input_norm: [C], before the attention; ``output_norm`` [C], before the MLP.
         query_norm: [D], of every query head before it is rotated, or None; ``key_norm`` likewise.
-        query_heads: Hq; ``kv_heads`` H; ``head_dim`` D, even: element i rotates with element i + D / 2.
+        num_query_heads: Hq; ``num_kv_heads`` H; ``head_dim`` D, even: element i rotates with element i + D / 2.
     """
 
     q: Linear
@@ -54,6 +54,6 @@ class LayerWeights:
     output_norm: Norm
     query_norm: Norm | None
     key_norm: Norm | None
-    query_heads: int
-    kv_heads: int
+    num_query_heads: int
+    num_kv_heads: int
     head_dim: int

@@ -26,8 +26,8 @@ class KvaLayer(ctypes.Structure):
     _fields_ = (
         *((name, KvaLinear) for name in ("q", "k", "v", "o", "gate", "up", "down")),
         *((name, KvaNorm) for name in ("input_norm", "output_norm", "query_norm", "key_norm")),
-        ("query_heads", ctypes.c_int32),
-        ("kv_heads", ctypes.c_int32),
+        ("num_query_heads", ctypes.c_int32),
+        ("num_kv_heads", ctypes.c_int32),
         ("head_dim", ctypes.c_int32),
     )
 
@@ -47,8 +47,8 @@ class NativeLayer:
         self._struct = KvaLayer(
             *(_linear(each) for each in (layer.q, layer.k, layer.v, layer.o, layer.gate, layer.up, layer.down)),
             *(_norm(each) for each in (layer.input_norm, layer.output_norm, layer.query_norm, layer.key_norm)),
-            layer.query_heads,
-            layer.kv_heads,
+            layer.num_query_heads,
+            layer.num_kv_heads,
             layer.head_dim,
         )
         self._address = ctypes.addressof(self._struct)
@@ -62,8 +62,8 @@ class NativeLayer:
     def queries(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return q [1, M, Hq, D], k and v [1, M, H, D] of ``x`` [1, M, C], with ``cos`` and ``sin`` [1, M, D]."""
         layer, rows = self._layer, x.shape[1]
-        q = x.new_empty((1, rows, layer.query_heads, layer.head_dim))
-        k = x.new_empty((1, rows, layer.kv_heads, layer.head_dim))
+        q = x.new_empty((1, rows, layer.num_query_heads, layer.head_dim))
+        k = x.new_empty((1, rows, layer.num_kv_heads, layer.head_dim))
         v = torch.empty_like(k)
         code = self._queries(
             self._address, x.data_ptr(), cos.data_ptr(), sin.data_ptr(), q.data_ptr(), k.data_ptr(), v.data_ptr(),
