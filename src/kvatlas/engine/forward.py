@@ -25,7 +25,7 @@ from kvatlas.engine.staging import Staging, Transfer, Visitors
 from kvatlas.kernels.blocks import read_keys, rounded, write_slots
 from kvatlas.kernels.chunk_attention import chunk_attention
 from kvatlas.kernels.column_sums import column_sums
-from kvatlas.kernels.decode_attention import decode_attention
+from kvatlas.kernels.decode_attention import NewTokens, decode_attention
 from kvatlas.kernels.pool import Part
 from kvatlas.models.adapter import AttentionCall
 from kvatlas.storage.arena import BlockClass
@@ -257,10 +257,13 @@ class ForwardPass:
         seq, strategy, here = group.seqs[0], group.strategy, group.layers[call.layer]
         home = seq.layout.of_layer(call.layer)
         source = self._source(call, seq, group.visitors, here.table)
+        new = None
         if source.visiting:
             k, v = self._write(call, home, here.block, here.offset, k, v, source.visiting)
-        else:  # the kernel reads what is stored: nobody needs it back
+        elif home.pool.key_bounds is not None:  # what is chosen by bounds must be within them
             self._put(call, home, here.block, here.offset, k, v, on_host=False)
+        elif self._store.lanes.shape.layers[call.layer].shares_kv_with is None:
+            new = NewTokens(here.block, here.offset, k, v)
         choice = group.choices.get(call.layer)
         length, host_length, columns = here.length, here.host_length, group.columns[call.layer]
         if choice is not None:
@@ -283,6 +286,7 @@ class ForwardPass:
             q, parts, scale=call.scale, softcap=call.softcap, sinks=call.sinks,
             window=call.window if choice is None else None, query_position=group.positions, need_mass=need_mass,
             shared=None if choice is not None or read is not None else group.shared.setdefault(alike, {}),
+            new=new,
         )  # fmt: skip
         if masses is not None:
             where = replace(own, blocks=home, table=here.table[..., :columns])

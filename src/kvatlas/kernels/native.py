@@ -24,7 +24,7 @@ _FILE = "kvatlas/kernels/libkvatlas_native.so"
 _ERRORS = {-1: "a format that it does not know", -2: "shapes that it does not cover", -3: "too little memory"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # its hash is asked for with every call
 class Library:
     """The loaded library.
 

@@ -190,12 +190,12 @@ class _Fused:
         """Whether a call is an ordinary one, of modules that nobody has changed."""
         rotation = kwargs.get("position_embeddings")
         return (
-            is_ordinary(x)
+            isinstance(rotation, tuple)
+            and is_ordinary(x, *rotation)
             and x.dim() == 3
             and x.shape[0] == 1
             and (x.shape[1] <= MAX_ROWS or self._prompt is not None)
-            and isinstance(rotation, tuple)
-            and all(is_ordinary(each) and each.shape == (1, x.shape[1], self._head_dim) for each in rotation)
+            and [each.shape for each in rotation] == [(1, x.shape[1], self._head_dim)] * 2
             and all(value is None or name in HARMLESS for name, value in kwargs.items())
             and self._is_unchanged()
         )

@@ -167,16 +167,11 @@ def give_back(module: nn.Module, kind: type) -> None:
         del module.forward
 
 
-def is_ordinary(x: object) -> bool:
-    """Whether an input is contiguous float32 memory of the CPU, and nothing but a result is wanted of it."""
-    return (
-        type(x) is Tensor
-        and x.dtype is torch.float32
-        and x.is_cpu
-        and x.is_contiguous()
-        and not torch.is_grad_enabled()
-        and not torch.is_autocast_enabled("cpu")
-    )
+def is_ordinary(*inputs: object) -> bool:
+    """Whether inputs are contiguous float32 memory of the CPU, and nothing but a result is wanted of them."""
+    if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+        return False
+    return all(type(x) is Tensor and x.dtype is torch.float32 and x.is_cpu and x.is_contiguous() for x in inputs)
 
 
 def is_plain(parameter: nn.Parameter) -> bool:

@@ -33,7 +33,7 @@ class Unchanged:
         self._names: list[str] = []
         self._held: list[object] = []
         self._hooks: list[Mapping[int, object]] = []
-        self._classes: list[tuple[nn.Module, Any, object]] = []
+        self._modules: list[nn.Module] = []
         self._parameters: list[Tensor] = []
         if bypassed:
             self._hooks += [torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks]
@@ -45,7 +45,9 @@ class Unchanged:
                 settings = (name for name, value in vars(module).items() if isinstance(value, int | float | None))
                 self.remember(vars(module), ["forward", *settings])
                 self._hooks += [module._forward_hooks, module._forward_pre_hooks]
-                self._classes.append((module, type(module), type(module).forward))
+                self._modules.append(module)
+        self._classes: list[Any] = [type(module) for module in self._modules]
+        self._forwards = [kind.forward for kind in self._classes]
         self._places = [(each._version, each.data_ptr()) for each in self._parameters]
 
     def remember(self, holder: dict[str, Any], names: Iterable[str]) -> None:
@@ -60,6 +62,7 @@ class Unchanged:
         return (
             not any(self._hooks)
             and all(map(is_, map(dict.get, self._holders, self._names), self._held))
-            and all(module.__class__ is kind and kind.forward is forward for module, kind, forward in self._classes)
+            and all(map(is_, map(type, self._modules), self._classes))
+            and [kind.forward for kind in self._classes] == self._forwards
             and [(each._version, each.data_ptr()) for each in self._parameters] == self._places
         )

@@ -7,18 +7,35 @@ accumulating strategies (H2O, Scissorhands) would otherwise have to compute agai
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from kvatlas.core.errors import ConfigError
 from kvatlas.kernels import triton_support
+from kvatlas.kernels.blocks import native as native_blocks, write_slots
 from kvatlas.kernels.decode_attention import flashinfer_path, native, reference, torch_path
 from kvatlas.kernels.dispatch import choose
 from kvatlas.kernels.pool import Part
 from kvatlas.kernels.visibility import check_window
 
-__all__ = ["decode_attention"]
+__all__ = ["NewTokens", "decode_attention"]
+
+
+class NewTokens(NamedTuple):
+    """Tokens of a step on their way to slots that are not packed.
+
+    Args:
+        block: int64 [R, H] block ids.
+        offset: int64 [R, H] slots of these blocks.
+        k: [R, H, Dk] keys.
+        v: [R, H, Dv] values.
+    """
+
+    block: Tensor
+    offset: Tensor
+    k: Tensor
+    v: Tensor
 
 
 def decode_attention(
@@ -33,6 +50,7 @@ def decode_attention(
     slots: Tensor | None = None,
     need_mass: bool = False,
     shared: dict[Any, Any] | None = None,
+    new: NewTokens | None = None,
 ) -> tuple[Tensor, list[Tensor] | None]:
     """Return the attention output [R, Hq, Dv] in the type of ``q``, and the probability mass of each slot.
 
@@ -53,6 +71,8 @@ def decode_attention(
         need_mass: whether to return the mass.
         shared: a dict that the torch form keeps masks in. Pass the same one for layers whose tables, lengths and
             positions are equal, in one step; other forms ignore it.
+        new: tokens to write to the last part's blocks first, as `kvatlas.kernels.blocks.write_slots` does: a step
+            chooses its form once for both.
 
     Returns:
         The output, and for each part the mass [R, H, C * block_size] float32 (with ``slots``: [R, H, S']): the
@@ -69,6 +89,9 @@ def decode_attention(
     for part in parts:
         check_window(part, window, query_position)
     form = _form(q, parts, slots, window=window, sinks=sinks, need_mass=need_mass)
+    if new is not None:
+        write = native_blocks.write_slots if form is native.decode_attention else write_slots
+        write(parts[-1].pool, new.block, new.offset, new.k, new.v)
     return form(
         q,
         parts,
