@@ -161,18 +161,20 @@ KVA_EXPORT(kva_read_blocks)(const kva_pool* pool, const int32_t* ids, int64_t n,
     return known ? KVA_OK : KVA_EFORMAT;
 }
 
-// Writes n tokens into slots: k [n, key_dim], v [n, value_dim] or null, floats of one format.
+// Writes n tokens into slots: k [n, key_dim], v [n, value_dim] or null, floats of one format. Blocks and offsets lie in
+// rows of `width`, `stride` apart.
 KVA_EXPORT(kva_write_slots)(const kva_pool* pool, const int64_t* blocks, const int64_t* offsets, int64_t n,
-                            const uint8_t* k, const uint8_t* v, int32_t format) {
+                            int64_t width, int64_t stride, const uint8_t* k, const uint8_t* v, int32_t format) {
     if (pool->format >= KVA_INT4) return KVA_EFORMAT;
     if (const int error = check(*pool)) return error;
     const bool known = with_float(format, [&](auto from) {
         using From = decltype(from);
         const int64_t k_step = pool->key_dim * From::BYTES, v_step = pool->value_dim * From::BYTES;
         for (int64_t i = 0; i < n; ++i) {
-            uint8_t* block = block_at(*pool, blocks[i]);
-            write_row<From>(*pool, keys_of(*pool), block, offsets[i], k + i * k_step);
-            if (v) write_row<From>(*pool, values_of(*pool), block, offsets[i], v + i * v_step);
+            const int64_t at = i / width * stride + i % width;
+            uint8_t* block = block_at(*pool, blocks[at]);
+            write_row<From>(*pool, keys_of(*pool), block, offsets[at], k + i * k_step);
+            if (v) write_row<From>(*pool, values_of(*pool), block, offsets[at], v + i * v_step);
         }
     });
     return known ? KVA_OK : KVA_EFORMAT;

@@ -74,6 +74,28 @@ def forms(dtype: torch.dtype = torch.float32) -> list[Any]:
     return every
 
 
+@pytest.mark.parametrize("rows, lanes", [(1, 1), (1, 3), (4, 3), (5, 1)])
+@pytest.mark.parametrize("format", [Format.FP32, Format.INT8])
+def test_tokens_of_a_step_go_where_its_lanes_lie_among_all(rows, lanes, format):
+    """Decode steps hand over a layer's columns of one table of slots for all layers."""
+    torch.manual_seed(rows + lanes)
+    pool, ids = make_pool(format, count=rows * 7)
+    table, at = ids.view(rows, 7), torch.randint(32, (rows, 7))
+    k, v = torch.randn(rows, lanes, 60), torch.randn(rows, lanes, 20)
+    places = [
+        (table[:, 2 : 2 + lanes], at[:, 2 : 2 + lanes]),
+        (table[:, 2 : 2 + lanes], at[:, 2 : 2 + lanes].contiguous()),
+        (table[:, 2 : 2 + lanes].int(), at[:, 2 : 2 + lanes]),
+    ]
+    torch_path.write_slots(pool, places[0][0], places[0][1], k, v)
+    expected = pool.memory.clone()
+    for form in forms():
+        for block, offset in places:
+            pool.memory.fill_(POISON)
+            form.write_slots(pool, block.long() if form is torch_path else block, offset, k, v)
+            assert torch.equal(pool.memory, expected)
+
+
 @pytest.mark.parametrize("dims", DIMS)
 @pytest.mark.parametrize("format", list(Format))
 def test_encoded_blocks_are_the_reference_byte_for_byte(format: Format, dims: tuple[int, int]) -> None:

@@ -17,7 +17,7 @@ _MAX_PACKED_DIM = 1024  # elements of a key or a value that a packed block's cod
 _ARGUMENTS = {
     "kva_encode_blocks": (c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_int32, c_int32),
     "kva_read_blocks": (c_void_p, c_void_p, c_int64, c_int32, c_void_p, c_int32, c_int32),
-    "kva_write_slots": (c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_int32),
+    "kva_write_slots": (c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p, c_void_p, c_int32),
     "kva_copy_slots": (c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_int64),
     "kva_bound_keys": (c_void_p, c_void_p, c_void_p, c_int64, c_int32),
     "kva_score_bounds": (c_void_p, c_void_p, c_int64, c_int64, c_int32, c_void_p, c_int32),
@@ -33,12 +33,17 @@ def covers(pool: BlockPool) -> bool:
 def write_slots(pool: BlockPool, block: Tensor, offset: Tensor, k: Tensor, v: Tensor | None) -> None:
     """As :func:`kvatlas.kernels.blocks.write_slots`."""
     shape = k.shape[:-1]
-    ids, offsets = _indices(block, shape), _indices(offset, shape)
+    count = width = stride = shape.numel()
+    if _are_rows(block, offset, shape):  # as decode steps have them: a layer's lanes among all lanes
+        width, stride = shape[1], block.stride(0)
+    else:
+        block, offset = _indices(block, shape), _indices(offset, shape)
     k = k.contiguous()
     v = None if v is None else v.contiguous()
-    values = 0 if v is None else v.data_ptr()
-    count, dtype = shape.numel(), FLOAT_TYPES[k.dtype]
-    _call("kva_write_slots", _of(pool), ids.data_ptr(), offsets.data_ptr(), count, k.data_ptr(), values, dtype)
+    _call(
+        "kva_write_slots", _of(pool), block.data_ptr(), offset.data_ptr(), count, width, stride,
+        k.data_ptr(), 0 if v is None else v.data_ptr(), FLOAT_TYPES[k.dtype],
+    )  # fmt: skip
 
 
 def copy_slots(pool: BlockPool, source: tuple[Tensor, Tensor], target: tuple[Tensor, Tensor]) -> None:
@@ -98,6 +103,17 @@ def _read(pool: BlockPool, table: Tensor, dtype: torch.dtype, *, values: bool) -
 
 def _of(pool: BlockPool) -> int:
     return addressof(pool_struct(pool))
+
+
+def _are_rows(block: Tensor, offset: Tensor, shape: torch.Size) -> bool:
+    """Whether block ids and offsets lie alike, as rows of neighbours."""
+    return (
+        block.dtype is offset.dtype is torch.int64
+        and block.shape == offset.shape == shape
+        and len(shape) == 2
+        and block.stride() == offset.stride()
+        and block.stride(1) == 1
+    )
 
 
 def _indices(index: Tensor, shape: torch.Size) -> Tensor:
