@@ -64,7 +64,7 @@ class FusedLayers:
 
     @property
     def num_layers(self) -> int:
-        """Layers that were replaced: all of a model's or none."""
+        """Layers that were replaced."""
         return len(self._replaced)
 
     def __str__(self) -> str:

@@ -1,12 +1,11 @@
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
+from tests.unit.kernels.fast_forms import FAST_FORMS, Form, fast_form
 from tests.unit.kernels.lanes import Lanes, close, dense, make_lanes, peak_bytes
 from tests.unit.kernels.test_chunk_attention import LIMITS, chunk, make_lanes_of, split, stored
 
@@ -17,25 +16,13 @@ from kvatlas.kernels.column_sums import column_sums, native, reference, torch_pa
 from kvatlas.kernels.native import Missing, library
 
 FLOATS = [Format.FP32, Format.BF16, Format.FP16]
-Form = Callable[..., Any]
 NO_LIMITS: dict[str, Any] = {"softcap": None, "window": None, "reach": None}
 
 
-@pytest.fixture(params=["torch", "avx512, 1 thread", "avx2, 3 threads", "baseline, 2 threads"])
+@pytest.fixture(params=FAST_FORMS)
 def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Form:
     """A fast form of the operation."""
-    if request.param == "torch":
-        return torch_path.column_sums
-    found = library()
-    if isinstance(found, Missing):
-        pytest.skip(f"no native kernels: {found.reason}")
-    isa, threads = request.param.split(", ")
-    if isa not in found.available:
-        pytest.skip(f"this processor has no {isa}")
-    kernel = replace(found, isa=isa).function("kva_column_sums")
-    monkeypatch.setattr(native, "_kernel", lambda: kernel)
-    monkeypatch.setattr(native, "num_threads", lambda: int(threads[0]))
-    return native.column_sums
+    return fast_form(request.param, torch_path, native, "column_sums", monkeypatch)
 
 
 def sums(form: Form, own: tuple[torch.Tensor, ...], *lanes: Lanes, sinks: Any = None, **options: Any) -> Any:

@@ -1,41 +1,28 @@
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
+from tests.unit.kernels.fast_forms import FAST_FORMS, Form, fast_form
 from tests.unit.kernels.lanes import Lanes, close, make_lanes, read
 
 from kvatlas.core.errors import ConfigError
 from kvatlas.core.vocabulary import Format
 from kvatlas.kernels.decode_attention import decode_attention, native, reference, torch_path
-from kvatlas.kernels.native import Missing, library
 from kvatlas.kernels.pool import Part
 from kvatlas.kernels.visibility import slot_mask
 
 FLOATS = [Format.FP32, Format.BF16, Format.FP16]
 PACKED = [Format.INT4, Format.INT2]
-Form = Callable[..., Any]
 
 
-@pytest.fixture(params=["torch", "avx512, 1 thread", "avx2, 3 threads", "baseline, 2 threads"])
+@pytest.fixture(params=FAST_FORMS)
 def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Form:
     """A fast form of the operation."""
-    if request.param == "torch":
-        return torch_path.decode_attention
-    found = library()
-    if isinstance(found, Missing):
-        pytest.skip(f"no native kernels: {found.reason}")
-    isa, threads = request.param.split(", ")
-    if isa not in found.available:
-        pytest.skip(f"this processor has no {isa}")
-    kernel = replace(found, isa=isa).function("kva_decode_attention")
-    monkeypatch.setattr(native, "_kernel", lambda: kernel)
-    monkeypatch.setattr(native, "num_threads", lambda: int(threads[0]))
-    return native.decode_attention
+    return fast_form(request.param, torch_path, native, "decode_attention", monkeypatch)
 
 
 def case(R: int, H: int, G: int, lengths: list[int], *, dtype: torch.dtype = torch.float32, **lane: Any) -> Any:
