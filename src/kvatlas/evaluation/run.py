@@ -276,6 +276,7 @@ def _facts(model: LoadedModel) -> Facts:
         "layers": len(shape.layers),
         "dtype": str(model.adapter.dtype).removeprefix("torch."),
         "linears": str(model.adapter.linears),
+        "forwards": str(model.adapter.layers),
         "threads": torch.get_num_threads(),
     }
 

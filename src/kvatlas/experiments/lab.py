@@ -162,5 +162,6 @@ class Lab:
             "head_dim": layer.key_dim,
             "dtype": str(model.adapter.dtype).removeprefix("torch."),
             "linears": str(model.adapter.linears),
+            "forwards": str(model.adapter.layers),
             "threads": torch.get_num_threads(),
         }

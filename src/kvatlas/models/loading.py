@@ -68,7 +68,8 @@ def load_model(
         device: ``"cpu"``, ``"cuda"`` or ``"cuda:<index>"``.
         linear_weights: copies of weights from which linears compute steps of few tokens on the CPU in float32:
             ``"auto"`` makes 16-bit copies where these are exact; ``"fp16"``, ``"bf16"`` and ``"int8"`` round;
-            ``"fp32"`` and ``"off"`` make none. See `kvatlas.models.linear.SmallLinears`.
+            ``"fp32"`` and ``"off"`` make none, and ``"off"`` leaves decoder layers to transformers, too. See
+            `kvatlas.models.linear.SmallLinears`.
 
     Raises:
         ConfigError: dtype, device or ``linear_weights`` is unknown.
