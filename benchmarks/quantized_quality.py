@@ -18,8 +18,10 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
+from types import ModuleType
 
 import torch
 from rich.console import Console
@@ -27,9 +29,9 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
-from kvatlas.engine import forward
 from kvatlas.engine.engine import Engine
 from kvatlas.experiments.asking import Conversation, ask, planted
+from kvatlas.kernels.blocks import native, torch_path
 from kvatlas.kernels.pool import BlockPool
 from kvatlas.metrics.statistics import paired_difference_interval, wilson_interval
 from kvatlas.models.loading import LoadedModel, load_model
@@ -63,16 +65,18 @@ def emulated(strategy: str) -> Iterator[str]:
     if strategy != NAIVE:
         yield strategy
         return
-    write: Callable[[BlockPool, Tensor, Tensor, Tensor, Tensor | None], None] = forward.write_slots
+    writes = {form: form.write_slots for form in (native, torch_path)}
 
-    def rounding(pool: BlockPool, block: Tensor, offset: Tensor, k: Tensor, v: Tensor | None) -> None:
-        write(pool, block, offset, naive(k), None if v is None else naive(v))
+    def rounding(form: ModuleType, pool: BlockPool, block: Tensor, offset: Tensor, k: Tensor, v: Tensor | None) -> None:
+        writes[form](pool, block, offset, naive(k), None if v is None else naive(v))
 
-    forward.write_slots = rounding
+    for form in writes:  # prompts and decode steps both end there
+        form.write_slots = partial(rounding, form)
     try:
         yield "fp16"
     finally:
-        forward.write_slots = write
+        for form, write in writes.items():
+            form.write_slots = write
 
 
 def rescale(model: LoadedModel) -> None:
