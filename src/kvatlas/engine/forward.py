@@ -169,9 +169,13 @@ class ForwardPass:
         table = chunk.table[lanes]
         return table.gather(1, column.clamp(max=table.shape[1] - 1).to(table.device)), used
 
+    def _stores(self, layer: int) -> bool:
+        """Whether a layer's keys and values are its own: the others read those of an earlier one."""
+        return self._store.lanes.shape.layers[layer].shares_kv_with is None
+
     def _bound_keys(self, call: AttentionCall, home: BlockClass, here: GroupLayer) -> None:
         """Let the bounds of the blocks that a step writes to cover the new keys."""
-        if self._store.lanes.shape.layers[call.layer].shares_kv_with is None:
+        if self._stores(call.layer):
             fresh = (here.slot == here.host_length - 1) & (here.slot % self._store.block_size == 0)
             widen(home, here.block, here.offset, fresh)
 
@@ -214,7 +218,7 @@ class ForwardPass:
         past = before + first  # tokens of the chunk before the first observed one count as past
         at_home = Blocks.of(home, chunk.table[lanes], past.to(q.device), past)
         own = replace(at_home, blocks=source.blocks, table=source.table[0, :, : at_home.table.shape[-1]])
-        owner = self._store.lanes.shape.layers[call.layer].shares_kv_with is None  # the others only add to its votes
+        owner = self._stores(call.layer)  # the others only add to its votes
         fresh = owner and observed is not None and prompt_tokens - observed >= int(chunk.positions[0])
         if source.visiting and first:  # the buffer has the past, but not yet the chunk's own unobserved tokens
             self._write_visiting(source, chunk.slots.index[:first, lanes], k[:first], None)
@@ -262,7 +266,7 @@ class ForwardPass:
             k, v = self._write(call, home, here.block, here.offset, k, v, source.visiting)
         elif home.pool.key_bounds is not None:  # what is chosen by bounds must be within them
             self._put(call, home, here.block, here.offset, k, v, on_host=False)
-        elif self._store.lanes.shape.layers[call.layer].shares_kv_with is None:
+        elif self._stores(call.layer):
             new = NewTokens(here.block, here.offset, k, v)
         choice = group.choices.get(call.layer)
         length, host_length, columns = here.length, here.host_length, group.columns[call.layer]
@@ -348,7 +352,7 @@ class ForwardPass:
         on_host: bool,
     ) -> None:
         """Store keys and values, in the background if they live on the host, unless another layer stores them."""
-        if self._store.lanes.shape.layers[call.layer].shares_kv_with is not None:
+        if not self._stores(call.layer):
             return
         where = block.to(blocks.device), offset.to(blocks.device)
 
