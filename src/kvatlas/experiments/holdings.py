@@ -31,14 +31,17 @@ class Holdings:
 
 def holdings(store: KVStore, seq: Sequence) -> Holdings:
     """Return what ``seq`` holds now; blocks shared with others count in full."""
-    held = store.columns_held(seq)
     kv = {"device": 0, "host": 0}
     blocks = dict(kv)
-    for group in seq.layout.groups:
-        count = int(held[group.lanes].sum())
-        tier = "device" if group.blocks.arena is store.arena else "host"
-        kv[tier] += count * group.blocks.layout.kv_bytes
-        blocks[tier] += count * group.blocks.block_bytes
+    for row in (seq, seq.encoded):  # the newest tokens, and the old ones in a packed format
+        if row is None:
+            continue
+        held = store.columns_held(row)
+        for group in row.layout.groups:
+            count = int(held[group.lanes].sum())
+            tier = "device" if group.blocks.arena is store.arena else "host"
+            kv[tier] += count * group.blocks.layout.kv_bytes
+            blocks[tier] += count * group.blocks.block_bytes
     companions = [0 if row is None else store.row_bytes([row], store.arena)[0] for row in (seq.sketch, seq.staging)]
     return Holdings(
         device_kv=kv["device"],
