@@ -117,8 +117,8 @@ class H2O(Retelling):
 class SnapKV(Retelling):
     """At the end of the prompt, keep what its last ``window`` tokens looked at, and these (arXiv:2404.14469).
 
-    Votes are summed over the window's queries and averaged with their neighbours', nothing beyond the ends. The output
-    stays.
+    Votes are summed over the window's queries and averaged with their neighbours', nothing beyond the ends; of equal
+    votes the newer token's count more.
     """
 
     def __init__(self, prompt_tokens: int, budget: int, window: int, pool: int) -> None:
@@ -135,7 +135,7 @@ class SnapKV(Retelling):
         prefix, newest = cache[: -self.window], cache[-self.window :]
         reach = self.pool // 2
         votes = [sum(token.score for token in prefix[max(0, i - reach) : i + reach + 1]) for i in range(len(prefix))]
-        ranked = sorted(range(len(prefix)), key=lambda i: votes[i], reverse=True)
+        ranked = sorted(range(len(prefix)), key=lambda i: (votes[i], i), reverse=True)
         cache[:] = [prefix[i] for i in sorted(ranked[: self.budget - self.window])] + newest
 
 
@@ -218,12 +218,18 @@ class InfiniGen(Retelling):
                 below[head].append([score - max(scores) for score in scores])
         important = [sum(score > -self.alpha for score in row) for head in heads for row in below[head]]
         count = math.ceil(sum(important) / len(important))
-        count = max(1, min(count, math.ceil(self.cap * cached - 1e-9)))
+        favourites = max(len({row.index(max(row)) for row in below[head]}) for head in heads)
+        count = max(min(count, math.ceil(self.cap * cached - 1e-9)), favourites)
         self.counts.append(count)
         for head in heads:
-            best = [max(row[place] for row in below[head]) for place in range(cached)]
-            ranked = sorted(range(cached), key=lambda place: best[place], reverse=True)
-            self.chosen[-1].setdefault(layer, {})[head] = sorted(ranked[:count])
+            self.chosen[-1].setdefault(layer, {})[head] = sorted(self._best(below[head])[:count])
+
+    @staticmethod
+    def _best(below: list[list[float]]) -> list[int]:
+        """Return the places of a lane, each query head's favourite first, then by the head that likes them best."""
+        favourites = {row.index(max(row)) for row in below}
+        order = [(place in favourites, max(row[place] for row in below)) for place in range(len(below[0]))]
+        return sorted(range(len(order)), key=order.__getitem__, reverse=True)
 
     def attend(self, call: AttentionCall, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Read everything in the prompt and in dense layers, else what was chosen and the new token."""
@@ -245,9 +251,8 @@ class InfiniGen(Retelling):
             if self.position < self.prompt_tokens:
                 self._weigh(call.layer, head, queries, key[0, head, 0])
             elif chosen is not None:
-                best = [max(row[p] - max(row[:-1]) for row in exact) for p in range(len(cache) - 1)]
-                ranked = sorted(range(len(best)), key=lambda place: best[place], reverse=True)
-                hits += len(set(ranked[: len(chosen[head])]) & set(chosen[head]))
+                below = [[score - max(row[:-1]) for score in row[:-1]] for row in exact]
+                hits += len(set(self._best(below)[: len(chosen[head])]) & set(chosen[head]))
         if chosen is not None:
             self.recalls.append(hits / sum(map(len, chosen.values())))
             self.masses.append(sum(masses) / len(masses))

@@ -26,7 +26,7 @@ TOLERANCE = 1e-4
 LAYERS = 4
 
 GROUPED, SINGLE = 2, 4
-"""KV heads, for four query heads. A single token read for two query heads with different favourites is a tie."""
+"""KV heads, for four query heads."""
 
 SPECULATIONS = [
     "speculate(alpha=4.0, cap=0.2, partial=0.3) | offload(host)",
@@ -94,8 +94,12 @@ def choices(monkeypatch: pytest.MonkeyPatch) -> list[Choice]:
     ("strategy", "prompt_tokens", "chunk", "block_size", "kv_heads"),
     [
         *((each, *rest) for each in SPECULATIONS for rest in ((34, 512, 4, GROUPED), (34, 7, 5, GROUPED))),
-        *((each, *rest) for each in SPECULATIONS for rest in ((1, 8, 3, SINGLE), (9, 4, 16, SINGLE))),
-        (ONE_TOKEN, 34, 16, 4, SINGLE),
+        *(
+            (each, *rest)
+            for each in SPECULATIONS
+            for rest in ((1, 8, 3, SINGLE), (9, 4, 16, SINGLE), (9, 4, 16, GROUPED))
+        ),
+        *((ONE_TOKEN, 34, 16, 4, kv_heads) for kv_heads in (SINGLE, GROUPED)),
     ],
 )
 def test_chooses_and_answers_as_told(
@@ -128,6 +132,7 @@ def test_the_retelling_has_something_to_tell() -> None:
     assert set(capped.counts) >= {7, 9} and max(capped.counts) <= 9
     assert len(set(counted.counts)) > 5, "alpha decides"
     assert set(told(ONE_TOKEN, 34, SINGLE)[0].counts) == {1}
+    assert set(told(ONE_TOKEN, 34, GROUPED)[0].counts) == {2}, "each query head reads its own"
     assert all(set(layers) == {2, 3} for layers in told(SPECULATIONS[3], 34)[0].chosen)
     for retelling in (capped, counted):
         assert 0.2 < sum(retelling.recalls) / len(retelling.recalls) < 1

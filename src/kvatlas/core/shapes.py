@@ -29,6 +29,11 @@ class LayerShape:
     window: int | None = None
     shares_kv_with: int | None = None
 
+    @property
+    def group(self) -> int:
+        """Query heads of one KV head."""
+        return self.num_query_heads // self.num_kv_heads
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelShape:
@@ -54,6 +59,11 @@ class ModelShape:
     def owners(self) -> tuple[int, ...]:
         """Indices of the layers that own lanes, that is, do not share another layer's."""
         return tuple(i for i, layer in enumerate(self.layers) if layer.shares_kv_with is None)
+
+    @cached_property
+    def largest_group(self) -> int:
+        """Most query heads that read one lane in a layer."""
+        return max(layer.group for layer in self.layers)
 
     @cached_property
     def num_lanes(self) -> int:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence as Seq
 
 import torch
+from torch import Tensor
 
+from kvatlas.core.views import LayerView
 from kvatlas.core.vocabulary import Moment
 from kvatlas.engine.request import Request
 from kvatlas.storage.eviction import compact_windows, evict_one, keep_only, lane_view
@@ -50,7 +52,7 @@ def staged_slots(store: KVStore, request: Request, count: int) -> int:
         return 0
     slots, attend = store.longest_on_host(request.seq), request.strategy.attend
     if attend is not None and request.prefill_end is None:
-        slots = attend.most_read(slots)
+        slots = attend.most_read(slots, store.lanes.shape.largest_group)
     return slots + count
 
 
@@ -71,8 +73,8 @@ def after_decode_step(store: KVStore, requests: Seq[Request]) -> None:
     for group in seqs[0].layout.groups:
         slots = lane_view(store, seqs, group, recent)
         view, live = slots.view, slots.live_BHS
-        scores = strategy.keep.scores(view).masked_fill(~view.valid_BHS, -torch.inf)
-        victims = scores.masked_fill(~live, torch.inf).argmin(dim=-1).cpu()
+        scores = _scores(strategy, view)
+        victims = _lowest(scores.masked_fill(~live, torch.inf), view.positions_BHS).cpu()
         windows = store.lanes.window_of_lane[group.lanes]
         crowded = live.sum(dim=-1).cpu() >= torch.minimum(limits[:, None], windows)
         evict_one(store, seqs, group, victims.masked_fill(~crowded, -1), slots.num_old)
@@ -96,10 +98,32 @@ def _cut(store: KVStore, request: Request) -> None:
         view = slots.view
         window = store.lanes.shape.layers[index].window
         limit = most_kept if window is None else min(most_kept, window - 1)
-        scores = keep.scores(view).masked_fill(~view.valid_BHS, -torch.inf)[0]
+        scores = _scores(request.strategy, view)[0]
         count = view.valid_BHS[0].sum(dim=-1).clamp(max=limit)
         most = int(count.max())
-        kept = scores.topk(most, dim=-1).indices
+        kept = _best(scores, view.positions_BHS[0], most)
         unused = torch.arange(most, device=kept.device) >= count[:, None]
         kept = kept.masked_fill(unused, scores.shape[-1]).sort(dim=-1).values
         keep_only(store, seq, group, kept.cpu(), count.cpu(), slots.num_old)
+
+
+def _scores(strategy: Strategy, view: LayerView) -> Tensor:
+    """Return the strategy's scores [B, H, S], lowest where there is no visible token or no number."""
+    scores = strategy.keep.scores(view).masked_fill(~view.valid_BHS, -torch.inf)
+    return scores.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+
+
+def _lowest(scores: Tensor, positions: Tensor) -> Tensor:
+    """Return the slot with the lowest score [..., S] of each lane; of equal ones that of the oldest token.
+
+    Where slots lie depends on what happened to a lane besides, as being swapped or packed; positions do not.
+    """
+    lowest = scores == scores.amin(dim=-1, keepdim=True)
+    return positions.masked_fill(~lowest, torch.iinfo(positions.dtype).max).argmin(dim=-1)
+
+
+def _best(scores: Tensor, positions: Tensor, count: int) -> Tensor:
+    """Return the slots [H, count] of the highest scores [H, S], best first; of equal ones that of the newest token."""
+    newest_first = positions.argsort(dim=-1, descending=True, stable=True)
+    order = scores.gather(-1, newest_first).argsort(dim=-1, descending=True, stable=True)[..., :count]
+    return newest_first.gather(-1, order)

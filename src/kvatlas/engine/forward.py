@@ -109,7 +109,8 @@ class ForwardPass:
                 query = foresee(target, slice(group.start, group.start + len(group.requests)))
                 cached = group.host_length[:, self._store.lanes.slices[target].start] - 1
                 sketch = Sketch(self._store, speculator.rotations[target], target)
-                most = torch.tensor([attend.most_read(count) for count in cached.tolist()])
+                shape = self._store.lanes.shape.layers[target]
+                most = torch.tensor([attend.most_read(count, shape.group) for count in cached.tolist()])
                 choice = choose(sketch.relative(group.seqs, query, cached), attend.margin, most)
                 group.choices[target] = choice
                 self._staging.bring(target, visitors, visitors.chosen(target, choice.slots, choice.wanted))

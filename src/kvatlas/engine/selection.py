@@ -31,7 +31,8 @@ def choose_pages(query: Tensor, cached: Blocks, most: int, slot: Tensor) -> Part
     columns = -(-length // size)
     scores = score_bounds(query, part)
     newest = torch.arange(scores.shape[-1], device=scores.device) == (slot // size).to(scores.device)[..., None]
-    column = scores.masked_fill_(newest, torch.inf).topk(most, dim=-1).indices
+    # Equal scores go to the earlier block, whatever the padding: topk would let the batch decide.
+    column = scores.masked_fill_(newest, torch.inf).sort(dim=-1, descending=True, stable=True).indices[..., :most]
     # Columns behind a short lane's end were chosen for want of others; they go last, behind its length.
     column = column.sort(dim=-1).values
     ends = (column == columns[..., None] - 1).any(dim=-1)  # only the last block may be partly filled

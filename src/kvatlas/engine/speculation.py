@@ -64,14 +64,36 @@ def choose(relative_RHGS: Tensor, alpha: float, most_R: Tensor) -> Choice:
     """Return for each lane the slots that score best for any of its query heads.
 
     How many: those within ``alpha`` of a query head's best, averaged over all query heads of the layer, rounded up; at
-    least one and at most ``most_R`` [R].
+    most ``most_R`` [R], but never so few that a query head would miss its own best slot. What a sequence is given
+    depends on its scores alone, not on who shares the batch: equal scores go to the earlier slot.
     """
-    important = (relative_RHGS > -alpha).sum(dim=-1).float().mean(dim=(1, 2)).ceil().long().cpu()
-    count = torch.minimum(important, most_R).clamp(min=1)
-    best = relative_RHGS.amax(dim=2).topk(int(count.max()), dim=-1).indices.cpu()
-    padding = torch.arange(best.shape[-1]) >= count[:, None, None]
-    slots = best.masked_fill(padding, torch.iinfo(torch.int64).max).sort(dim=-1).values
-    return Choice(slots=slots.masked_fill(padding, 0), count=count)
+    relative_RHGS = relative_RHGS.nan_to_num(nan=-torch.inf)
+    important = (relative_RHGS > -alpha).sum(dim=-1).float().mean(dim=(1, 2)).ceil().long()
+    best = _for_any_head(relative_RHGS)
+    favourites = best.isposinf().sum(dim=-1).amax(dim=-1)
+    count = torch.minimum(important, most_R.to(important.device)).maximum(favourites).cpu()
+    slots = torch.zeros(*best.shape[:2], int(count.max()), dtype=torch.int64)
+    choice = Choice(slots=slots, count=count)
+    slots[choice.wanted] = best_slots(best, count).nonzero()[:, -1].cpu()  # row by row, so ascending in each lane
+    return choice
+
+
+def _for_any_head(relative_RHGS: Tensor) -> Tensor:
+    """Return each slot's score [R, H, S] for the query head that likes it best; a head's favourite has infinity."""
+    return relative_RHGS.amax(dim=2).scatter_(-1, relative_RHGS.argmax(dim=-1), torch.inf)
+
+
+def best_slots(score_RHS: Tensor, count_R: Tensor) -> Tensor:
+    """Return which slots of each lane are among its ``count_R`` best, bool [R, H, S]; equal ones by the earlier slot.
+
+    ``topk`` alone would not do: which of equal scores it takes depends on the count and the padding, and so on others.
+    """
+    count = count_R.to(score_RHS.device)[:, None, None]
+    values = score_RHS.topk(int(count_R.max()), dim=-1).values
+    last = values.gather(-1, (count - 1).expand(*values.shape[:2], 1))
+    above, tied = score_RHS > last, score_RHS == last
+    room = count - above.sum(dim=-1, keepdim=True)
+    return above | (tied & (tied.cumsum(dim=-1) <= room))
 
 
 def by_kv_head(query_THqD: Tensor, heads: int) -> Tensor:
@@ -206,11 +228,12 @@ class Account:
         probability = exact.exp() / exact.exp().sum(dim=-1, keepdim=True)
         for row, (length, count) in enumerate(zip(length_R.tolist(), choice.count.tolist(), strict=True)):
             chosen = choice.slots[row, :, :count]
-            best = exact[row, ..., :length].amax(dim=1).topk(count, dim=-1).indices
-            hits = sum(len(set(a) & set(b)) for a, b in zip(chosen.tolist(), best.tolist(), strict=True))
+            cached = exact[row : row + 1, ..., :length]
+            best = best_slots(_for_any_head(cached - cached.amax(dim=-1, keepdim=True)), choice.count[row : row + 1])
+            hits = int(best[0].gather(-1, chosen.to(best.device)).sum())
             read = chosen.to(probability.device)[:, None].expand(-1, exact.shape[2], -1)
             read = probability[row].gather(-1, read).sum(dim=-1)
-            self._recall += hits / best.numel()
+            self._recall += hits / chosen.numel()
             self._mass += float((read + probability[row, ..., length]).mean())
             self._selected += count / length
             self.count += 1

@@ -81,8 +81,8 @@ def footprint(
         read_slots = slots.read
         if index in host_layers:
             if strategy.attend is not None:
-                read_slots = min(slots.read, strategy.attend.most_read(slots.read) + 1)
-            staged = _deeper(staged, slots, strategy.attend)
+                read_slots = min(slots.read, strategy.attend.most_read(slots.read, layer.group) + 1)
+            staged = _deeper(staged, slots, strategy.attend, shape.largest_group)
             visits = 1 + sum(other.shares_kv_with == index for other in shape.layers)
             whole = layout.block_bytes * _blocks(slots.final, block_size)
             fetched = whole if strategy.attend is None else read_slots * layout.kv_bytes // block_size
@@ -110,9 +110,9 @@ def footprint(
     )
 
 
-def _deeper(staged: _Slots, slots: _Slots, attend: Attend | None) -> _Slots:
+def _deeper(staged: _Slots, slots: _Slots, attend: Attend | None, group: int) -> _Slots:
     """Return the slots of a staging lane: the past and the chunk in a prompt, later what one step reads and writes."""
-    steady, final = (n if attend is None else attend.most_read(n) for n in (slots.steady, slots.final))
+    steady, final = (n if attend is None else attend.most_read(n, group) for n in (slots.steady, slots.final))
     return _Slots(
         peak=max(staged.peak, slots.peak),
         steady=max(staged.steady, steady + 1),

@@ -179,8 +179,13 @@ class Attend(Stage):
         """How far below a query head's best a token may score and still count, in units of the softmax's argument."""
         return float("inf")
 
-    def most_read(self, cached_tokens: int) -> int:
-        """Return the most cached tokens of a lane that a step reads beside the new one."""
+    def most_read(self, cached_tokens: int, group: int) -> int:
+        """Return the most cached tokens of a lane that a step reads beside the new one.
+
+        Args:
+            cached_tokens: tokens that the lane holds.
+            group: query heads that read it.
+        """
         return cached_tokens
 
     def pages(self, block_size: int) -> int | None:

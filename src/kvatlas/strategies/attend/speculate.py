@@ -7,7 +7,7 @@ the count is averaged over heads, and as many of each lane's best are fetched.
 
 Differs from the paper: models here rotate by position (RoPE), so the rotation cannot be folded into the projections and
 is applied to rotated queries and keys at run time; a KV head that several query heads share is scored by the best of
-them; the first layer, which nothing can be speculated for, stays on the device; nothing is dropped from the host.
+them, and each of them reads its own best token even beyond the cap; the first layer, which nothing can be speculated for, stays on the device; nothing is dropped from the host.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ class Speculate(Attend):
     Args:
         alpha: tokens count as important if they score above a head's best minus alpha, in units of the softmax's
             argument; ``inf``: all do.
-        cap: most tokens fetched, as a fraction of those cached, in (0, 1].
+        cap: most tokens fetched, as a fraction of those cached, in (0, 1]; but never fewer than give each query head of
+            the lane its best.
         partial: columns of the rotated keys that are kept on the device, as a fraction in (0, 1].
         dense: first layers that stay on the device and read everything, at least 1; more of them help where what a
             layer asks depends on the layer right before it, as in small models.
@@ -91,6 +92,9 @@ class Speculate(Attend):
         """Alpha."""
         return self.alpha
 
-    def most_read(self, cached_tokens: int) -> int:
-        """Return the cap in tokens, rounded up; 0.7 of 10 are 7, though not quite in binary fractions."""
-        return min(cached_tokens, math.ceil(round(self.cap * cached_tokens, 6)))
+    def most_read(self, cached_tokens: int, group: int) -> int:
+        """Return the cap in tokens, rounded up; 0.7 of 10 are 7, though not quite in binary fractions.
+
+        Every query head reads its own best token, whatever the cap.
+        """
+        return min(cached_tokens, max(group, math.ceil(round(self.cap * cached_tokens, 6))))
