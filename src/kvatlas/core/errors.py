@@ -6,20 +6,41 @@ KvatlasError
 │   └── CompositionError   stages that cannot work together
 ├── CapacityError          something does not fit into memory, now or ever
 ├── UnsupportedError       a model family, device, format or call that kvatlas refuses, with the reason
+├── RequestError           a request that failed while it ran; the others went on
 ├── CheckpointError        a model folder that is missing, incomplete or corrupt
 ├── TraceError             a line of a trace that cannot be read
 ├── EndpointError          a server that cannot be reached, or that serves nothing of what is asked
 ├── RecordsError           a records file that is locked, of another version, or not ours
 └── OutputError            a path that cannot be written
 
-A message names the value, what was expected, and the next step, in one line.
+A message names the value, what was expected, and the next step, in one line. A value may be a whole file by mistake,
+so the middle of a long message is left out: the head tells what was read, the tail what to do.
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
+from typing import Any
+
+_WORD = re.compile(r"\S{200,}")
+
+
+def one_line(message: str) -> str:
+    """Return the message on one line of at most 700 characters; very long words, then the whole, lose their middle."""
+    line = _WORD.sub(lambda word: _without_middle(word[0], 80, 40), " ".join(message.splitlines()))
+    return _without_middle(line, 360, 240) if len(line) > 700 else line
+
+
+def _without_middle(text: str, head: int, tail: int) -> str:
+    return f"{text[:head]}...({len(text) - head - tail:,} characters)...{text[-tail:]}"
+
 
 class KvatlasError(Exception):
     """Base of all errors meant for users; the CLI prints its text alone and exits with status 2."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))
 
 
 class ConfigError(KvatlasError, ValueError):
@@ -40,6 +61,19 @@ class CapacityError(KvatlasError):
 
 class UnsupportedError(KvatlasError):
     """A model, device, format or call that kvatlas refuses."""
+
+
+class RequestError(KvatlasError):
+    """A request failed while it ran; its cause says how. Those beside it went on.
+
+    Args:
+        message: which request, and what happened.
+        outputs: what all requests of the call have generated, the failed one's part included, in the order given.
+    """
+
+    def __init__(self, message: str, outputs: Sequence[Any] = ()) -> None:
+        super().__init__(message)
+        self.outputs = list(outputs)
 
 
 class CheckpointError(KvatlasError):

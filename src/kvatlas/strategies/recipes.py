@@ -36,3 +36,6 @@ RECIPES = {
         sentence="h2o(heavy=0.1, recent=0.1)", paper="Zhang et al., NeurIPS 2023, arXiv:2306.14048", label="H2O"
     ),
 }
+
+OTHER_NAMES = {"int4": "kivi(bits=4)", "int2": "kivi(bits=2)"}
+"""What is called otherwise elsewhere -> how it is written here."""

@@ -8,7 +8,9 @@ from collections.abc import Callable
 from functools import cache
 from typing import TypeVar
 
+from kvatlas.core.errors import UnknownNameError
 from kvatlas.core.names import unknown_name
+from kvatlas.strategies.recipes import OTHER_NAMES, RECIPES
 from kvatlas.strategies.stage import Stage, StageInfo
 
 _STAGES: dict[str, type[Stage]] = {}
@@ -44,9 +46,11 @@ def stage_class(name: str) -> type[Stage]:
     """Return the stage registered under ``name``.
 
     Raises:
-        UnknownNameError: there is none; the closest name is suggested.
+        UnknownNameError: there is none; the closest stage or recipe is suggested.
     """
     known = stages()
-    if name not in known:
-        raise unknown_name("strategy", name, known)
-    return known[name]
+    if name in known:
+        return known[name]
+    if name.lower() in OTHER_NAMES:
+        raise UnknownNameError(f"unknown strategy {name!r}; write {OTHER_NAMES[name.lower()]!r}")
+    raise unknown_name("strategy", name, {*known, *RECIPES})

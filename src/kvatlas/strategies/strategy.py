@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 
-from kvatlas.core.errors import CompositionError
+from kvatlas.core.errors import CompositionError, ConfigError
 from kvatlas.core.grammar import parse_sentence
 from kvatlas.core.shapes import LayerShape, ModelShape
 from kvatlas.core.vocabulary import Axis, Format, Moment, Need, Sidecar
@@ -64,6 +64,8 @@ class Strategy:
             recipe = RECIPES.get(call.name)
             if recipe is not None and not call.positional and not call.named:
                 stages += [stage_class(part.name).from_call(part) for part in parse_sentence(recipe.sentence)]
+            elif recipe is not None and "|" in recipe.sentence:
+                raise ConfigError(f"{call.name!r} takes no parameters; write its stages: {recipe.sentence!r}")
             else:
                 stages.append(stage_class(call.name).from_call(call))
         return cls(tuple(stages))
