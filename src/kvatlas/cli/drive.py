@@ -294,6 +294,9 @@ def _notes(served: Served) -> list[str]:
         f"the server refuses {', '.join(dropped)}; the run went on without": dropped,
         "the server refuses token ids; prompts went as text of about as many tokens": served.dialect.text,
         f"the server counted {counted} prompt tokens, {asked} were meant": abs(counted - asked) > _OFF * asked,
+        "the server does not count tokens; each chunk of text was taken for one": not all(
+            answer.counted for answer in served.answers
+        ),
         f"{served.short} answers are shorter than asked for; the server ends them": served.short,
         f"a request was sent {served.late_s * 1e3:.0f} ms later than planned: this machine is busy": served.late_s
         > _LATE_S,

@@ -38,6 +38,7 @@ class Answer:
         asked_tokens: output tokens that were asked for.
         asked_prompt_tokens: length of the prompt that was sent; ``times.prompt_tokens`` is what the server counted.
         cached_tokens: prompt tokens from the server's prefix cache, or None where it does not tell.
+        counted: whether the server told how many tokens it sent; else each chunk was taken for one.
         late_s: how much later than planned it was sent.
     """
 
@@ -46,6 +47,7 @@ class Answer:
     asked_tokens: int
     asked_prompt_tokens: int
     cached_tokens: int | None
+    counted: bool
     late_s: float
 
 
@@ -171,6 +173,7 @@ async def _ask(
         asked_tokens=arrival.output_tokens,
         asked_prompt_tokens=len(arrival.prompt_ids),
         cached_tokens=reply.cached_tokens,
+        counted=reply.counted,
         late_s=max(0.0, sent - start - arrival.at_s),
     )
 

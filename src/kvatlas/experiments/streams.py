@@ -1,8 +1,9 @@
 """What a streamed completion says: its events, however packets cut them, and when each token was there.
 
 The format is that of OpenAI's ``/v1/completions`` with ``stream``: lines ``data: {...}``, one JSON object each, and
-``data: [DONE]`` last. Servers differ in the rest: several tokens per chunk, chunks without text, a closing chunk with
-a finish reason alone, token ids or a count of usage, or neither.
+``data: [DONE]`` last. Servers differ in the rest: several tokens per chunk, an empty chunk that opens the stream before
+any token, chunks without text in the middle, reasoning apart from text, a closing chunk with a finish reason alone,
+token ids or a count of usage, or neither.
 """
 
 from __future__ import annotations
@@ -10,13 +11,14 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 from kvatlas.core.errors import EndpointError
 
 _DONE = "[DONE]"
 _SHOWN = 200
+_TEXTS = ("text", "reasoning_content", "reasoning")  # an answer's own, and a train of thought's under either name
 
 
 class EventLines:
@@ -52,15 +54,20 @@ class Chunk:
         at_s: when it was read.
         num_tokens: as its token ids say; None where the server sends none.
         counted: output tokens so far, itself included, where the server tells with every event.
-        has_text: whether it carries text; a token may have none, and a closing chunk may have no token.
+        text_chars: length of the text it carries; a token may have none, and a chunk without text may have no token.
         closes: whether it carries a finish reason.
     """
 
     at_s: float
     num_tokens: int | None = None
     counted: int | None = None
-    has_text: bool = True
+    text_chars: int = 1
     closes: bool = False
+
+    @property
+    def has_text(self) -> bool:
+        """Whether it carries text."""
+        return self.text_chars > 0
 
 
 @dataclass(kw_only=True)
@@ -98,6 +105,11 @@ class Reply:
         """When each output token was there; empty without tokens."""
         return token_times(self.chunks, self.count("completion_tokens"))
 
+    @property
+    def counted(self) -> bool:
+        """Whether the server told how many tokens there are; else each chunk is taken for one."""
+        return self.count("completion_tokens") is not None or any(chunk.num_tokens is not None for chunk in self.chunks)
+
     def count(self, name: str) -> int | None:
         """Return a number of the server's usage, or None where it gives none."""
         return _count(self.usage, name)
@@ -113,9 +125,9 @@ class Reply:
 def token_times(chunks: Sequence[Chunk], counted: int | None) -> tuple[float, ...]:
     """Return one time per output token: the time of the chunk that brought it.
 
-    Token ids say it exactly, and so does a count with every event. Without them the server's last count is spread
-    evenly over the chunks that may hold tokens, the first token in the first of them and the last in the last; without
-    a count each is one token.
+    Token ids say it exactly, and so does a count beside all text. Without them the server's last count is divided among
+    the chunks that hold tokens, in proportion to their text, the first token in the first of them and the last in the
+    last; without a count each is one token.
 
     Args:
         chunks: in the order in which they came.
@@ -123,25 +135,57 @@ def token_times(chunks: Sequence[Chunk], counted: int | None) -> tuple[float, ..
     """
     if any(chunk.num_tokens is not None for chunk in chunks):
         return tuple(chunk.at_s for chunk in chunks for _ in range(chunk.num_tokens or 0))
-    running = [chunk.counted for chunk in chunks if chunk.counted is not None]
-    if chunks and len(running) == len(chunks):
+    running = _running(chunks)
+    if running is not None and running[-1] == counted:
         news = (later - earlier for earlier, later in pairwise([0, *running]))
         return tuple(chunk.at_s for chunk, new in zip(chunks, news, strict=True) for _ in range(new))
     bearing = _bearing(chunks, counted)
     if not bearing or counted == 0:
         return ()
-    total = len(bearing) if counted is None else counted
-    last = len(bearing) - 1
-    return tuple(bearing[round(k * last / (total - 1)) if total > 1 else 0].at_s for k in range(total))
+    return tuple(bearing[place].at_s for place in _places(bearing, len(bearing) if counted is None else counted))
+
+
+def _running(chunks: Sequence[Chunk]) -> list[int] | None:
+    """Return how many tokens there were with each chunk; None unless the server says so beside all text."""
+    found, last = [], 0
+    for chunk in chunks:
+        if (chunk.counted is None and chunk.has_text) or (chunk.counted or last) < last:
+            return None
+        last = last if chunk.counted is None else chunk.counted
+        found.append(last)
+    return found or None
 
 
 def _bearing(chunks: Sequence[Chunk], counted: int | None) -> list[Chunk]:
-    """Return the chunks taken to hold tokens: as many as were counted, if one reading of empty text gives that."""
-    every = list(chunks)
-    unclosed = [chunk for chunk in every if chunk.has_text or not chunk.closes]
-    with_text = [chunk for chunk in every if chunk.has_text]
-    readings = [found for found in (unclosed, every, with_text) if found]
-    return next((found for found in readings if len(found) == counted), readings[0] if readings else [])
+    """Return the chunks taken to hold tokens: as many as were counted, if one reading of empty text gives that.
+
+    Empty text in the middle is a token that ends inside a character. Before all text it is what servers open a stream
+    with, and with a finish reason it is no token, unless the count says so.
+    """
+    first = next((place for place, chunk in enumerate(chunks) if chunk.has_text), len(chunks))
+    begun = list(chunks[first:])
+    readings = [
+        [chunk for chunk in begun if chunk.has_text or not chunk.closes],
+        begun,
+        [chunk for chunk in chunks if chunk.has_text or not chunk.closes],
+        list(chunks),
+        [chunk for chunk in chunks if chunk.has_text],
+    ]
+    fitting = next((found for found in readings if len(found) == counted), None)
+    if fitting is not None or begun or not counted:
+        return readings[0] if fitting is None else fitting
+    return readings[2] or readings[3]  # tokens without any text
+
+
+def _places(bearing: Sequence[Chunk], total: int) -> list[int]:
+    """Return for each of ``total`` tokens which of the chunks brought it, ascending."""
+    last = len(bearing) - 1
+    if total <= last:  # not even one each: evenly from the first to the last
+        return [round(k * last / max(total - 1, 1)) for k in range(total)]
+    chars = list(accumulate(chunk.text_chars for chunk in bearing))
+    shares = [so_far / chars[-1] if chars[-1] else (place + 1) / len(bearing) for place, so_far in enumerate(chars)]
+    ends = [min(max(round(total * share), place + 1), total - last + place) for place, share in enumerate(shares)]
+    return [place for place, (low, high) in enumerate(pairwise([0, *ends])) for _ in range(low, high)]
 
 
 def error_text(body: object) -> str:
@@ -175,6 +219,6 @@ def _chunk(choice: dict[str, Any], usage: object, now_s: float) -> Chunk:
         at_s=now_s,
         num_tokens=len(ids) if isinstance(ids, list) else None,
         counted=_count(usage, "completion_tokens") if isinstance(usage, dict) else None,
-        has_text=bool(choice.get("text")),
+        text_chars=sum(len(text) for name in _TEXTS if isinstance(text := choice.get(name), str)),
         closes=bool(choice.get("finish_reason")),
     )

@@ -1,9 +1,10 @@
 import signal
+import time
 from dataclasses import replace
 
 import pytest
 from tests.unit.cli.running import kvatlas
-from tests.unit.experiments.serving import after_probe, serving, well
+from tests.unit.experiments.serving import DONE, after_probe, chunk, serving, usage, well
 
 from kvatlas.experiments import peer, trace_replay
 from kvatlas.experiments.experiment import Lab
@@ -200,3 +201,25 @@ def test_the_key_may_come_from_the_environment(records, monkeypatch):
     with serving() as server:
         kvatlas("drive", server.url, "--name", "x", *DRAWN, "--records", records)
         assert server.headers[-1]["Authorization"] == "Bearer hidden"
+
+
+@pytest.mark.parametrize("counts", [True, False])
+def test_what_opens_a_stream_is_no_token(records, counts):
+    """The server waits between an empty first chunk and the first token; the wait is the user's."""
+
+    def script(body):
+        yield chunk("")
+        time.sleep(0.25)
+        yield from (chunk() for _ in range(body["max_tokens"]))
+        yield chunk("", reason="length")
+        yield from [usage(body["max_tokens"])] if counts else []
+        yield DONE
+
+    with serving(after_probe(script)) as server:
+        result = kvatlas("drive", server.url, "--name", "slow", *DRAWN, "--records", records)
+    assert result.status == 0, result
+    assert ("does not count tokens" in result.out) is not counts
+    _, rows, _ = contents(records)
+    assert min(row.value for row in rows if row.metric == "ttft") >= 0.25
+    told = next(line for line in result.out.splitlines() if line.startswith("Total output tokens"))
+    assert told.split()[-1] == "12"

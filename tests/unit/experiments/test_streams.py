@@ -2,7 +2,7 @@ import json
 from itertools import pairwise
 
 import pytest
-from hypothesis import given, strategies as st
+from hypothesis import assume, given, strategies as st
 from tests.unit.experiments.serving import DONE, chunk, usage
 
 from kvatlas.core.errors import EndpointError
@@ -12,7 +12,7 @@ STREAM = b": ping\r\n\r\n" + chunk("é\u2028x") + b"event: x\nid: 7\n" + chunk("
 
 
 def bare(at_s: float, *, text: bool = True, closes: bool = False, **counts: int) -> Chunk:
-    return Chunk(at_s=at_s, has_text=text, closes=closes, **counts)
+    return Chunk(at_s=at_s, text_chars=int(text), closes=closes, **counts)
 
 
 @given(st.sets(st.integers(1, len(STREAM) - 1)))
@@ -58,6 +58,13 @@ def test_a_count_with_the_last_event_alone_is_that_of_all():
         ([bare(1.0), bare(2.0), bare(3.0)], None, (1.0, 2.0, 3.0)),
         ([bare(1.0), bare(2.0), bare(3.0)], 3, (1.0, 2.0, 3.0)),
         ([bare(1.0), bare(2.0)], 4, (1.0, 1.0, 2.0, 2.0)),
+        ([bare(1.0), bare(2.0, text=False), bare(3.0)], None, (1.0, 2.0, 3.0)),
+        ([bare(0.0, text=False), bare(1.0), bare(2.0)], None, (1.0, 2.0)),
+        ([bare(0.0, text=False), bare(1.0), bare(2.0)], 4, (1.0, 1.0, 2.0, 2.0)),
+        ([bare(0.0, text=False), bare(1.0), bare(2.0)], 3, (0.0, 1.0, 2.0)),
+        ([bare(0.0, text=False), bare(1.0), bare(2.0, text=False, closes=True)], 2, (1.0, 2.0)),
+        ([bare(1.0, text=False), bare(2.0, text=False), bare(3.0, text=False, closes=True)], 2, (1.0, 2.0)),
+        ([bare(1.0, text=False), bare(2.0, text=False), bare(3.0, text=False, closes=True)], None, ()),
         ([bare(1.0), bare(2.0), bare(3.0)], 2, (1.0, 3.0)),
         ([bare(1.0), bare(2.0)], 1, (1.0,)),
         ([bare(1.0)], 3, (1.0, 1.0, 1.0)),
@@ -80,6 +87,55 @@ def test_counted_tokens_keep_their_order_and_both_ends(num_chunks, counted):
     assert list(times) == sorted(times)
     assert times[0] == 0.0
     assert counted == 1 or times[-1] == num_chunks - 1
+
+
+@st.composite
+def streams(draw):
+    """Return events with their times, when each token was there, and whether the server lets every token be placed.
+
+    The first token has text; where nothing counts them, each has a chunk of its own.
+    """
+    told = draw(st.sampled_from(["nothing", "last", "each", "ids"]))
+    most = 1 if told == "nothing" else 4
+    sizes = draw(st.lists(st.integers(1, most), min_size=1, max_size=8))
+    name = draw(st.sampled_from(["text", "reasoning", "reasoning_content"]))
+    opened, closed = draw(st.booleans()), draw(st.booleans())
+    exact = told in ("each", "ids") or set(sizes) == {1}
+    assume(exact or sum(sizes) > len(sizes) + 2)  # else the count fits another reading of the empty chunks
+    events, tokens = [], []
+    if opened:
+        events.append((0.0, {"choices": [{"text": ""}], "usage": {"completion_tokens": 0} if told == "each" else None}))
+    for place, size in enumerate(sizes, start=1):
+        text = "ab" * size if place == 1 else "".join(draw(st.lists(st.sampled_from(["", "ab"]), min_size=size)))
+        choice = {"text": "", name: text} | ({"token_ids": [7] * size} if told == "ids" else {})
+        tokens += [float(place)] * size
+        events.append((float(place), {"choices": [choice]}))
+        if told == "each":
+            events[-1][1]["usage"] = {"completion_tokens": len(tokens)}
+    if closed:
+        events.append((tokens[-1] + 0.5, {"choices": [{"text": "", "finish_reason": "length"}]}))
+    if told != "nothing":
+        events.append((tokens[-1] + 0.7, {"choices": [], "usage": {"completion_tokens": len(tokens)}}))
+    return events, tuple(tokens), exact
+
+
+@given(streams())
+def test_tokens_are_there_when_the_server_sent_them(stream):
+    events, tokens, exact = stream
+    reply = Reply()
+    for at_s, event in events:
+        reply.add(json.dumps(event), at_s)
+    found = reply.token_times_s
+    assert (len(found), found[0], found[-1]) == (len(tokens), tokens[0], tokens[-1])
+    assert found == tokens or not exact
+
+
+def test_a_server_that_counts_nothing_is_found_out():
+    reply = Reply()
+    reply.add('{"choices": [{"text": "a"}]}', 1.0)
+    assert not reply.counted
+    reply.add('{"choices": [], "usage": {"completion_tokens": 1}}', 1.0)
+    assert reply.counted
 
 
 def test_a_reply_is_complete_when_the_server_says_so():
