@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,3 +31,8 @@ class Footprint:
     def peak_bytes(self) -> int:
         """Most that the request ever holds."""
         return max(self.prefill_peak_bytes, self.final_bytes)
+
+    def joined(self, other: Footprint) -> Footprint:
+        """Return bounds for a request that is first bounded by this one and then by another."""
+        names = [field.name for field in fields(self)]
+        return Footprint(**{name: max(getattr(self, name), getattr(other, name)) for name in names})

@@ -14,7 +14,7 @@ from kvatlas.engine.engine import Engine
 from kvatlas.engine.eviction import residual, staged_slots
 from kvatlas.engine.params import SamplingParams
 from kvatlas.engine.request import Request
-from kvatlas.engine.runner import Batch, Runner
+from kvatlas.engine.runner import Batch, Runner, renewed_at
 from kvatlas.engine.scheduler import layout_under
 from kvatlas.models.bridge import GenerateBridge
 from kvatlas.models.linear import LinearChoice
@@ -105,38 +105,40 @@ class _Rows:
 
     def begin(self, prompts: Seq[list[int]]) -> Tensor:
         """Process the prompts in chunks, one after another, and return the logits after each [B, V]."""
-        rows = []
         self._engine.model.adapter.linears.refresh()
+        rows = []
         for prompt in prompts:
-            request = self._open(prompt)
-            self._requests.append(request)
-            logits = torch.empty(0)
-            while (end := request.prefill_end) is not None:
-                count = min(end - request.computed, self._engine.max_batched_tokens)
-                self._extend(request, count)
-                _, logits = self._runner.run(Batch(chunks=[(request, count)], decodes=[]))
-            rows.append(logits)
+            self._requests.append(self._request(prompt))
+            rows.append(self._process(self._requests[-1]))
         return torch.cat(rows)
 
     def advance(self, tokens: Seq[int]) -> Tensor:
         """Append one token to each row and return the logits after it [B, V]."""
+        logits: dict[Request, Tensor] = {}
+        decodes = []
         for request, token in zip(self._requests, tokens, strict=True):
             request.tokens.append(token)
-            self._extend(request, 1)
-        due, logits = self._runner.run(Batch(chunks=[], decodes=self._requests))
-        place = {request: row for row, request in enumerate(due)}
-        return logits[[place[request] for request in self._requests]]
+            length = renewed_at(self._engine.model.adapter, request)
+            if length is None:
+                self._extend(request, 1)
+                decodes.append(request)
+            else:
+                self._close(request)
+                request.begin_anew(length)
+                logits[request] = self._process(request)
+        if decodes:
+            due, rows = self._runner.run(Batch(chunks=[], decodes=decodes))
+            logits.update((request, rows[[row]]) for row, request in enumerate(due))
+        return torch.cat([logits[request] for request in self._requests])
 
     def end(self) -> None:
         """Give all blocks back."""
         for request in self._requests:
-            if request.seq is not None:
-                self._engine.store.close(request.seq)
+            self._close(request)
         self._requests = []
 
-    def _open(self, prompt: list[int]) -> Request:
-        store = self._engine.store
-        request = Request(
+    def _request(self, prompt: list[int]) -> Request:
+        return Request(
             id=f"row-{len(self._requests)}",
             tokens=prompt,
             params=SamplingParams(),
@@ -146,9 +148,22 @@ class _Rows:
             prefill_spans=[(0, len(prompt))],
             output_start=len(prompt),
         )
+
+    def _process(self, request: Request) -> Tensor:
+        """Process the prompt of a row in chunks, on a sequence of its own, and return the logits after it [1, V]."""
+        store, logits = self._engine.store, torch.empty(0)
         request.seq = store.open(layout_under(store, self._strategy))
         request.seq.residual = residual(self._strategy, in_prompt=True)
-        return request
+        while (end := request.prefill_end) is not None:
+            count = min(end - request.computed, self._engine.max_batched_tokens)
+            self._extend(request, count)
+            _, logits = self._runner.run(Batch(chunks=[(request, count)], decodes=[]))
+        return logits
+
+    def _close(self, request: Request) -> None:
+        if request.seq is not None:
+            self._engine.store.close(request.seq)
+            request.forget_cache()
 
     def _extend(self, request: Request, count: int) -> None:
         assert request.seq is not None

@@ -6,6 +6,7 @@ import itertools
 import time
 from collections.abc import Callable, Sequence as Seq
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -152,15 +153,20 @@ class Engine:
 
     def footprint(self, strategy: Strategy, prompt_tokens: int, output_tokens: int) -> Footprint:
         """Return the bounds on one request's bytes in this engine."""
-        return footprint(
+        bounds = partial(
+            footprint,
             strategy,
             self.store.lanes.shape,
-            prompt_tokens=prompt_tokens,
-            output_tokens=output_tokens,
             chunk_tokens=self.max_batched_tokens,
             format=self.format,
             block_size=self.store.block_size,
         )
+        bound = bounds(prompt_tokens=prompt_tokens, output_tokens=output_tokens)
+        total = prompt_tokens + output_tokens
+        renewed = self.model.adapter.renewed_at(prompt_tokens, total)
+        if renewed is None:
+            return bound
+        return bound.joined(bounds(prompt_tokens=renewed, output_tokens=max(1, total - renewed)))
 
     def add_request(
         self,

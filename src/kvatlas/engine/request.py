@@ -120,6 +120,11 @@ class Request:
         self.seq = None
         self.adopted_tokens = 0
 
+    def begin_anew(self, tokens: int) -> None:
+        """Make one prompt of the first ``tokens`` tokens and of any prompt that they reach into."""
+        end = max([tokens, *(end for start, end in self.prefill_spans if start < tokens)])
+        self.prefill_spans = [(0, end)] + [span for span in self.prefill_spans if span[0] >= end]
+
 
 @dataclass(frozen=True, kw_only=True)
 class NewToken:

@@ -177,6 +177,11 @@ def rope_length(request: Request) -> int:
     return max(*prompts, request.computed + 1)
 
 
+def renewed_at(adapter: Adapter, request: Request) -> int | None:
+    """Return how many tokens to process as one prompt, because the family computes the cache anew; None: none."""
+    return adapter.renewed_at(request.prefill_spans[0][1], len(request.tokens))
+
+
 def _rope_tokens(pack: Batch) -> int:
     requests = [request for request, _ in pack.chunks] + pack.decodes
     return max(rope_length(request) for request in requests)

@@ -13,7 +13,7 @@ from collections import deque
 
 from kvatlas.engine.eviction import residual, staged_slots
 from kvatlas.engine.request import Request
-from kvatlas.engine.runner import Batch
+from kvatlas.engine.runner import Batch, renewed_at
 from kvatlas.models.adapter import Adapter
 from kvatlas.storage.arena import Arena
 from kvatlas.storage.eviction import close_holes
@@ -73,6 +73,9 @@ class Scheduler:
 
     def next_batch(self) -> Batch:
         """Return what the next step runs, with room allocated for every token of it."""
+        for request in self.running:
+            if self._renew(request):
+                self._open(request)
         decodes = self._decode_steps()
         self._admit()
         limit = self._max_batched_tokens - len(decodes)
@@ -171,14 +174,31 @@ class Scheduler:
         """Let a request run; False if it must wait for room to be swapped back in."""
         if request in self.idle:
             self.idle.remove(request)
+        self._renew(request)
         if request.swapped is not None and not self._swap_in(request):
             return False
         if request.seq is None:
-            request.seq = self._store.open(layout_under(self._store, request.strategy))
-            if self._prefix_cache is not None and request.strategy.lossless:
-                tokens = request.tokens[: request.prefill_spans[0][1]]
-                request.adopted_tokens = self._prefix_cache.adopt(request.seq, tokens, self._salt(request))
+            self._open(request)
         self.running.append(request)
+        return True
+
+    def _open(self, request: Request) -> None:
+        """Give a request a sequence, with what the prefix cache has of its first prompt."""
+        request.seq = self._store.open(layout_under(self._store, request.strategy))
+        if self._prefix_cache is not None and request.strategy.lossless:
+            tokens = request.tokens[: request.prefill_spans[0][1]]
+            request.adopted_tokens = self._prefix_cache.adopt(request.seq, tokens, self._salt(request))
+
+    def _renew(self, request: Request) -> bool:
+        """Give up a cache that the family computes anew for the next token; return whether it does so."""
+        tokens = renewed_at(self._adapter, request)
+        if tokens is None:
+            return False
+        if request.seq is not None:
+            self._store.close(request.seq)
+        self._drop_swapped(request)
+        request.forget_cache()
+        request.begin_anew(tokens)
         return True
 
     def _swap_in(self, request: Request) -> bool:

@@ -140,6 +140,18 @@ class Adapter:
         """
         return self._rope.regime(total_tokens)
 
+    def renewed_at(self, began: int, tokens: int) -> int | None:
+        """Return the length at which a cache is computed anew between two lengths, as the family's ``generate`` does.
+
+        None for nearly all models, whose keys stay as they were cached. Phi-3 with longrope, once a sequence exceeds
+        the original context, rotates all of it otherwise.
+
+        Args:
+            began: length in tokens of the prompt that the cache began with.
+            tokens: length in tokens that is to be reached.
+        """
+        return self._rope.renewed_at(began, tokens)
+
     def restore(self) -> None:
         """Give the model its own attention, RoPE, linears and training mode back; the adapter is then used up."""
         if self._restored:
@@ -185,7 +197,7 @@ class Adapter:
             layers=tuple(recorder.layers),
             hidden_size=config.hidden_size,
             vocab_size=config.vocab_size,
-            max_positions=getattr(config, "max_position_embeddings", None) or _NO_LIMIT,
+            max_positions=int((getattr(config, "max_position_embeddings", None) or _NO_LIMIT) * self._rope.stretch),
             num_parameters=sum(weight.numel() for weight in self.model.parameters()),
         )
         return shape, recorder.keys[0].dtype

@@ -4,6 +4,11 @@
 dynamic modules remember the last choice. So a packed batch may hold sequences of one regime only, and the
 regime must come from the caller: the whole prompt's length even while its first chunk runs, so that chunked
 equals whole.
+
+Keys keep the rotation that they were cached with, as in transformers' ``generate``, which therefore differs from a
+forward without a cache once an output passes the limit (Llama with longrope or dynamic NTK). Some families do not
+leave it at that: their ``prepare_inputs_for_generation`` drops the cache there and computes all tokens anew (Phi-3,
+PhiMoE, Phi-4 multimodal). They are asked, and their caches renewed (`LengthRope.renewed_at`).
 """
 
 from __future__ import annotations
@@ -15,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+from transformers import Cache
 
 from kvatlas.core.errors import ConfigError, UnsupportedError
 
@@ -28,6 +34,8 @@ class LengthRope:
 
     def __init__(self, model: nn.Module) -> None:
         self._modules = [module for module in model.modules() if _length_types(module)]
+        limits = {_limit(module, *pair) for module in self._modules for pair in _length_types(module)}
+        self._renewing = sorted(limit for limit in limits if _drops_cache(model, limit))
         self._handles: list[RemovableHandle] = []
         self._tokens: int | None = None
 
@@ -40,6 +48,22 @@ class LengthRope:
             for module in self._modules
             for layer_type, rope_type in _length_types(module)
         )
+
+    def renewed_at(self, began: int, tokens: int) -> int | None:
+        """Return the length, tokens, at which a cache is computed anew on the way to ``tokens``; None: nowhere.
+
+        Args:
+            began: length of the prompt that the cache began with.
+            tokens: length of the sequence, the next token to be processed included.
+        """
+        return max((limit + 1 for limit in self._renewing if began <= limit < tokens), default=None)
+
+    @property
+    def stretch(self) -> float:
+        """How many times the positions that the configuration names a sequence may have: dynamic NTK goes on there."""
+        pairs = [(module, *pair) for module in self._modules for pair in _length_types(module)]
+        factors = (_parameters(module, key).get("factor") for module, key, name in pairs if "dynamic" in name)
+        return min((factor or 1.0 for factor in factors), default=1.0)
 
     def install(self) -> None:
         """Hook the rotary modules; `remove` undoes it."""
@@ -116,20 +140,52 @@ def _length_types(module: nn.Module) -> list[tuple[str | None, str]]:
 
 def _regime(module: nn.Module, layer_type: str | None, rope_type: str, total_tokens: int) -> Hashable:
     """Return "short" up to the original maximum; beyond it "long", or the exact length for dynamic NTK."""
-    if rope_type == "longrope":
-        return "short" if total_tokens <= _longrope_limit(module, layer_type) else "long"
-    limit = module.original_max_seq_len
-    assert isinstance(limit, int)
-    return "short" if total_tokens <= limit else total_tokens
+    if total_tokens <= _limit(module, layer_type, rope_type):
+        return "short"
+    return "long" if rope_type == "longrope" else total_tokens
 
 
-def _longrope_limit(module: nn.Module, layer_type: str | None) -> int:
-    """Return the longest sequence, in tokens, that longrope rotates with its short factors."""
-    parameters = getattr(module.config, "rope_parameters", None) or {}
-    limit = (parameters[layer_type] if layer_type else parameters).get("original_max_position_embeddings")
+def _limit(module: nn.Module, layer_type: str | None, rope_type: str) -> int:
+    """Return the longest sequence, in tokens, that is rotated with the original frequencies."""
+    if rope_type != "longrope":
+        original = module.original_max_seq_len
+        assert isinstance(original, int)
+        return original
+    limit = _parameters(module, layer_type).get("original_max_position_embeddings")
     if not isinstance(limit, int):
         raise UnsupportedError(f"{type(module).__name__}: longrope without original_max_position_embeddings")
     return limit
+
+
+def _parameters(module: Any, layer_type: str | None) -> dict[str, Any]:
+    parameters: dict[str, Any] = getattr(module.config, "rope_parameters", None) or {}
+    return parameters[layer_type] if layer_type else parameters
+
+
+class _Reached(Cache):  # type: ignore[misc]  # transformers is untyped here
+    """Stands for a cache of some tokens."""
+
+    def __init__(self, tokens: int) -> None:
+        super().__init__(layers=[])
+        self._tokens = tokens
+
+    def __bool__(self) -> bool:
+        return True
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Return the number of tokens."""
+        return self._tokens
+
+
+def _drops_cache(model: Any, limit: int) -> bool:
+    """Whether the family's ``generate`` gives its cache up for the first token beyond ``limit``, by asking it."""
+    if not model.can_generate():
+        return False
+    ids = torch.zeros(1, limit + 1, dtype=torch.int64, device=model.device)
+    inputs = model.prepare_inputs_for_generation(
+        ids, past_key_values=_Reached(limit), next_sequence_length=1, use_cache=True
+    )
+    return inputs.get("past_key_values") is None
 
 
 def _reset(module: nn.Module) -> None:
