@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from kvatlas.core.errors import UnknownNameError
 from kvatlas.models.linear import LinearChoice
 from kvatlas.models.loading import RANDOM_PREFIX, DType, LoadedModel, adapt, resolve_dtype
+from kvatlas.models.quiet import quiet
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +108,7 @@ def _config(size: RandomSize) -> LlamaConfig:
 
 
 def _build(config: LlamaConfig, seed: int) -> LlamaForCausalLM:
-    with torch.random.fork_rng(devices=[]):
+    with quiet(), torch.random.fork_rng(devices=[]):  # quiet: one thread at a time seeds and initialises
         # Not torch.manual_seed: that would reseed the accelerator's generators as well.
         torch.default_generator.manual_seed(seed)
         model = LlamaForCausalLM(config)
