@@ -93,7 +93,7 @@ def rotations_for(adapter: Adapter, tokens: Sequence[int], folder: Path | None =
     Args:
         adapter: the model.
         tokens: what to calibrate on.
-        folder: of the files; None: ``$KVATLAS_CACHE`` or ``~/.cache/kvatlas``. A folder that cannot be written to
+        folder: of the files; None: `cache_folder`. A folder that cannot be written to
             costs the calibration at every start, no more.
     """
     sample = hashlib.blake2b(repr((_VERSION, list(tokens))).encode(), digest_size=4).hexdigest()
@@ -113,8 +113,12 @@ def rotations_for(adapter: Adapter, tokens: Sequence[int], folder: Path | None =
 
 
 def cache_folder() -> Path:
-    """Return where files live that can be made again."""
-    return Path(os.environ.get("KVATLAS_CACHE") or Path.home() / ".cache" / "kvatlas")
+    """Return where files live that can be made again: ``$KVATLAS_CACHE``, else ``kvatlas`` in the user's cache."""
+    if chosen := os.environ.get("KVATLAS_CACHE"):
+        return Path(chosen)
+    users = os.environ.get("XDG_CACHE_HOME", "")
+    # The standard has relative paths ignored.
+    return (Path(users) if os.path.isabs(users) else Path.home() / ".cache") / "kvatlas"
 
 
 def model_digest(model: PreTrainedModel) -> str:
