@@ -3,6 +3,10 @@
 ``torch.nn.functional.linear`` calls MKL for float32, which on AMD's processors is a fifth to a half slower than
 oneDNN's kernels, and does not fuse. The operations are those that torch's own compiler emits; they have no public name,
 so `available` tries them once and callers keep torch's linear where they are missing.
+
+oneDNN compiles a kernel of about 0.6 MiB for each number of rows and keeps a thousand of them, in no book of ours. The
+rows of a prompt's chunk may be any number, so products are made of pieces: powers of two from 64 rows on are oneDNN's,
+and what is left, fewer than 64 rows, is torch's linear, which keeps nothing. A number just below a power is padded.
 Shapes: M rows, K inputs, N outputs; x [..., M, K], weight [N, K], bias [N] or None, result [..., M, N].
 """
 
@@ -10,12 +14,15 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Callable
 from functools import cache
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear, silu
+from torch.nn.functional import linear, pad, silu
 
+_LEAST = 64  # rows of oneDNN's smallest piece
+_PADDING = 8  # a piece may be padded by this fraction of it
 _LOG = logging.getLogger(__name__)
 
 
@@ -23,7 +30,7 @@ _LOG = logging.getLogger(__name__)
 def available() -> bool:
     """Whether this torch has the operations, and they compute what they should."""
     # Whatever the caller's defaults, modes and random state are: the answer is kept for the process.
-    shapes = (3, 5), (4, 5), (4,), (3, 4)
+    shapes = (_LEAST, 5), (4, 5), (4,), (_LEAST, 4)
     x, weight, bias, other = (
         torch.linspace(-2, 1, math.prod(shape), dtype=torch.float32, device="cpu").reshape(shape) for shape in shapes
     )
@@ -44,22 +51,80 @@ def available() -> bool:
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return x Wᵀ + b."""
-    return _unary(x, weight, bias, "none")
+    return _in_pieces(
+        x, weight, lambda rows, _: _unary(rows, weight, bias, "none"), lambda rows, _: linear(rows, weight, bias)
+    )
 
 
 def product_silu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return silu(x Wᵀ + b)."""
-    return _unary(x, weight, bias, "swish")
+    return _in_pieces(
+        x, weight, lambda rows, _: _unary(rows, weight, bias, "swish"), lambda rows, _: silu(linear(rows, weight, bias))
+    )
 
 
 def product_add(x: Tensor, weight: Tensor, bias: Tensor | None, other: Tensor) -> Tensor:
     """Return x Wᵀ + b + ``other``, which has the result's shape."""
-    return _binary(x, weight, bias, other, "add")
+    return _in_pieces(
+        x, weight,
+        lambda rows, more: _binary(rows, weight, bias, more, "add"),
+        lambda rows, more: linear(rows, weight, bias) + more,
+        other,
+    )  # fmt: skip
 
 
 def product_mul(x: Tensor, weight: Tensor, bias: Tensor | None, other: Tensor) -> Tensor:
     """Return (x Wᵀ + b) · ``other``, element by element; ``other`` has the result's shape."""
-    return _binary(x, weight, bias, other, "mul")
+    return _in_pieces(
+        x, weight,
+        lambda rows, more: _binary(rows, weight, bias, more, "mul"),
+        lambda rows, more: linear(rows, weight, bias) * more,
+        other,
+    )  # fmt: skip
+
+
+def pieces(rows: int) -> list[int]:
+    """Return the sizes of oneDNN's pieces of a product, largest first; the last may be padded beyond the rows."""
+    sizes: list[int] = []
+    left = rows
+    while left >= _LEAST - _LEAST // _PADDING:
+        above = 1 << (left - 1).bit_length()
+        sizes.append(above if above - left <= above // _PADDING else above // 2)
+        left -= sizes[-1]
+    return sizes
+
+
+Piece = Callable[[Tensor, Tensor], Tensor]
+
+
+def _in_pieces(x: Tensor, weight: Tensor, fast: Piece, plain: Piece, other: Tensor | None = None) -> Tensor:
+    """Return the result of ``fast`` over pieces of the rows, and of ``plain`` over the rest.
+
+    Args:
+        x: [..., M, K].
+        weight: [N, K].
+        fast: oneDNN's product of rows [n, K] and, where it takes one, ``other`` [n, N].
+        plain: the same for any number of rows.
+        other: [..., M, N], or None.
+    """
+    sizes, rows = pieces(x.shape[:-1].numel()), x.flatten(0, -2)
+    others = rows.new_empty(len(rows), 0) if other is None else other.flatten(0, -2)
+    shape = (*x.shape[:-1], len(weight))
+    if sizes == [len(rows)]:
+        return fast(rows, others).view(shape)
+    result = rows.new_empty(len(rows), len(weight))
+    start = 0
+    for size in sizes:
+        part = slice(start, start + size)
+        short = start + size - len(rows)
+        if short > 0:
+            result[part] = fast(pad(rows[part], (0, 0, 0, short)), pad(others[part], (0, 0, 0, short)))[:-short]
+        else:
+            result[part] = fast(rows[part], others[part])
+        start += size
+    if start < len(rows):
+        result[start:] = plain(rows[start:], others[start:])
+    return result.view(shape)
 
 
 def _unary(x: Tensor, weight: Tensor, bias: Tensor | None, then: str) -> Tensor:
