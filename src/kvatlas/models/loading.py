@@ -1,38 +1,36 @@
-"""Load a model: bundled, from a folder, from the hub, or random; checked before the first token.
-
-transformers warns where it should stop: weights that are missing from a checkpoint are drawn at random and
-the model talks nonsense. Here every such case is an error of one line.
-"""
+"""Load a model: bundled, from a folder, a GGUF file or the hub, or random; checked before the first token."""
 
 from __future__ import annotations
 
 import json
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvatlas.core.errors import CapacityError, CheckpointError, ConfigError, UnsupportedError
 from kvatlas.models.adapter import Adapter
+from kvatlas.models.checkpoint import check_finite, load_checkpoint
 from kvatlas.models.coverage import layer_kinds, module_kinds
+from kvatlas.models.gguf import check_gguf, load_gguf, own_dtype
+from kvatlas.models.gguf_header import read_header
+from kvatlas.models.gguf_tokenizer import gguf_tokenizer
 from kvatlas.models.linear import LinearChoice, check_choice
 from kvatlas.models.probe import probe_model
 from kvatlas.models.quiet import quiet
+from kvatlas.models.smollm2 import SMOLLM2, smollm2_file
 
 BUNDLED_DIR = Path(__file__).parent / "bundled"
 RANDOM_PREFIX = "random:"
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 
-_TOKENIZER_FILES = ("*token*", "vocab*", "*.model")
+_GGUF_SUFFIX = ".gguf"
+_KEEP_GGUF = "KVATLAS_KEEP_GGUF"  # in the environment: unpacked copies of all GGUF files are kept, not of SmolLM2 only
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[\w.-]+)?$")
 
 
@@ -61,8 +59,10 @@ def load_model(
     """Return a model that passed the load-time probe.
 
     Args:
-        source: a folder, a hub id, ``"random:llama-100m"`` (see `kvatlas.models.random`), or None for the
-            bundled model.
+        source: a folder, a GGUF file, a hub id, ``"smollm2-135m"`` (see `kvatlas.models.smollm2`),
+            ``"random:llama-100m"`` (see `kvatlas.models.random`), or None for the bundled model. GGUF files are
+            unpacked; with ``KVATLAS_KEEP_GGUF=1`` in the environment the result is kept in the cache folder, where
+            SmolLM2's always is.
         dtype: of weights and activations. ``"auto"`` is float32 on the CPU, where bfloat16 is several times
             slower without hardware support, and the checkpoint's own elsewhere.
         device: ``"cpu"``, ``"cuda"`` or ``"cuda:<index>"``.
@@ -73,8 +73,9 @@ def load_model(
 
     Raises:
         ConfigError: dtype, device or ``linear_weights`` is unknown.
-        CheckpointError: the checkpoint is missing, incomplete or corrupt.
-        UnsupportedError: the family, or this dtype on this device, is refused, or it has no linears with such weights.
+        CheckpointError: the checkpoint is missing, incomplete or corrupt, or holds weights that are no numbers.
+        UnsupportedError: the family, or this dtype on this device, is refused, it has no linears with such weights, it
+            needs code of its own, or a package that reads it is missing.
         CapacityError: the weights do not fit on the device, or their copies into memory.
     """
     torch_dtype = resolve_dtype(dtype, device)
@@ -83,10 +84,11 @@ def load_model(
         from kvatlas.models.random import random_model  # random builds on this module
 
         return random_model(source, dtype=dtype, device=device, linear_weights=linear_weights)
-    location, name = _locate(source)
-    model = _load_weights(location, torch_dtype)
-    adapter = adapt(_place(model, device, name), name=name, linear_weights=linear_weights)
-    return LoadedModel(adapter=adapter, tokenizer=_load_tokenizer(location), name=name)
+    found = _locate(source)
+    model, tokenizer = _load(found, torch_dtype)
+    check_finite(model, found.name)
+    adapter = adapt(_place(model, device, found.name), name=found.name, linear_weights=linear_weights)
+    return LoadedModel(adapter=adapter, tokenizer=tokenizer, name=found.name)
 
 
 def name_of(source: str | Path | None) -> str:
@@ -94,13 +96,14 @@ def name_of(source: str | Path | None) -> str:
 
     Raises:
         UnknownNameError: there is no random model of this name.
-        CheckpointError: the folder does not exist or is no checkpoint, and it is no hub id.
+        CheckpointError: the folder or file does not exist or is no checkpoint, and it is no hub id.
+        UnsupportedError: the model's package is not installed.
     """
     if isinstance(source, str) and source.startswith(RANDOM_PREFIX):
         from kvatlas.models.random import random_name  # random builds on this module
 
         return random_name(source)
-    return _locate(source)[1]
+    return _locate(source).name
 
 
 def adapt(model: PreTrainedModel, *, name: str | None = None, linear_weights: LinearChoice = "auto") -> Adapter:
@@ -165,27 +168,46 @@ def _check_device(device: str) -> str:
     return kind
 
 
-def _locate(source: str | Path | None) -> tuple[str, str]:
-    """Return what transformers loads from, and the model's name."""
+@dataclass(frozen=True, kw_only=True)
+class _Found:
+    """Where a model is: a folder or hub id, or a GGUF file, of which an unpacked copy may be kept."""
+
+    name: str
+    location: str = ""
+    gguf: Path | None = None
+    kept: bool = False
+
+
+def _locate(source: str | Path | None) -> _Found:
     if source is None:
         _check_folder(BUNDLED_DIR)
-        return str(BUNDLED_DIR), "bundled"
-    folder = Path(source).expanduser()
-    if folder.exists():
-        _check_folder(folder)
-        return str(folder), folder.resolve().name
+        return _Found(name="bundled", location=str(BUNDLED_DIR))
+    if source == SMOLLM2:
+        return _Found(name=SMOLLM2, gguf=smollm2_file(), kept=True)
+    path = Path(source).expanduser()
+    if path.suffix.lower() == _GGUF_SUFFIX and not path.is_dir():
+        if not path.is_file():
+            raise CheckpointError(f"GGUF file {str(source)!r} does not exist; check the path")
+        return _Found(name=path.stem, gguf=path, kept=os.environ.get(_KEEP_GGUF, "0") not in ("", "0"))
+    if path.exists():
+        _check_folder(path)
+        return _Found(name=path.resolve().name, location=str(path))
     if isinstance(source, Path) or not _HUB_ID.match(source):
-        raise CheckpointError(f"model folder {str(source)!r} does not exist; give a folder or a hub id")
-    return source, source
+        raise CheckpointError(f"model folder {str(source)!r} does not exist; give a folder, a GGUF file or a hub id")
+    return _Found(name=source, location=source)
 
 
 def _check_folder(folder: Path) -> None:
     """Refuse a folder whose configuration cannot be read, before transformers guesses what it could be."""
     path = folder / "config.json"
     if not folder.is_dir():
-        raise CheckpointError(f"model {str(folder)!r} is not a folder; give one with config.json and weights")
+        raise CheckpointError(
+            f"model {str(folder)!r} is not a folder and not named *.gguf; give one with config.json and weights"
+        )
     if not path.is_file():
-        raise CheckpointError(f"model folder {str(folder)!r} has no config.json; it is not a checkpoint")
+        file = next(folder.glob(f"*{_GGUF_SUFFIX}"), None)
+        hint = f"give its file {str(file)!r}" if file else "it is not a checkpoint"
+        raise CheckpointError(f"model folder {str(folder)!r} has no config.json; {hint}")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
@@ -194,41 +216,17 @@ def _check_folder(folder: Path) -> None:
         raise CheckpointError(f"{str(path)!r} names no model_type; it is not a transformers checkpoint")
 
 
-def _load_weights(location: str, dtype: torch.dtype | None) -> PreTrainedModel:
-    arguments: dict[str, Any] = {"dtype": dtype or "auto", "output_loading_info": True}
-    arguments["local_files_only"] = Path(location).exists()
-    try:
-        with quiet():
-            model, report = AutoModelForCausalLM.from_pretrained(location, **arguments)
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        raise CapacityError(f"the weights of {location!r} do not fit into memory: {error}") from error
-    except Exception as error:  # transformers raises anything here, ZeroDivisionError included.
-        raise CheckpointError(f"model {location!r} cannot be loaded: {_explain(error)}") from error
-    missing = sorted(str(key) for key in report["missing_keys"])
-    mismatched = sorted(str(key[0]) for key in report["mismatched_keys"])
-    if missing or mismatched:
-        wrong = "missing" if missing else "of another shape than config.json says"
-        keys = missing or mismatched
-        raise CheckpointError(
-            f"model {location!r}: {len(keys)} weights are {wrong}, first {keys[0]}; download it again"
-        )
-    loaded: PreTrainedModel = model
-    return loaded
+def _load(found: _Found, dtype: torch.dtype | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    if found.gguf is None:
+        return load_checkpoint(found.location, dtype)
+    header = read_header(found.gguf)
+    check_gguf(header)
+    dtype = dtype or own_dtype(header)
+    if found.kept:
+        from kvatlas.models.copies import load_kept  # needs file locks, which not every system has
 
-
-def _explain(error: Exception) -> str:
-    """Return the first line of a loading error, and what to do about it where that is known."""
-    text = str(error).strip()
-    kind = type(error).__name__
-    if kind == "SafetensorError":
-        return f"a safetensors file is truncated or corrupt ({text}); download it again"
-    if "ignore_mismatched_sizes" in text:
-        return "weights have another shape than config.json says; download it again"
-    if "Unrecognized configuration class" in text:
-        return "it is not a causal language model of transformers"
-    if "trust_remote_code" in text:
-        return "it needs code from its repository, which kvatlas does not run; use a family of transformers"
-    return " ".join(f"{kind}: {text}".split())[:300]
+        return load_kept(header, dtype)
+    return load_gguf(header, dtype), gguf_tokenizer(header)
 
 
 def _place(model: PreTrainedModel, device: str, name: str) -> PreTrainedModel:
@@ -237,18 +235,3 @@ def _place(model: PreTrainedModel, device: str, name: str) -> PreTrainedModel:
     except torch.OutOfMemoryError as error:
         raise CapacityError(f"the weights of {name!r} do not fit on {device}; use a smaller dtype") from error
     return placed
-
-
-def _load_tokenizer(location: str) -> PreTrainedTokenizerBase | None:
-    """Return the checkpoint's tokenizer; None if it has none, since token ids can be used without."""
-    folder = Path(location)
-    if folder.exists() and not any(any(folder.glob(name)) for name in _TOKENIZER_FILES):
-        return None
-    try:
-        with quiet():
-            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-                location, local_files_only=folder.exists()
-            )
-    except Exception as error:  # tokenizers raises bare Exception for a broken file.
-        raise CheckpointError(f"the tokenizer of {location!r} cannot be loaded: {_explain(error)}") from error
-    return tokenizer

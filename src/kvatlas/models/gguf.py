@@ -1,0 +1,236 @@
+"""Load a GGUF file, the format of llama.cpp, as a transformers model in floating point.
+
+transformers unpacks the whole file, and drops in silence what it does not know: RoPE scaling, biases, windows. So the
+header is read first (`gguf_header`), memory is asked for before it is taken, and what the file says is held against
+what transformers made of it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from contextlib import redirect_stderr
+from io import StringIO
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig, PreTrainedConfig, PreTrainedModel
+
+from kvatlas.core.errors import CapacityError, CheckpointError, UnsupportedError
+from kvatlas.core.units import format_bytes
+from kvatlas.models.checkpoint import explain
+from kvatlas.models.gguf_header import GgufHeader, GgufTensor
+from kvatlas.models.quiet import quiet
+
+HOW_TO_INSTALL = "pip install 'kvatlas[smollm2]'"
+
+_PACKAGES = ("gguf", "accelerate")
+_PLAIN = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+_FLOAT32_BYTES = 4
+_COPIES_OF_ONE_TENSOR = 4  # that are alive while transformers unpacks it: blocks, values, permuted values, tensor
+_LLAMA3_FREQUENCIES = "rope_freqs.weight"
+_LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+# What changes logits and not one shape: the key in the file, and the name in transformers' config.
+_SILENT = {
+    "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+    "attention.sliding_window": "sliding_window",
+    "attn_logit_softcapping": "attn_logit_softcapping",
+    "final_logit_softcapping": "final_logit_softcapping",
+}
+
+
+def check_gguf(header: GgufHeader) -> None:
+    """Refuse a file that cannot be loaded, by what its header says.
+
+    Raises:
+        UnsupportedError: the packages that read GGUF are missing, or the file is one part of several, holds no language
+            model, or holds tensors of an unknown format.
+        CheckpointError: the file ends before its tensors do.
+    """
+    if missing := [name for name in _PACKAGES if importlib.util.find_spec(name) is None]:
+        raise UnsupportedError(f"GGUF files need {' and '.join(missing)}; install with: {HOW_TO_INSTALL}")
+    path = str(header.path)
+    if (parts := header.metadata.get("split.count", 1)) > 1:
+        part = header.metadata.get("split.no", 0) + 1
+        raise UnsupportedError(
+            f"GGUF file {path!r} is part {part} of {parts}; join them first: llama-gguf-split --merge"
+        )
+    if (kind := header.metadata.get("general.type", "model")) != "model":
+        raise UnsupportedError(f"GGUF file {path!r} holds no model but a {kind!r}; give the file of the model itself")
+    if not header.tensors:
+        raise CheckpointError(f"GGUF file {path!r} of architecture {header.architecture!r} holds no weights")
+    end = max(tensor.start + _stored_bytes(header, tensor) for tensor in header.tensors)
+    if end > header.size:
+        raise CheckpointError(
+            f"GGUF file {path!r} is truncated: it has {header.size} of {end} bytes; download it again"
+        )
+
+
+def unpacked_bytes(header: GgufHeader, dtype: torch.dtype) -> int:
+    """Return what the weights of a file take in this dtype."""
+    return sum(tensor.elements for tensor in header.tensors) * dtype.itemsize
+
+
+def own_dtype(header: GgufHeader) -> torch.dtype:
+    """Return the dtype in which a file's matrices are exact: their own, or float32 if they are quantized."""
+    names = {_format(header, tensor).name for tensor in header.tensors}
+    for dtype in (torch.float16, torch.bfloat16):
+        if _PLAIN[dtype] in names and names <= {_PLAIN[dtype], _PLAIN[torch.float32]}:
+            return dtype
+    return torch.float32
+
+
+def load_gguf(header: GgufHeader, dtype: torch.dtype) -> PreTrainedModel:
+    """Return the model of a file that passed `check_gguf`, all weights unpacked.
+
+    Raises:
+        CapacityError: there is too little memory.
+        UnsupportedError: transformers does not read this architecture, or not all that this file says.
+        CheckpointError: the weights cannot be loaded.
+    """
+    _check_memory(header, dtype)
+    place = {"gguf_file": header.path.name, "local_files_only": True, "trust_remote_code": False}
+    folder = str(header.path.parent)
+    try:
+        with quiet(), redirect_stderr(StringIO()):  # a progress bar of tqdm's own
+            config = AutoConfig.from_pretrained(folder, **place)
+            _check_config(header, config)
+            unpack = GgufConfig(gguf_file=header.path.name, dequantize=True)
+            model, report = AutoModelForCausalLM.from_pretrained(
+                folder, config=config, dtype=dtype, quantization_config=unpack, output_loading_info=True, **place
+            )
+    except (UnsupportedError, CapacityError):
+        raise
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise CapacityError(f"the weights of {str(header.path)!r} do not fit into memory: {error}") from error
+    except Exception as error:  # transformers raises anything here.
+        raise _refusal(header, error) from error
+    if report["missing_keys"]:
+        missing = sorted(map(str, report["missing_keys"]))
+        raise CheckpointError(f"GGUF file {str(header.path)!r} lacks {len(missing)} weights, first {missing[0]}")
+    _check_nothing_left(header, model)
+    _end_tokens(header, model)
+    loaded: PreTrainedModel = model
+    return loaded
+
+
+def _format(header: GgufHeader, tensor: GgufTensor) -> Any:
+    """Return the format of a tensor in the words of the gguf package, if it can be unpacked."""
+    import gguf  # of the extra
+
+    try:
+        kind = gguf.GGMLQuantizationType(tensor.kind)
+        _, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+        gguf.dequantize(np.zeros((1, block_bytes), np.uint8), kind)
+    except (ValueError, KeyError, NotImplementedError) as error:
+        raise UnsupportedError(
+            f"GGUF file {str(header.path)!r}: tensor {tensor.name!r} is of a format (number {tensor.kind}) that the "
+            "gguf package does not unpack; quantize the model to another one, such as Q8_0"
+        ) from error
+    return kind
+
+
+def _stored_bytes(header: GgufHeader, tensor: GgufTensor) -> int:
+    import gguf
+
+    block, block_bytes = gguf.GGML_QUANT_SIZES[_format(header, tensor)]
+    return int(tensor.elements // block * block_bytes)
+
+
+def _check_memory(header: GgufHeader, dtype: torch.dtype) -> None:
+    largest = max(tensor.elements for tensor in header.tensors) * _FLOAT32_BYTES
+    needed = unpacked_bytes(header, dtype) + _COPIES_OF_ONE_TENSOR * largest
+    available = psutil.virtual_memory().available
+    if needed > available:
+        raise CapacityError(
+            f"GGUF file {str(header.path)!r} takes {format_bytes(needed)} of memory unpacked to {dtype}, and "
+            f"{format_bytes(available)} are available; use a smaller model"
+        )
+
+
+def _refusal(header: GgufHeader, error: Exception) -> UnsupportedError | CheckpointError:
+    text = str(error)
+    if "not supported yet" in text or "Cannot rebuild a config" in text:
+        return UnsupportedError(
+            f"GGUF file {str(header.path)!r} is of architecture {header.architecture!r}, which transformers does not "
+            "read from GGUF; use the model's own checkpoint folder"
+        )
+    return CheckpointError(f"GGUF file {str(header.path)!r} cannot be loaded: {explain(error)}")
+
+
+def _check_config(header: GgufHeader, config: PreTrainedConfig) -> None:
+    """Refuse a file of which transformers ignores something that changes logits; Llama 3's RoPE is set right."""
+    for key, name in _SILENT.items():
+        said, made = header.setting(key), getattr(config, name, None)
+        if isinstance(said, int | float) and said and not _equal(said, made):
+            _refuse(header, f"{key} {said:g}", f"{name}={made}")
+    ropes = _ropes(config)
+    said = header.setting("rope.freq_base")
+    if said is not None and not any(_equal(said, rope.get("rope_theta")) for rope in ropes):
+        _refuse(header, f"rope.freq_base {said:g}", f"rope_theta={[rope.get('rope_theta') for rope in ropes]}")
+    frequencies = next((tensor for tensor in header.tensors if tensor.name == _LLAMA3_FREQUENCIES), None)
+    if frequencies is not None:
+        config.rope_parameters = _llama3_rope(header, frequencies, ropes[0])
+        return
+    scaled = header.setting("rope.scaling.type") not in (None, "none") or header.setting("rope.scaling.factor") not in (
+        (None, 0, 1)
+    )
+    if scaled and all(rope.get("rope_type", "default") == "default" for rope in ropes):
+        _refuse(header, f"rope.scaling.type {header.setting('rope.scaling.type')}", "RoPE without scaling")
+
+
+def _refuse(header: GgufHeader, said: str, made: str) -> None:
+    raise UnsupportedError(
+        f"GGUF file {str(header.path)!r} says {said}, and transformers makes {made} of it; "
+        "use the model's own checkpoint folder"
+    )
+
+
+def _equal(said: float, made: Any) -> bool:
+    return isinstance(made, int | float) and math.isclose(said, made, rel_tol=1e-6)
+
+
+def _ropes(config: PreTrainedConfig) -> list[dict[str, Any]]:
+    """Return the RoPE parameters of all layer types."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    nested = [value for value in parameters.values() if isinstance(value, dict)]
+    return nested or [parameters]
+
+
+def _llama3_rope(header: GgufHeader, frequencies: GgufTensor, rope: dict[str, Any]) -> dict[str, Any]:
+    """Return the parameters behind the divisors of RoPE frequencies that llama.cpp keeps as a tensor.
+
+    Every Llama 3 has the same but for the factor, which is the largest divisor; the others must then come out.
+    """
+    with header.path.open("rb") as file:
+        file.seek(frequencies.start)
+        divisors = np.frombuffer(file.read(frequencies.elements * _FLOAT32_BYTES), np.float32).astype(np.float64)
+    low, high, length = _LLAMA3_ROPE.values()
+    turns = length / (2 * np.pi) * rope["rope_theta"] ** (-np.arange(len(divisors)) / len(divisors))
+    factor = float(divisors.max())
+    smooth = np.clip((turns - low) / (high - low), 0, 1)
+    if not np.allclose(divisors, 1 / ((1 - smooth) / factor + smooth), rtol=1e-3):
+        _refuse(header, f"{_LLAMA3_FREQUENCIES} that are not Llama 3's", "RoPE without scaling")
+    return {**rope, "rope_type": "llama3", "factor": factor, **_LLAMA3_ROPE}
+
+
+def _check_nothing_left(header: GgufHeader, model: PreTrainedModel) -> None:
+    """Refuse a file that holds more than the model took: transformers passes over tensors it does not know."""
+    held = sum(tensor.elements for tensor in header.tensors if tensor.name != _LLAMA3_FREQUENCIES)
+    taken = sum(
+        {weight.data_ptr(): weight.numel() for weight in model.state_dict().values()}.values()
+    )  # tied ones once
+    if held != taken:
+        _refuse(header, f"{held} weights", f"a model of {taken}")
+
+
+def _end_tokens(header: GgufHeader, model: PreTrainedModel) -> None:
+    """Let a turn's end token end the output, too: transformers reads one end token only."""
+    ids = [header.metadata.get(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot")]
+    found = list(dict.fromkeys(index for index in ids if index is not None))
+    if len(found) > 1:
+        model.generation_config.eos_token_id = found
