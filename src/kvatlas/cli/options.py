@@ -10,6 +10,13 @@ import typer
 DEFAULT_RECORDS = Path("out/records.duckdb")
 DEFAULT_REPORT = Path("out/report")
 
+Model = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="A folder, a GGUF file, a hub id, smollm2-135m, or random:llama-100m. Default: the bundled model.",
+    ),
+]
 KvMemory = Annotated[str, typer.Option(metavar="SIZE", help="Byte budget of the cache, such as 512MiB or 2GB.")]
 HostMemory = Annotated[
     str, typer.Option(metavar="SIZE", help="Byte budget of the host tier, for offloading and swapping; 0 for none.")
