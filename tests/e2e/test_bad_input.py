@@ -7,7 +7,7 @@ from pathlib import Path
 
 import duckdb
 import pytest
-from tests.unit.cli.running import kvatlas
+from tests.unit.cli.running import kvatlas, once
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from kvatlas.models.loading import BUNDLED_DIR
@@ -89,7 +89,7 @@ def test_strategies_that_do_not_exist(command, strategy, parts):
         (["characterize", "--accuracy-task", "hay"], ["unknown task 'hay'", "single needle"]),
         (["characterize", "--model", "random:llama-9t"], ["'random:llama-9t'", "llama-mini"]),
         (["characterize", "--config", "gone.toml"], ["'gone.toml'", "No such file", "check the path"]),
-        ([*SWEEP, "--speed-model", "random:llama-9t"], ["'random:llama-9t'", "llama-mini"]),
+        (once(*SWEEP, "--speed-model", "random:llama-9t"), ["'random:llama-9t'", "llama-mini"]),
         (["report"], ["records.duckdb does not exist", "run an experiment first"]),
     ],
 )
@@ -156,7 +156,7 @@ def test_checkpoints_that_are_broken(spoil, parts):
     broken_checkpoint(spoil)
     line = refused("generate", "hi", "--model", "model")
     assert all(part in line for part in parts), line
-    assert line == refused(*SWEEP, "--speed-model", "model")
+    assert line == refused(*once(*SWEEP, "--speed-model", "model"))
 
 
 def test_a_family_that_is_not_supported():

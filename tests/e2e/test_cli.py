@@ -131,13 +131,14 @@ def test_a_time_limit_leaves_out_and_the_same_command_goes_on(tmp_path):
     assert "1 measured" in result.out
     assert "left out at their time limit: prompt_length 3; the same command goes on there" in result.out
     assert "left out prompt_length: 3 of 4 points" in result.err
-    result = kvatlas(*command, "--time-limit", 1e-9, "--no-time-limit")
+    result = kvatlas(*command, "--no-time-limit")
     assert "3 measured, 1 found done" in result.out
     assert "left out" not in result.out
 
 
-def test_list_runs_nothing(tmp_path):
-    result = kvatlas("characterize", "--list", "--records", tmp_path / "r.duckdb", "--prompt-tokens", "7,8")
+def test_list_runs_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = kvatlas("characterize", "--list", "--prompt-tokens", "7,8")
     assert result.status == 0
     assert "prompt_length: How do" in result.out
     assert "prompt_tokens = (7, 8)" in result.out

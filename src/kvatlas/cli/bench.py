@@ -11,8 +11,10 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from kvatlas.cli.command import App, refuse_idle
 from kvatlas.cli.options import examples, whole_numbers
-from kvatlas.core.errors import ConfigError, UnknownNameError
+from kvatlas.core.errors import ConfigError
+from kvatlas.core.names import unknown_name
 from kvatlas.core.vocabulary import Format
 
 DEFAULT_PEERS = Path("out/peers")
@@ -42,7 +44,7 @@ _Quick = Annotated[bool, typer.Option("--quick", help="Less of everything: a min
 
 def add_to(app: typer.Typer) -> None:
     """Register the commands."""
-    group = typer.Typer(
+    group = App(
         help="Measure kernels and engine beside others, in one run on this machine.",
         epilog=examples("kvatlas bench kernels --quick", "kvatlas bench engine --quick", "kvatlas bench overhead"),
         no_args_is_help=True,
@@ -76,6 +78,10 @@ def kernels(
     chosen = [Format(name) for name in _names(formats, tuple(Format), "format")]
     lengths = whole_numbers(contexts or ("2048" if quick else "2048,8192,32768"))
     batches = whole_numbers(batch or ("1" if quick else "1,8"))
+    if not {"decode", "blocks"} & set(wanted):
+        refuse_idle(context, ["formats"], "only the operations decode and blocks read it; leave it out")
+    if "decode" not in wanted:
+        refuse_idle(context, ["contexts", "batch"], "only the operation decode reads it; leave it out")
     rounds = repeats if repeats is not None else 2 if quick else 7
     _check(rounds, "repeats", 1)
     for length in lengths:
@@ -142,6 +148,8 @@ def engine(
     Engines take turns case by case. Ctrl-C loses nothing: the same command continues. A peer that is not installed is
     skipped with the command that installs it.
     """
+    if not peers:
+        refuse_idle(context, ["peer"], "--no-peers is given too; leave one of them out")
     rounds = repeats if repeats is not None else 1 if quick else 3
     _check(rounds, "repeats", 1)
     _check(threads, "threads", 1)
@@ -171,7 +179,8 @@ def engine(
         try:
             found = bench.run(name, each)
         except KeyboardInterrupt:
-            progress.print(f"interrupted: {results} keeps all answers; the same command continues from there")
+            told_so = f"interrupted: {results} keeps all answers; the same command continues from there"
+            progress.print(told_so, markup=False, soft_wrap=True)
             raise typer.Exit(130) from None
         told[name] = told_answers(found)
         console.print(engine_table(name, threads, found))
@@ -233,7 +242,7 @@ def _names(text: str, known: Sequence[str], what: str) -> list[str]:
     names = [part.strip() for part in text.split(",")]
     for name in names:
         if name not in known:
-            raise UnknownNameError(f"unknown {what} {name!r}; choose among {', '.join(known)}")
+            raise unknown_name(what, name, known)
     return names
 
 

@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 
 from kvatlas.cli import study_options as opt
+from kvatlas.cli.command import given, option, refuse_idle
 from kvatlas.cli.options import DEFAULT_RECORDS, DEFAULT_REPORT, Records, examples
 from kvatlas.core.errors import ConfigError
 from kvatlas.core.names import unknown_name
@@ -118,13 +119,14 @@ def characterize(
     from kvatlas.experiments.sweep import check_sweep, find_experiments
 
     study = StudyFile() if config is None else read_study(config)
-    if _is_default(context, "preset"):
+    if "preset" not in given(context):
         preset = study.preset or preset
-    if _is_default(context, "records"):
+    if "records" not in given(context):
         records = Path(study.records or records)
     settings = settings_of(preset, context.params, study.changes)
     names = experiments or study.experiments
     chosen = find_experiments(names)
+    _refuse_idle(context, chosen, settings)
     if dump_config:
         typer.echo(dump_study(settings, names, str(records)), nl=False)
         return
@@ -138,7 +140,7 @@ def characterize(
     _tell(outcome, records)
 
 
-def settings_of(preset: str, given: Mapping[str, Any], file: Mapping[str, Any] | None = None) -> Settings:
+def settings_of(preset: str, values: Mapping[str, Any], file: Mapping[str, Any] | None = None) -> Settings:
     """Return the preset with what a file says instead of its values, and what was given instead of both."""
     from kvatlas.experiments.sweep import PRESETS
 
@@ -146,16 +148,40 @@ def settings_of(preset: str, given: Mapping[str, Any], file: Mapping[str, Any] |
         raise unknown_name("preset", preset, PRESETS)
     names = [field.name for field in dataclasses.fields(PRESETS[preset])]
     changes = dict(file or {})
-    changes |= {name: given[name] for name in names if given.get(name) not in (None, [], ())}
-    if given.get("no_time_limit"):
+    changes |= {name: values[name] for name in names if values.get(name) not in (None, [], ())}
+    if values.get("no_time_limit"):
         changes["time_limits"] = ()
     changes = {name: tuple(value) if isinstance(value, list) else value for name, value in changes.items()}
     return dataclasses.replace(PRESETS[preset], **changes)
 
 
-def _is_default(context: typer.Context, name: str) -> bool:
-    source = context.get_parameter_source(name)
-    return source is None or source.name.startswith("DEFAULT")
+def _refuse_idle(context: typer.Context, chosen: Sequence[Experiment], settings: Settings) -> None:
+    """Refuse options that change nothing of what is measured, or contradict each other.
+
+    What a file or a preset says may be meant for other experiments too, so only the command line is looked at.
+    """
+    from kvatlas.experiments.sweep import EXPERIMENTS
+
+    named = ", ".join(experiment.name for experiment in chosen)
+    reads = frozenset[str]().union(*(experiment.reads(settings) for experiment in chosen))
+    models = [option(context, name) for name in context.params if name in reads and name.endswith(("model", "models"))]
+    for field in dataclasses.fields(settings):
+        if field.name not in reads:
+            readers = [name for name, one in EXPERIMENTS.items() if field.name in one.reads(settings)]
+            own = f", whose model is {' or '.join(models)}" if field.name.endswith(("model", "models")) else ""
+            other = f", or choose {readers[0]}" if readers else ""
+            refuse_idle(context, [field.name], f"it is not read by {named}{own}; leave it out{other}")
+    typed = given(context)
+    if "no_time_limit" in typed:
+        refuse_idle(context, ["time_limits"], "--no-time-limit is given too; leave one of them out")
+    for entry in settings.time_limits if "time_limits" in typed else ():
+        name, equals, _ = entry.rpartition("=")
+        if equals and name.strip() in EXPERIMENTS and EXPERIMENTS[name.strip()] not in chosen:
+            raise ConfigError(f"--time-limit {entry!r} would do nothing: only {named} runs; leave it out")
+    if "dump_config" in typed:
+        refuse_idle(context, ["listing", "threads"], "--dump-config prints a study, which says neither; leave one out")
+    if "listing" in typed:
+        refuse_idle(context, ["records", "threads"], "--list runs nothing; leave one of them out")
 
 
 def _list(experiments: Sequence[Experiment], settings: Settings) -> None:
@@ -215,7 +241,8 @@ def _tell(outcome: Outcome, records: Path) -> None:
     typer.echo(f"points: {counts}, {outcome.failed} failed; in {records}")
     if outcome.left_out:
         names = ", ".join(f"{name} {count}" for name, count in outcome.left_out.items())
-        typer.echo(f"left out at their time limit: {names}; the same command goes on there, --no-time-limit to the end")
+        step = "the same command goes on there, --no-time-limit for --time-limit to the end"
+        typer.echo(f"left out at their time limit: {names}; {step}")
     if outcome.resumed:
         typer.echo("points found done keep the repeats they were measured with; for more, name another --records file")
     if outcome.refused and not outcome.measured and not outcome.resumed:

@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from kvatlas.cli.characterize import opened, settings_of, use_threads
+from kvatlas.cli.command import refuse_idle
 from kvatlas.cli.options import DEFAULT_RECORDS, DEFAULT_REPORT, Records, examples
 from kvatlas.core.errors import ConfigError, RecordsError
 from kvatlas.metrics.latency import (
@@ -53,6 +54,8 @@ _SETTINGS = (
         "max_batched_tokens",
     ),
 )
+_OF_A_TRACE = ("trace_time_scale", "trace_length_scale", "trace_max_prompt_tokens")
+_DRAWN = ("rate", "burstiness", "rate_prompt_tokens", "rate_output_tokens")
 _USERINFO = re.compile(r"(?<=:)//[^/?#]*@")  # name and password in a URL
 _LATE_S = 0.05
 _OFF = 0.05
@@ -133,7 +136,7 @@ def drive(
 
     The point stands in the report beside strategies measured with the same settings.
     """
-    _check(context.params)
+    _check(context)
     from kvatlas.experiments.endpoint import Endpoint, describe_endpoint
     from kvatlas.experiments.peer import check_lengths, peer_point
     from kvatlas.experiments.sweep import EXPERIMENTS
@@ -175,9 +178,14 @@ def _without_key(typed: Sequence[str]) -> list[str]:
     return [_USERINFO.sub("//", text) for text in shown]
 
 
-def _check(given: Mapping[str, Any]) -> None:
+def _check(context: typer.Context) -> None:
+    given = context.params
     if (given["trace"] is None) == (given["arrivals"] is None):
         raise ConfigError("it is not clear which requests to send; write either --trace NAME or --arrivals poisson")
+    if given["trace"] is None:
+        refuse_idle(context, _OF_A_TRACE, "it belongs to --trace; leave it out, or write --trace NAME for --arrivals")
+    else:
+        refuse_idle(context, _DRAWN, "it belongs to --arrivals; leave it out, or write --arrivals poisson for --trace")
     if not 0 < given["rate"] < float("inf"):
         raise ConfigError(f"rate={given['rate']} is out of range; write a finite number of requests per second above 0")
     if given["vocabulary"] is not None and given["vocabulary"] < 1:

@@ -16,10 +16,11 @@ from pydantic import ValidationError
 
 from kvatlas import __version__
 from kvatlas.cli import bench, characterize, drive, evaluate, generate, info, report, strategies
+from kvatlas.cli.command import App
 from kvatlas.cli.options import examples
-from kvatlas.core.errors import KvatlasError
+from kvatlas.core.errors import KvatlasError, one_line
 
-app = typer.Typer(
+app = App(
     name="kvatlas",
     help="Every KV-cache management strategy for LLM inference: implemented, run, measured, compared on one engine.",
     epilog=examples("kvatlas strategies", "kvatlas generate 'def add('", "kvatlas characterize --preset quick"),
@@ -60,7 +61,7 @@ def _root(
 
 
 def _refuse(message: str) -> int:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"error: {one_line(' '.join(message.split()))}", file=sys.stderr)
     return 2
 
 

@@ -16,7 +16,7 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> UnknownNameError
 
     Names that differ in case alone are alike.
     """
-    names = sorted(known)
+    names = sorted(map(str, known))
     close = nearest(name, names, 1, cutoff=0.5 if len(names) <= _MANY else 0.8)
     if close:
         hint = f"did you mean {close[0]!r}?"

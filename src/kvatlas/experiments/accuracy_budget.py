@@ -29,6 +29,7 @@ class AccuracyBudget(Experiment):
     name = "accuracy_budget"
     question = "How many answers are still right when only a fraction of the cache is kept?"
     role = "quality"
+    own = frozenset({"accuracy_tasks", "accuracy_context_tokens", "accuracy_budgets", "num_prompts"})
 
     def check(self, settings: Settings) -> None:
         """Read the tasks.

@@ -43,6 +43,7 @@ class DecodeThroughput(SharedLoad):
 
     name = "decode_throughput"
     question = "How many tokens per second do requests at once get, and how many per GB of memory?"
+    own = SharedLoad.own | {"pool_tries"}
 
     def points(self, settings: Settings, model: str) -> Iterator[Point]:
         """Yield the points of a load, with the number of tries: the smallest pool found depends on it."""

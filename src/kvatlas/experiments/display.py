@@ -36,11 +36,11 @@ class Display:
     def __init__(self, console: Console, todo: Sequence[Work], fresh: Sequence[Work], settings: Settings) -> None:
         self._console = console
         self._progress = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
-            TextColumn("{task.fields[left]}"),
+            TextColumn("{task.fields[left]}", markup=False),
             console=console,
         )
         total, done = (sum(len(points) for _, points in work) for work in (todo, fresh))
@@ -84,7 +84,7 @@ class Display:
         self._progress.advance(self._one)
         self._progress.update(self._sweep, advance=1, left="" if left is None else f"about {format_seconds(left)} left")
         if not self._console.is_terminal:  # a log shows no bar
-            self._console.print(f"{status}: {self._name} {short(point)}", highlight=False, soft_wrap=True)
+            self._console.print(f"{status}: {self._name} {short(point)}", highlight=False, markup=False, soft_wrap=True)
 
     def say(self, text: str) -> None:
         """Print a line above the bars."""

@@ -31,6 +31,7 @@ class EarlyFact(Experiment):
     name = "early_fact"
     question = "Is a fact from the beginning still there when it is asked for at the end?"
     role = "quality"
+    own = frozenset({"context_tokens", "budgets", "turns", "num_keys", "num_prompts"})
 
     def points(self, settings: Settings, model: str) -> Iterator[Point]:
         """Yield for each context and number of turns the full cache, then all strategies fraction by fraction."""

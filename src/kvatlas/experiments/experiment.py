@@ -11,7 +11,15 @@ from kvatlas.experiments.settings import Settings
 from kvatlas.records.schema import ModelRole, Point, Sample
 from kvatlas.strategies.strategy import Strategy
 
-__all__ = ["Experiment", "Lab", "Settings"]
+__all__ = ["REPEATED", "Experiment", "Lab", "Settings"]
+
+REPEATED = frozenset({"repeats", "repeat_limit_s"})
+"""Settings of experiments that measure a point several times."""
+
+_BY_ALL = frozenset(
+    {"strategies", "dtype", "device", "linear_weights", "kv_memory", "host_memory", "link", "max_batched_tokens"}
+    | {"seed", "time_limits"}
+)
 
 
 class Experiment(ABC):
@@ -20,6 +28,13 @@ class Experiment(ABC):
     name: ClassVar[str]
     question: ClassVar[str]
     role: ClassVar[ModelRole]
+    own: ClassVar[frozenset[str]]
+    """Settings that it reads beside those that all do."""
+
+    def reads(self, settings: Settings) -> frozenset[str]:
+        """Return the names of the settings that change what is measured; to give another one would be a mistake."""
+        model = "quality_model" if self.role == "quality" else "speed_model"
+        return _BY_ALL | self.own | {model}
 
     def check(self, settings: Settings) -> None:
         """Raise a KvatlasError for settings that could not be measured, before anything is."""

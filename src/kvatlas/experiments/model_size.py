@@ -11,7 +11,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 
-from kvatlas.experiments.experiment import Experiment, Lab, Settings
+from kvatlas.experiments.experiment import REPEATED, Experiment, Lab, Settings
 from kvatlas.experiments.load import Arrival, drive, random_prompt
 from kvatlas.experiments.provenance import marked
 from kvatlas.metrics.latency import output_throughput
@@ -25,6 +25,11 @@ class ModelSize(Experiment):
     name = "model_size"
     question = "How do time and memory grow with the model?"
     role = "speed"
+    own = REPEATED | {"models", "model_prompt_tokens", "model_output_tokens", "model_batch"}
+
+    def reads(self, settings: Settings) -> frozenset[str]:
+        """Return what all of them read and its own, which stands in for the speed model."""
+        return super().reads(settings) - {"speed_model"}
 
     def sources(self, settings: Settings) -> tuple[str | None, ...]:
         """Return the models of the settings, in their order."""

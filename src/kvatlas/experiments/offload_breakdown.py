@@ -26,11 +26,11 @@ from kvatlas.engine.engine import Engine
 from kvatlas.engine.params import SamplingParams
 from kvatlas.engine.request import Request
 from kvatlas.experiments.asking import encoder
-from kvatlas.experiments.experiment import Experiment, Lab, Settings
+from kvatlas.experiments.experiment import REPEATED, Experiment, Lab, Settings
 from kvatlas.experiments.holdings import holdings
 from kvatlas.experiments.load import random_prompt
 from kvatlas.experiments.provenance import marked, moves_data
-from kvatlas.experiments.settings import link_name
+from kvatlas.experiments.settings import NO_LINK, link_name
 from kvatlas.records.schema import Point, Sample
 from kvatlas.strategies.strategy import Strategy
 from kvatlas.workloads.recall import read_filler
@@ -71,6 +71,11 @@ class OffloadBreakdown(Experiment):
     name = "offload_breakdown"
     question = "Where do the memory and the time of an offloading strategy go?"
     role = "speed"
+    own = REPEATED | {"breakdown_prompt_tokens", "breakdown_output_tokens", "breakdown_links", "breakdown_model"}
+
+    def reads(self, settings: Settings) -> frozenset[str]:
+        """Return what all of them read and its own; it has links of its own, and may have a model of its own."""
+        return super().reads(settings) - {"link"} - ({"speed_model"} if settings.breakdown_model else frozenset())
 
     def sources(self, settings: Settings) -> tuple[str | None, ...]:
         """Return its own model where the settings name one."""
@@ -184,7 +189,7 @@ def _compute(point: Point, lab: Lab, repeat: int) -> float | None:
     """Return the median decode step of a repeat's request under `full`; None if it does not fit on the device."""
     full = point.model_copy(update={"strategy": "full"})
     try:
-        engine = lab.engine(full)
+        engine = lab.engine(full, link=NO_LINK)
         request = _begin(engine, full, lab.settings.seed + repeat)
     except CapacityError:
         return None
@@ -241,7 +246,7 @@ def _timeline(step: Step) -> list[Sample]:
 
 def _observe(point: Point, lab: Lab) -> list[Sample]:
     """Return how good speculation was over the first decode steps of a run of its own."""
-    engine = lab.engine(point)
+    engine = lab.engine(point, link=NO_LINK)  # nothing is timed
     request = _begin(engine, point, lab.settings.seed)
     engine.observe_speculation()
     while request.finish_reason is None and len(request.token_times_s) <= _OBSERVED_STEPS:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 
-from kvatlas.experiments.experiment import Experiment, Lab, Settings
+from kvatlas.experiments.experiment import REPEATED, Experiment, Lab, Settings
 from kvatlas.experiments.load import Arrival, drive, random_prompt
 from kvatlas.experiments.provenance import marked
 from kvatlas.records.schema import Point, Sample
@@ -24,6 +24,7 @@ class OutputLength(Experiment):
     name = "output_length"
     question = "How does the time of a long output grow?"
     role = "speed"
+    own = REPEATED | {"output_tokens", "output_prompt_tokens"}
 
     def points(self, settings: Settings, model: str) -> Iterator[Point]:
         """Yield every output length under every strategy, short ones first."""

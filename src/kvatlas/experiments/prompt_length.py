@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator
 
 from kvatlas.engine.params import SamplingParams
-from kvatlas.experiments.experiment import Experiment, Lab, Settings
+from kvatlas.experiments.experiment import REPEATED, Experiment, Lab, Settings
 from kvatlas.experiments.holdings import holdings
 from kvatlas.experiments.load import random_prompt
 from kvatlas.experiments.provenance import marked
@@ -29,6 +29,11 @@ class PromptLength(Experiment):
     name = "prompt_length"
     question = "How do time to first token and memory grow with the prompt?"
     role = "speed"
+    own = REPEATED | {"prompt_tokens", "prompt_model"}
+
+    def reads(self, settings: Settings) -> frozenset[str]:
+        """Return what all of them read and its own; it may have a model of its own."""
+        return super().reads(settings) - ({"speed_model"} if settings.prompt_model else frozenset())
 
     def sources(self, settings: Settings) -> tuple[str | None, ...]:
         """Return its own model where the settings name one."""

@@ -28,6 +28,9 @@ class RequestRate(Experiment):
     name = "request_rate"
     question = "How long do users wait when requests arrive at a given rate?"
     role = "speed"
+    own = frozenset(
+        {"arrivals", "rates", "rate_requests", "rate_prompt_tokens", "rate_output_tokens", "slo_ttft_s", "slo_tpot_s"}
+    )
 
     def check(self, settings: Settings) -> None:
         """Read how requests arrive.

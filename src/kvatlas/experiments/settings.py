@@ -202,9 +202,9 @@ def time_limit(settings: Settings, experiment: str) -> float:
     """Return the seconds after which ``experiment`` begins no further point; ``math.inf``: no limit.
 
     Raises:
-        ConfigError: an entry of ``time_limits`` is not a positive number of seconds.
+        ConfigError: an entry of ``time_limits`` is not a positive number of seconds, or contradicts another.
     """
-    found = math.inf
+    found: dict[str, float] = {}
     for entry in settings.time_limits:
         name, equals, text = entry.rpartition("=")
         try:
@@ -215,8 +215,6 @@ def time_limit(settings: Settings, experiment: str) -> float:
             raise ConfigError(
                 f"time limit {entry!r} is not understood; write seconds, such as 300, or early_fact=600 for one"
             )
-        if name.strip() == experiment:
-            return seconds
-        if not equals:
-            found = seconds
-    return found
+        if found.setdefault(name.strip(), seconds) != seconds:
+            raise ConfigError(f"time limit {entry!r} contradicts an earlier one; leave one of them out")
+    return found.get(experiment, found.get("", math.inf))

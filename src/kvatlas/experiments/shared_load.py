@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections.abc import Iterator
 
 from kvatlas.core.units import parse_bytes
-from kvatlas.experiments.experiment import Experiment, Lab, Settings
+from kvatlas.experiments.experiment import REPEATED, Experiment, Lab, Settings
 from kvatlas.experiments.load import Observation
 from kvatlas.experiments.provenance import marked
 from kvatlas.records.schema import Point, Sample
@@ -16,6 +16,7 @@ class SharedLoad(Experiment):
     """A number of requests that arrive at once, under every strategy."""
 
     role = "speed"
+    own = REPEATED | {"concurrency", "concurrency_prompt_tokens", "concurrency_output_tokens"}
 
     def points(self, settings: Settings, model: str) -> Iterator[Point]:
         """Yield every number of requests under every strategy."""

@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 
-from kvatlas.core.errors import CapacityError, KvatlasError
+from kvatlas.core.errors import CapacityError, ConfigError, KvatlasError
 from kvatlas.core.names import unknown_name
 from kvatlas.core.units import format_seconds, parse_bytes, parse_tier_bytes
 from kvatlas.engine.memory import check_host_memory, check_kv_memory
@@ -90,7 +90,8 @@ def check_sweep(experiments: Sequence[Experiment], settings: Settings) -> None:
     """Find out what could never run before a model is loaded or a file is made.
 
     Raises:
-        ConfigError: the dtype, device, a time limit, a task or an arrival process is unknown.
+        ConfigError: the dtype, device, a time limit, a task or an arrival process is unknown, or nothing is left to
+            measure.
         UnsupportedError: the device is absent.
         CapacityError: the machine has less memory than ``kv_memory`` or ``host_memory``.
         TraceError: a trace cannot be read.
@@ -109,6 +110,10 @@ def check_sweep(experiments: Sequence[Experiment], settings: Settings) -> None:
         experiment.check(settings)
         for source in experiment.sources(settings):
             lab.name(source)
+    if not any(True for experiment in experiments for _ in experiment.points(settings, "any")):
+        names = ", ".join(experiment.name for experiment in experiments)
+        asked = ", ".join(settings.strategies)
+        raise ConfigError(f"{names} has no point under {asked}; add a strategy such as 'offload(host)'")
 
 
 def run_sweep(

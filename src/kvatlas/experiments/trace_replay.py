@@ -23,6 +23,10 @@ class TraceReplay(Experiment):
     name = "trace_replay"
     question = "How long do users of a real request trace wait?"
     role = "speed"
+    own = frozenset(
+        {"traces", "trace_requests", "trace_time_scale", "trace_length_scale", "trace_max_prompt_tokens"}
+        | {"slo_ttft_s", "slo_tpot_s"}
+    )
 
     def check(self, settings: Settings) -> None:
         """Read the traces.

@@ -35,3 +35,15 @@ def kvatlas(*arguments: object) -> Result:
             status = end.code
     assert isinstance(status, int)
     return Result(status=status, out=_COLOURS.sub("", out.getvalue()), err=_COLOURS.sub("", err.getvalue()))
+
+
+def once(*words: object) -> list[object]:
+    """Return words and options of one value each, of the options that are given twice the last."""
+    texts, options, found = [str(word) for word in words], {}, []
+    while texts:
+        word = texts.pop(0)
+        if word.startswith("--"):
+            options[word] = texts.pop(0)
+        else:
+            found.append(word)
+    return [*found, *(part for option in options.items() for part in option)]

@@ -56,9 +56,9 @@ def test_overhead_ends_with_one_line_of_json():
         (("kernels", "--contexts", "100"), "contexts=100 is out of range; write at least 32 and a multiple of 32"),
         (
             ("kernels", "--ops", "decode,prefill"),
-            "unknown operation 'prefill'; choose among decode, blocks, columns, linear, layers",
+            "unknown operation 'prefill'; known: blocks, columns, decode, layers, linear",
         ),
-        (("kernels", "--formats", "fp8"), "unknown format 'fp8'; choose among fp32"),
+        (("kernels", "--formats", "fp8"), "unknown format 'fp8'; did you mean 'fp"),
         (("kernels", "--threads", "0", "--ops", "blocks"), "threads=0 is out of range; write at least 1"),
         (("kernels", "--repeats", "0"), "repeats=0 is out of range"),
         (("engine", "--cases", "4x"), "case '4x' is not understood; write BATCHxPROMPT+STEPS"),
