@@ -90,6 +90,9 @@ def drive(engine: Engine, jobs: Sequence[Job], *, interrupt_every: int | None = 
             engine.scheduler._preempt(running[step // interrupt_every % len(running)])
     finish(engine)
     check(engine)
+    for job in jobs:
+        if job.request.error is not None:
+            raise job.request.error
     return jobs
 
 

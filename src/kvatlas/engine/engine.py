@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import time
 from collections.abc import Callable, Sequence as Seq
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -20,8 +22,9 @@ from kvatlas.engine.detokenizer import Detokenizer
 from kvatlas.engine.forward import Transport
 from kvatlas.engine.memory import check_host_memory, check_kv_memory
 from kvatlas.engine.params import SamplingParams
+from kvatlas.engine.prompts import token_ids
 from kvatlas.engine.request import FinishReason, NewToken, Request
-from kvatlas.engine.runner import Runner
+from kvatlas.engine.runner import Batch, Runner
 from kvatlas.engine.sampler import sample
 from kvatlas.engine.scheduler import Scheduler, layout_under
 from kvatlas.engine.speculation import Account, make_speculator
@@ -33,6 +36,7 @@ from kvatlas.storage.swap import Swapper
 from kvatlas.strategies.footprint import footprint
 from kvatlas.strategies.strategy import Strategy
 
+_LOG = logging.getLogger(__name__)
 _SERVED = frozenset({Moment.BEFORE_LAYER, Moment.SELECT, Moment.AFTER_CHUNK, Moment.AFTER_PREFILL, Moment.AFTER_STEP})
 _FORMATS = {torch.float32: Format.FP32, torch.bfloat16: Format.BF16, torch.float16: Format.FP16}
 
@@ -110,7 +114,7 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether a request waits or runs."""
-        return bool(self.scheduler.waiting or self.scheduler.running)
+        return self.scheduler.has_work
 
     @property
     def link(self) -> Link:
@@ -188,18 +192,18 @@ class Engine:
         params = params or SamplingParams()
         parsed = Strategy.parse(strategy)
         self.prepare(parsed)
-        self._check_tokens(prompt_ids, params)
+        ids = self._checked_tokens(prompt_ids, params)
         if not self.has_work:
             self.model.adapter.linears.refresh()
         request = Request(
             id=request_id or next(self._ids),
-            tokens=list(prompt_ids),
+            tokens=ids,
             params=params,
             strategy=parsed,
-            footprint=self.checked_footprint(parsed, len(prompt_ids), params.max_tokens),
+            footprint=self.checked_footprint(parsed, len(ids), params.max_tokens),
             arrival_s=self.clock() if arrival_s is None else arrival_s,
-            prefill_spans=[(0, len(prompt_ids))],
-            output_start=len(prompt_ids),
+            prefill_spans=[(0, len(ids))],
+            output_start=len(ids),
             generator=_generator(params),
         )
         self.scheduler.waiting.append(request)
@@ -207,11 +211,11 @@ class Engine:
 
     def continue_request(self, request: Request, prompt_ids: Seq[int], params: SamplingParams) -> None:
         """Queue a further turn of a finished request that a session holds, on the cache it has."""
-        self._check_tokens(prompt_ids, params)
-        tokens = len(request.tokens) + len(prompt_ids)
+        ids = self._checked_tokens(prompt_ids, params)
+        tokens = len(request.tokens) + len(ids)
         request.footprint = self.checked_footprint(request.strategy, tokens, params.max_tokens)
         start = len(request.tokens) - 1  # the last token of the turn before was never fed
-        request.tokens += prompt_ids
+        request.tokens += ids
         request.prefill_spans = [(first, min(end, start)) for first, end in request.prefill_spans] + [(start, tokens)]
         if request.seq is None and self.scheduler.is_one_prompt(request):
             request.prefill_spans = [(0, tokens)]
@@ -245,17 +249,49 @@ class Engine:
         return copy
 
     def step(self) -> list[NewToken]:
-        """Run one batch and return the tokens it produced."""
-        batch = self.scheduler.next_batch()
-        if not batch.num_tokens:
+        """Run one batch and return the tokens it produced.
+
+        Whatever raises on the way ends the request it belongs to, with ``FinishReason.ERROR`` and `Request.error`, and
+        no other. Where that cannot be told, the requests of the step lose their caches and run one by one until each
+        has shown that it can.
+        """
+        batch: Batch | None = None
+        try:
+            batch = self.scheduler.next_batch()
+            if not batch.num_tokens:
+                return []
+            self._note_peaks()
+            due, logits_BV = self._runner.run(batch)
+            return self._commit(due, sample(logits_BV, due, self._end_ids))
+        except BaseException as error:
+            self._recover(batch, error)
+            if not isinstance(error, Exception):  # Ctrl-C: the caches are put right, the interrupt goes on
+                raise
             return []
+
+    def _note_peaks(self) -> None:
         self.peak_used_bytes = max(self.peak_used_bytes, self.store.books().used)
         if self.store.host is not None:
             self.peak_host_bytes = max(self.peak_host_bytes, self.store.host.books().used)
         self.peak_running = max(self.peak_running, len(self.scheduler.running))
-        due, logits_BV = self._runner.run(batch)
-        token_ids = sample(logits_BV, due, self._end_ids)
-        return self._commit(due, token_ids)
+
+    def _recover(self, batch: Batch | None, error: BaseException) -> None:
+        """Put right what a step has left half done: caches that it may have written to are made anew."""
+        involved = self.scheduler.candidates() if batch is None else batch.requests
+        involved = [request for request in involved if request.finish_reason is None]
+        if len(involved) == 1 and isinstance(error, Exception):
+            self._fail(involved[0], error)
+            return
+        if isinstance(error, Exception):
+            _LOG.warning("a step of %d requests failed; they run one by one now", len(involved), exc_info=error)
+        self.scheduler.suspect(involved)
+
+    def _fail(self, request: Request, error: Exception) -> None:
+        """End a request that cannot go on; its tokens and text so far stay."""
+        _LOG.warning("%s failed and ends", request.id, exc_info=error)
+        request.finish_reason, request.error = FinishReason.ERROR, error
+        self._detokenizer.forget(request)
+        self.scheduler.release(request)
 
     def cancel(self, request: Request) -> None:
         """End a request now and give its memory back; cancelling an ended one changes nothing."""
@@ -268,22 +304,33 @@ class Engine:
         """Give back what a session's request still holds."""
         self.scheduler.release(request)
 
-    def _commit(self, due: Seq[Request], token_ids: Seq[int]) -> list[NewToken]:
+    def _commit(self, due: Seq[Request], token_ids: Seq[int | Exception]) -> list[NewToken]:
         now = self.clock()
         news = []
         for request, token_id in zip(due, token_ids, strict=True):
-            request.tokens.append(token_id)
-            request.token_times_s.append(now)
-            stopped = self._detokenizer.advance(request)
-            request.finish_reason = self._finish_reason(request, token_id, stopped)
-            finished = request.finish_reason is not None
-            text = self._detokenizer.take(request)
-            if finished:
-                self._finish(request)
-            news.append(NewToken(request=request, token_id=token_id, text=text, finished=finished))
-            if request.unread is not None:
-                request.unread.append(news[-1])
+            try:
+                if isinstance(token_id, Exception):
+                    raise token_id
+                news.append(self._accept(request, token_id, now))
+            except Exception as error:
+                self._fail(request, error)
         return news
+
+    def _accept(self, request: Request, token_id: int, now: float) -> NewToken:
+        """Give a request its next token."""
+        self.scheduler.clear(request)
+        request.tokens.append(token_id)
+        request.token_times_s.append(now)
+        stopped = self._detokenizer.advance(request)
+        request.finish_reason = self._finish_reason(request, token_id, stopped)
+        finished = request.finish_reason is not None
+        text = self._detokenizer.take(request)
+        if finished:
+            self._finish(request)
+        new = NewToken(request=request, token_id=token_id, text=text, finished=finished)
+        if request.unread is not None:
+            request.unread.append(new)
+        return new
 
     def _finish(self, request: Request) -> None:
         self._detokenizer.forget(request)
@@ -299,15 +346,20 @@ class Engine:
             return FinishReason.STOP
         return FinishReason.LENGTH if count >= params.max_tokens else None
 
-    def _check_tokens(self, prompt_ids: Seq[int], params: SamplingParams) -> None:
+    def _checked_tokens(self, prompt_ids: Any, params: SamplingParams) -> list[int]:
+        """Return the prompt as a list of its own, after looking at everything that a step would stumble over."""
+        if not isinstance(params, SamplingParams):
+            raise ConfigError(f"sampling parameters are a SamplingParams, got {type(params).__name__}; make one")
         if params.stop and self.model.tokenizer is None:
             raise ConfigError(f"{self.model.name} has no tokenizer to look for stop strings; use stop_token_ids")
-        if not prompt_ids:
+        ids = token_ids(prompt_ids)
+        if not ids:
             raise ConfigError("the prompt is empty; give at least one token")
         vocabulary = self.store.lanes.shape.vocab_size
-        wrong = next((token for token in (*prompt_ids, *params.stop_token_ids) if not 0 <= token < vocabulary), None)
+        wrong = next((token for token in (*ids, *params.stop_token_ids) if token >= vocabulary), None)
         if wrong is not None:
             raise ConfigError(f"token id {wrong} is outside the vocabulary of {vocabulary} tokens")
+        return ids
 
     def checked_footprint(self, strategy: Strategy, prompt_tokens: int, output_tokens: int) -> Footprint:
         """Return the bounds on a request's bytes.
@@ -338,12 +390,15 @@ class Engine:
 
 
 def _end_ids(model: LoadedModel) -> frozenset[int]:
-    """Return the tokens that end a text, as the checkpoint's generation config names them."""
+    """Return the tokens that end a text, as the checkpoint's generation config names them.
+
+    Checkpoints also name ids that their head does not have, -1 among them: these never come and end nothing.
+    """
     config = getattr(model.adapter.model, "generation_config", None) or model.adapter.model.config
     ends = getattr(config, "eos_token_id", None)
-    if ends is None:
-        return frozenset()
-    return frozenset(ends) if isinstance(ends, list | tuple) else frozenset({int(ends)})
+    named = ends if isinstance(ends, list | tuple) else [ends]
+    vocabulary = model.adapter.shape.vocab_size
+    return frozenset(end for end in named if type(end) is int and 0 <= end < vocabulary)
 
 
 def _generator(params: SamplingParams) -> torch.Generator | None:

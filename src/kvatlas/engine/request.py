@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from enum import StrEnum
 
 import torch
 
+from kvatlas.core.errors import RequestError
 from kvatlas.core.footprint import Footprint
 from kvatlas.engine.params import SamplingParams
 from kvatlas.storage.sequence import Sequence
@@ -21,6 +23,7 @@ class FinishReason(StrEnum):
     STOP = "stop"
     LENGTH = "length"
     CANCELLED = "cancelled"
+    ERROR = "error"
 
 
 @dataclass(kw_only=True)
@@ -57,6 +60,7 @@ class Request:
         output_start: index of the first token that this request generates.
         unread: tokens that a stream has not given out yet; None where nobody streams.
         forced: the output, where it is scored instead of chosen; see `kvatlas.engine.scoring`.
+        error: what ended it, where ``finish_reason`` says that it failed.
     """
 
     id: str
@@ -79,6 +83,7 @@ class Request:
     unread: deque[NewToken] | None = None
     peak_bytes: int = 0
     forced: ForcedOutput | None = None
+    error: Exception | None = None
 
     @property
     def computed(self) -> int:
@@ -177,6 +182,24 @@ class RequestOutput:
     num_cached_tokens: int
     num_preemptions: int
     peak_bytes: int
+
+
+def raise_if_failed(requests: Seq[Request]) -> None:
+    """Raise for the first request that failed; all have ended.
+
+    Raises:
+        RequestError: one failed. It carries the outputs of all.
+    """
+    failed = [request for request in requests if request.error is not None]
+    if not failed:
+        return
+    cause = failed[0].error
+    others = f", and {len(failed) - 1} more of {len(requests)}" if len(failed) > 1 else ""
+    raise RequestError(
+        f"{failed[0].id} failed after {len(failed[0].output_ids)} output tokens{others}: "
+        f"{type(cause).__name__}: {cause}",
+        [output_of(request) for request in requests],
+    ) from cause
 
 
 def output_of(request: Request) -> RequestOutput:

@@ -36,6 +36,11 @@ class Batch:
         """Tokens of the packed row."""
         return sum(count for _, count in self.chunks) + len(self.decodes)
 
+    @property
+    def requests(self) -> list[Request]:
+        """Whose tokens these are."""
+        return [request for request, _ in self.chunks] + self.decodes
+
 
 class Runner:
     """Forwards batches through one model.

@@ -10,8 +10,8 @@ from torch import Tensor
 from kvatlas.engine.request import ForcedOutput, Request
 
 
-def sample(logits_BV: Tensor, requests: Seq[Request], end_ids: frozenset[int]) -> list[int]:
-    """Return one token id per row.
+def sample(logits_BV: Tensor, requests: Seq[Request], end_ids: frozenset[int]) -> list[int | Exception]:
+    """Return one token id per row, or why there is none for it: one row's failure is its own.
 
     Args:
         logits_BV: [B, V], one row per request; changed in place.
@@ -23,13 +23,22 @@ def sample(logits_BV: Tensor, requests: Seq[Request], end_ids: frozenset[int]) -
         params = request.params
         if len(request.output_ids) < params.min_tokens:
             logits_BV[row, sorted(end_ids | set(params.stop_token_ids))] = -torch.inf
-    tokens = _most_likely(logits_BV)
-    for row, request in enumerate(requests):
-        if request.forced is not None:
-            tokens[row] = _score(logits_BV[row], request.forced, greedy=tokens[row])
-        elif request.params.temperature > 0:
-            tokens[row] = _draw(logits_BV[row], request)
+    tokens: list[int | Exception] = []
+    for row, (request, greedy) in enumerate(zip(requests, _most_likely(logits_BV), strict=True)):
+        try:
+            tokens.append(_choose(logits_BV[row], request, greedy))
+        except Exception as error:
+            tokens.append(error)
     return tokens
+
+
+def _choose(logits_V: Tensor, request: Request, greedy: int) -> int:
+    """Return the next token of one request, whose most likely one is ``greedy``."""
+    if request.forced is not None:
+        return _score(logits_V, request.forced, greedy=greedy)
+    if request.params.temperature > 0:
+        return _draw(logits_V, request)
+    return greedy
 
 
 def _most_likely(logits_BV: Tensor) -> list[int]:

@@ -10,6 +10,7 @@ or replayed anew. Both tiers are budgeted alike; what is merely swapped to the h
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence as Seq
 
 from kvatlas.engine.eviction import residual, staged_slots
 from kvatlas.engine.request import Request
@@ -49,6 +50,7 @@ class Scheduler:
 
     Attributes:
         num_swaps: how often a cache was taken to the host.
+        suspects: those of a step that failed; while there are any, the first runs alone and nobody else does.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class Scheduler:
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         self.idle: list[Request] = []
+        self.suspects: deque[Request] = deque()
         self._store = store
         self._prefix_cache = prefix_cache
         self._adapter = adapter
@@ -76,29 +79,74 @@ class Scheduler:
         for request in self.running:
             if self._renew(request):
                 self._open(request)
+        if self.suspects:
+            return self._alone(self.suspects[0])
         decodes = self._decode_steps()
         self._admit()
         limit = self._max_batched_tokens - len(decodes)
         chunks: list[tuple[Request, int]] = []
         for request in list(self.running):
-            end = request.prefill_end
-            if end is None or limit <= 0 or request not in self.running:
+            if request.prefill_end is None or limit <= 0 or request not in self.running:
                 continue
-            assert request.seq is not None
-            request.seq.residual = residual(request.strategy, in_prompt=True)
-            close_holes(self._store, request.seq)  # before room is counted: a closed hole may free a block
-            count = self._within_footprint(request, min(end - request.computed, limit))
-            if self._make_room(request, count, protect=decodes + [other for other, _ in chunks]):
+            count = self._chunk(request, limit, protect=decodes + [other for other, _ in chunks])
+            if count:
                 chunks.append((request, count))
                 limit -= count
         decodes = [request for request in decodes if request in self.running]
         return Batch(chunks=chunks, decodes=decodes)
 
-    def release(self, request: Request) -> None:
-        """Take a request out of all queues and give its blocks back."""
-        for queue in (self.waiting, self.running, self.idle):
+    @property
+    def has_work(self) -> bool:
+        """Whether a request waits or runs."""
+        return bool(self.waiting or self.running or self.suspects)
+
+    def candidates(self) -> list[Request]:
+        """Return those that the next step might take up."""
+        if self.suspects:
+            return [self.suspects[0]]
+        return list(self.running) or list(self.waiting)[:1]
+
+    def suspect(self, requests: Seq[Request]) -> None:
+        """Take the caches of a step that failed; its requests run one by one until each has got a token."""
+        for request in requests:
+            self._drop_swapped(request)
+            self._leave(request)
+            if request.seq is not None:
+                self._store.close(request.seq)
+            self._forget(request)
+            self.suspects.append(request)
+
+    def clear(self, request: Request) -> None:
+        """Let a request that got a token run beside others again."""
+        if request in self.suspects:
+            self.suspects.remove(request)
+
+    def _alone(self, request: Request) -> Batch:
+        """Return the next step of a request that runs beside nobody, whoever must give it room."""
+        if request not in self.running:
+            self._start(request)
+        if request.prefill_end is None:
+            made = self._make_room(request, 1, protect=[request])
+            return Batch(chunks=[], decodes=[request] if made else [])
+        count = self._chunk(request, self._max_batched_tokens, protect=[request])
+        return Batch(chunks=[(request, count)] if count else [], decodes=[])
+
+    def _chunk(self, request: Request, limit: int, protect: list[Request]) -> int:
+        """Return how many prompt tokens a request runs in this step, with room made for them; 0: it must wait."""
+        assert request.seq is not None and request.prefill_end is not None
+        request.seq.residual = residual(request.strategy, in_prompt=True)
+        close_holes(self._store, request.seq)  # before room is counted: a closed hole may free a block
+        count = self._within_footprint(request, min(request.prefill_end - request.computed, limit))
+        return count if self._make_room(request, count, protect) else 0
+
+    def _leave(self, request: Request) -> None:
+        for queue in (self.waiting, self.running, self.idle, self.suspects):
             if request in queue:
                 queue.remove(request)
+
+    def release(self, request: Request) -> None:
+        """Take a request out of all queues and give its blocks back."""
+        self._leave(request)
         if request.seq is not None:
             self._store.close(request.seq)
             request.seq = None

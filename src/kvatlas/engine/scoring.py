@@ -16,8 +16,10 @@ from dataclasses import dataclass
 
 from kvatlas.core.errors import ConfigError
 from kvatlas.engine.engine import Engine
+from kvatlas.engine.given import is_whole, shown
 from kvatlas.engine.params import SamplingParams
-from kvatlas.engine.request import ForcedOutput, Request
+from kvatlas.engine.prompts import token_ids
+from kvatlas.engine.request import ForcedOutput, Request, raise_if_failed
 from kvatlas.strategies.strategy import Strategy
 
 # Requests that wait in the engine at most; the rest waits outside, because the engine searches its queues.
@@ -31,10 +33,17 @@ class ScoreJob:
     Args:
         context: token ids before it, at least one.
         continuation: token ids, at least one.
+
+    Raises:
+        ConfigError: one of them holds something else than token ids.
     """
 
     context: tuple[int, ...]
     continuation: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        for name in ("context", "continuation"):
+            object.__setattr__(self, name, tuple(token_ids(getattr(self, name), f"the {name}")))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,8 +89,10 @@ def score(
             negative.
         CapacityError: a job could never fit, even alone.
     """
-    if held_back < 0:
-        raise ConfigError(f"held_back is {held_back}; write 0 or the number of context tokens to feed after the cut")
+    if not is_whole(held_back) or held_back < 0:
+        raise ConfigError(
+            f"held_back is {shown(held_back)}; write 0 or the number of context tokens to feed after the cut"
+        )
     parsed, coming = Strategy.parse(strategy), iter(jobs)
     outputs: list[ForcedOutput] = []
     active: list[Request] = []
@@ -96,6 +107,7 @@ def score(
             if not active:
                 return [Score(logprobs=tuple(each.logprobs), is_greedy=all(each.greedy)) for each in outputs]
             engine.step()
+            raise_if_failed([request for request in active if request.error is not None])
             left = [request for request in active if request.finish_reason is None]
             if on_finished is not None and len(left) < len(active):
                 on_finished(len(active) - len(left))
@@ -110,7 +122,7 @@ def _add(engine: Engine, job: ScoreJob, strategy: Strategy, held_back: int, outp
     if not job.continuation:
         raise ConfigError("a continuation is empty; give at least one token to score")
     vocabulary = engine.store.lanes.shape.vocab_size
-    wrong = next((token for token in job.continuation if not 0 <= token < vocabulary), None)
+    wrong = next((token for token in job.continuation if token >= vocabulary), None)
     if wrong is not None:
         raise ConfigError(f"token id {wrong} of a continuation is outside the vocabulary of {vocabulary} tokens")
     params = SamplingParams(max_tokens=len(job.continuation), ignore_eos=True)

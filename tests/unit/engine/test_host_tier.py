@@ -9,7 +9,7 @@ from tests.driving import Job, assert_empty, check, drive, finish, loaded, relat
 from tests.families import tiny_model, token_ids
 
 import kvatlas
-from kvatlas.core.errors import CapacityError, ConfigError, KvatlasError
+from kvatlas.core.errors import CapacityError, ConfigError, KvatlasError, RequestError
 from kvatlas.engine.engine import Engine
 from kvatlas.engine.llm import LLM
 from kvatlas.engine.params import SamplingParams
@@ -275,7 +275,7 @@ def test_what_is_on_the_host_is_not_on_the_device(strategy: str, most: float) ->
 
 @pytest.mark.parametrize("strategy", OFFLOADING)
 @pytest.mark.parametrize("which", ["fetches", "stores"])
-def test_an_error_of_a_move_reaches_the_caller(strategy: str, which: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_of_moves_reaches_the_caller(strategy: str, which: str, monkeypatch: pytest.MonkeyPatch) -> None:
     llm = LLM(model(), strategy, kv_memory="2MiB", host_memory="2MiB", block_size=4, max_batched_tokens=8)
     engine, submit, moves = llm.engine, Mover.submit, []
     wanted = llm.generate(ids(20), params())[0].outputs
@@ -285,19 +285,40 @@ def test_an_error_of_a_move_reaches_the_caller(strategy: str, which: str, monkey
 
     def failing(self: Mover, move, priority: int = 0):
         moves.append(move)
-        if self is getattr(engine.link, which) and len(moves) >= 5 and not any(each.copy is broken for each in moves):
+        if self is getattr(engine.link, which) and len(moves) >= 5:
             move.copy = broken
         return submit(self, move, priority)
 
     monkeypatch.setattr(Mover, "submit", failing)
-    with pytest.raises(OSError, match="the bus is gone"):
+    with pytest.raises(RequestError, match=r"request-1 failed .*, and 1 more of 2: OSError: the bus is gone") as raised:
         llm.generate([ids(20), ids(13, 1)], params(20))
+    assert isinstance(raised.value.__cause__, OSError)
     assert all(move.done for move in moves), "a move outlives its step"
     assert not engine.has_work
     monkeypatch.undo()
     check(engine)
     assert engine.store.books().used == engine.store.host.books().used == 0
     assert llm.generate(ids(20), params())[0].outputs == wanted, "the next request is none the wiser"
+
+
+@pytest.mark.parametrize("strategy", OFFLOADING)
+@pytest.mark.parametrize("which", ["fetches", "stores"])
+def test_a_passing_error_of_a_move_ends_nobody(strategy: str, which: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = LLM(model(), strategy, kv_memory="2MiB", host_memory="2MiB", block_size=4, enable_prefix_caching=False)
+    prompts = [ids(20), ids(13, 1), ids(7, 2)]
+    wanted = [output.outputs for output in llm.generate(prompts, params(9))]
+    submit, moves, breaks = Mover.submit, [], iter([True])
+
+    def failing(self: Mover, move, priority: int = 0):
+        moves.append(move)
+        if self is getattr(llm.engine.link, which) and len(moves) >= 60 and next(breaks, False):
+            move.copy = lambda: (_ for _ in ()).throw(OSError("the bus is gone"))
+        return submit(self, move, priority)
+
+    monkeypatch.setattr(Mover, "submit", failing)
+    assert [output.outputs for output in llm.generate(prompts, params(9))] == wanted
+    assert len(moves) > 70 and all(move.done for move in moves)
+    check(llm.engine)
 
 
 @pytest.mark.parametrize("where", ["a module", "a wait"])

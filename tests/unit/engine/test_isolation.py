@@ -1,0 +1,251 @@
+"""Whatever raises while a step runs ends the request it belongs to; the others answer as if alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from tests.driving import assert_empty, finish
+from tests.families import token_ids
+
+from kvatlas.core.errors import CapacityError, ConfigError, RequestError
+from kvatlas.engine.engine import Engine
+from kvatlas.engine.llm import LLM
+from kvatlas.engine.params import SamplingParams
+from kvatlas.engine.request import FinishReason, Request
+from kvatlas.engine.scoring import ScoreJob, score
+from kvatlas.models.loading import load_model
+from kvatlas.strategies.keep.h2o import H2O
+
+MODEL = load_model(None)
+PARAMS = SamplingParams(max_tokens=10, ignore_eos=True)
+DRAWN = SamplingParams(max_tokens=10, ignore_eos=True, temperature=0.9, seed=5)
+STRATEGIES = (
+    "full", "h2o(heavy=6, recent=5)", "streaming_llm(sinks=2, recent=9)", "snapkv(budget=12, window=4)", "int8",
+    "kivi(bits=2, residual=8)", "h2o(heavy=6, recent=5) | kivi(bits=4, residual=8)", "quest(budget=32)",
+    "offload(host)", "infinigen",
+)  # fmt: skip
+
+
+def prompt(length: int, seed: int) -> list[int]:
+    return [token % MODEL.adapter.shape.vocab_size for token in token_ids(length, seed=seed)[0].tolist()]
+
+
+def new_engine(**options) -> Engine:
+    return Engine(MODEL, **{"kv_memory": "4MiB", "host_memory": "4MiB", "max_batched_tokens": 48, **options})
+
+
+def alone(ids: list[int], params: SamplingParams, strategy: str) -> list[int]:
+    engine = new_engine(max_batched_tokens=512)
+    request = engine.add_request(ids, params, strategy)
+    finish(engine)
+    return request.output_ids
+
+
+class BrokenError(Exception):
+    pass
+
+
+def break_runs(engine: Engine, bad: Callable[[Request], bool], *, after: bool) -> list[int]:
+    """Let steps raise that ``bad`` requests are part of, before or after they wrote; return the sizes of these."""
+    run, failed = engine._runner.run, []
+
+    def breaking(batch):
+        wrong = [request for request in batch.requests if bad(request)]
+        if wrong and not after:
+            failed.append(len(batch.requests))
+            raise BrokenError(wrong[0].id)
+        done = run(batch)
+        if wrong:
+            failed.append(len(batch.requests))
+            raise BrokenError(wrong[0].id)
+        return done
+
+    engine._runner.run = breaking
+    return failed
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("at", [0, 30, 43], ids=["first chunk", "later chunk", "decode step"])
+@pytest.mark.parametrize("memory", ["4MiB", "1200KiB"])
+def test_a_failing_step_ends_the_one_that_failed(after: bool, at: int, memory: str) -> None:
+    engine = new_engine(kv_memory=memory)
+    bad: list[Request] = []
+    failed = break_runs(engine, lambda request: request in bad and request.computed >= at, after=after)
+    jobs = [(prompt(20 + 3 * n, n), DRAWN if n % 2 else PARAMS, strategy) for n, strategy in enumerate(STRATEGIES)]
+    innocent = [engine.add_request(*job) for job in jobs[:5]]
+    bad.append(engine.add_request(prompt(40, 99), PARAMS, "h2o(heavy=9, recent=9)"))
+    innocent += [engine.add_request(*job) for job in jobs[5:]]
+    finish(engine)
+    assert bad[0].finish_reason is FinishReason.ERROR and isinstance(bad[0].error, BrokenError) and bad[0].seq is None
+    assert failed[-1] == 1 and len(failed) <= 2, "once among others, once alone"
+    for request, job in zip(innocent, jobs, strict=True):
+        assert request.error is None and request.output_ids == alone(*job), job[2]
+    assert_empty(engine)
+
+
+def test_a_passing_failure_ends_nobody() -> None:
+    engine = new_engine()
+    jobs = [(prompt(30, n), DRAWN, strategy) for n, strategy in enumerate(STRATEGIES)]
+    requests = [engine.add_request(*job) for job in jobs]
+    countdown = iter(range(100))
+    failed = break_runs(engine, lambda request: request is requests[-1] and next(countdown) % 7 == 3, after=True)
+    finish(engine)
+    assert failed[0] > 1
+    for request, job in zip(requests[:-1], jobs, strict=False):
+        assert request.output_ids == alone(*job), job[2]
+
+
+def test_a_failing_schedule_ends_the_one_it_belongs_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = new_engine()
+    good = [engine.add_request(prompt(30, n), PARAMS, "h2o(heavy=6, recent=5)") for n in range(3)]
+    bad = engine.add_request(prompt(30, 9), PARAMS, "full")
+    extend = engine.store.try_extend
+
+    def breaking(seq, *rest):
+        if bad.seq is seq and len(bad.tokens) > 32:
+            raise BrokenError
+        return extend(seq, *rest)
+
+    monkeypatch.setattr(engine.store, "try_extend", breaking)
+    finish(engine)
+    assert isinstance(bad.error, BrokenError) and len(bad.output_ids) < 10
+    for n, request in enumerate(good):
+        assert request.output_ids == alone(prompt(30, n), PARAMS, "h2o(heavy=6, recent=5)")
+    assert_empty(engine)
+
+
+def test_a_failing_strategy_ends_its_own_requests(monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = H2O.scores
+
+    def breaking(stage, view):
+        if stage.heavy == 7:
+            raise BrokenError
+        return scores(stage, view)
+
+    wanted = alone(prompt(40, 1), PARAMS, "h2o(heavy=6, recent=5)")
+    monkeypatch.setattr(H2O, "scores", breaking)
+    engine = new_engine()
+    good = engine.add_request(prompt(40, 1), PARAMS, "h2o(heavy=6, recent=5)")
+    bad = [engine.add_request(prompt(n, n), PARAMS, "h2o(heavy=7, recent=5)") for n in (30, 40)]
+    finish(engine)
+    assert [request.finish_reason for request in bad] == [FinishReason.ERROR] * 2
+    assert good.output_ids == wanted
+    assert_empty(engine)
+
+
+@pytest.mark.parametrize("where", ["_draw", "advance", "take"])
+def test_choosing_and_writing_fail_alone(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = new_engine()
+    bad = engine.add_request(prompt(20, 1), DRAWN, "full")
+    good = engine.add_request(prompt(20, 2), DRAWN, "full")
+    from kvatlas.engine import sampler
+
+    target = sampler if where == "_draw" else engine._detokenizer
+    original = getattr(target, where)
+
+    def breaking(*given):
+        if bad in given and len(bad.output_ids) >= 3:
+            raise BrokenError
+        return original(*given)
+
+    monkeypatch.setattr(target, where, breaking)
+    finish(engine)
+    assert isinstance(bad.error, BrokenError) and len(bad.output_ids) in (3, 4)
+    assert good.output_ids == alone(prompt(20, 2), DRAWN, "full") and engine.scheduler.num_swaps == 0
+    assert_empty(engine)
+
+
+def test_ctrl_c_leaves_the_others_right() -> None:
+    engine = new_engine()
+    requests = [engine.add_request(prompt(30, n), PARAMS, strategy) for n, strategy in enumerate(STRATEGIES)]
+    run, steps = engine._runner.run, iter(range(100))
+
+    def interrupted(batch):
+        done = run(batch)
+        if next(steps) == 5:
+            raise KeyboardInterrupt
+        return done
+
+    engine._runner.run = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        finish(engine)
+    finish(engine)
+    for n, request in enumerate(requests):
+        assert request.output_ids == alone(prompt(30, n), PARAMS, STRATEGIES[n]), STRATEGIES[n]
+    assert_empty(engine)
+
+
+def test_cancelled_while_suspected() -> None:
+    engine = new_engine(max_batched_tokens=512)
+    requests = [engine.add_request(prompt(30, n), PARAMS) for n in range(3)]
+    broken = iter([True])
+    break_runs(engine, lambda request: next(broken, False), after=True)
+    engine.step()
+    assert engine.has_work and not engine.scheduler.running
+    engine.cancel(requests[1])
+    finish(engine)
+    assert [request.finish_reason for request in requests] == ["length", "cancelled", "length"]
+    assert_empty(engine)
+
+
+# What callers see
+
+
+def test_generate_finishes_the_others_and_then_says_so() -> None:
+    llm = LLM(MODEL, kv_memory="4MiB")
+    break_runs(llm.engine, lambda request: request.output_start == 21 and len(request.tokens) > 24, after=True)
+    with pytest.raises(
+        RequestError, match=r"^request-1 failed after 4 output tokens: BrokenError: request-1$"
+    ) as raised:
+        llm.generate([prompt(20, 1), prompt(21, 2), prompt(22, 3)], PARAMS)
+    outputs = raised.value.outputs
+    assert [output.outputs[0].finish_reason for output in outputs] == ["length", "error", "length"]
+    assert list(outputs[0].outputs[0].token_ids) == alone(prompt(20, 1), PARAMS, "full")
+    assert isinstance(raised.value.__cause__, BrokenError)
+    assert len(llm.generate(prompt(20, 1), PARAMS)[0].outputs[0].token_ids) == 10
+    assert_empty(llm.engine)
+
+
+def test_streams_sessions_and_scores_raise_too() -> None:
+    llm = LLM(MODEL, kv_memory="4MiB")
+    break_runs(llm.engine, lambda request: request.computed > 24, after=False)
+    with pytest.raises(RequestError, match="BrokenError"):
+        list(llm.stream(prompt(20, 1), PARAMS))
+    with llm.session() as session, pytest.raises(RequestError, match="BrokenError"):
+        session.generate(prompt(20, 1), PARAMS)
+    with pytest.raises(RequestError, match="BrokenError"):
+        score(llm.engine, [ScoreJob(context=tuple(prompt(20, 1)), continuation=tuple(prompt(9, 2)))], "full")
+    assert_empty(llm.engine)
+
+
+def test_end_tokens_that_the_head_does_not_have_are_ignored() -> None:
+    config = MODEL.adapter.model.generation_config
+    before, size = config.eos_token_id, MODEL.adapter.shape.vocab_size
+    try:
+        for named, wanted in (([2, size], {2}), (-1, set()), ([-1, 10**9, 1], {1}), (None, set()), (2.5, set())):
+            config.eos_token_id = named
+            engine = new_engine()
+            assert engine._end_ids == wanted
+            request = engine.add_request(prompt(9, 1), SamplingParams(max_tokens=4, min_tokens=4))
+            finish(engine)
+            assert request.finish_reason is FinishReason.LENGTH
+    finally:
+        config.eos_token_id = before
+
+
+def test_what_is_refused_has_not_touched_the_engine() -> None:
+    engine = new_engine()
+    good = engine.add_request(prompt(30, 1), DRAWN)
+    engine.step()
+    size = MODEL.adapter.shape.vocab_size
+    for ids in ([], [size], [-1], [1.0], [True], None, "text", [[1, 2]], [None], [10**30]):
+        with pytest.raises(ConfigError):
+            engine.add_request(ids, PARAMS)
+    for params in ({"max_tokens": 3}, 16, "greedy"):
+        with pytest.raises(ConfigError, match="SamplingParams"):
+            engine.add_request(prompt(3, 1), params)
+    with pytest.raises(CapacityError):
+        engine.add_request(prompt(3, 1), SamplingParams(max_tokens=10**15))
+    finish(engine)
+    assert good.output_ids == alone(prompt(30, 1), DRAWN, "full")
