@@ -12,7 +12,8 @@ from tests.families import tiny_model
 
 from kvatlas.core.errors import CheckpointError, ConfigError, KvatlasError, UnknownNameError, UnsupportedError
 from kvatlas.models import loading
-from kvatlas.models.loading import BUNDLED_DIR, load_model, resolve_dtype
+from kvatlas.models.loading import BUNDLED_DIR, load_model
+from kvatlas.models.precision import resolve_dtype
 from kvatlas.models.random import SIZES, random_model
 
 

@@ -30,7 +30,7 @@ def info() -> None:
     for name, version in manifest.versions.items():
         table.add_row(name, version)
     table.add_row("commit", commit if manifest.commit else "not a checkout")
-    for name, text in (*_processor(manifest.hardware), *_accelerators(), *_kernels(), *_bundled()):
+    for name, text in (*_processor(manifest.hardware), *_accelerators(), *_dtype(), *_kernels(), *_bundled()):
         table.add_row(name, text)
     Console().print(table, markup=False)
 
@@ -63,6 +63,15 @@ def _accelerator(index: int) -> str:
     except RuntimeError as error:
         return f"cuda:{index} cannot be used: {str(error).splitlines()[0]}"
     return f"cuda:{index} {torch.cuda.get_device_name(index)}, {format_bytes(free)} free of {format_bytes(total)}"
+
+
+def _dtype() -> list[tuple[str, str]]:
+    """Name what ``--dtype auto`` computes in on the CPU, and why."""
+    try:
+        from kvatlas.models.precision import fastest_on_cpu
+    except ImportError as error:
+        return [("dtype auto on cpu", f"unknown: {error}")]
+    return [("dtype auto on cpu", str(fastest_on_cpu()))]
 
 
 def _kernels() -> list[tuple[str, str]]:

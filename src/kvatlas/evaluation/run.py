@@ -20,7 +20,8 @@ from kvatlas.core.names import unknown_name
 from kvatlas.core.units import parse_bytes, parse_tier_bytes
 from kvatlas.engine.memory import check_host_memory, check_kv_memory
 from kvatlas.models.linear import LinearChoice, check_choice
-from kvatlas.models.loading import DType, LoadedModel, load_model, resolve_dtype
+from kvatlas.models.loading import LoadedModel, load_model
+from kvatlas.models.precision import DType, resolve_dtype
 from kvatlas.records.contents import model_params
 from kvatlas.records.manifest import collect_manifest
 from kvatlas.records.schema import Facts, Point, Sample

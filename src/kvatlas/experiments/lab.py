@@ -18,6 +18,7 @@ from kvatlas.engine.params import SamplingParams
 from kvatlas.experiments.load import Arrival, Observation, drive, random_prompt
 from kvatlas.experiments.settings import NO_LINK, Settings
 from kvatlas.models.loading import LoadedModel, load_model, name_of
+from kvatlas.models.precision import fastest_on_cpu
 from kvatlas.records.schema import Facts, ModelRole, Point
 
 LOAD_PARAMS = ("concurrency", "prompt_tokens", "output_tokens")
@@ -161,6 +162,7 @@ class Lab:
             "kv_heads": layer.num_kv_heads,
             "head_dim": layer.key_dim,
             "dtype": str(model.adapter.dtype).removeprefix("torch."),
+            "dtype_auto": str(fastest_on_cpu()) if model.adapter.device.type == "cpu" else "the checkpoint's own",
             "linears": str(model.adapter.linears),
             "forwards": str(model.adapter.layers),
             "threads": torch.get_num_threads(),

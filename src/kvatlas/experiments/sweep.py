@@ -29,7 +29,7 @@ from kvatlas.experiments.request_latency import RequestLatency
 from kvatlas.experiments.request_rate import RequestRate
 from kvatlas.experiments.settings import link_name, time_limit
 from kvatlas.experiments.trace_replay import TraceReplay
-from kvatlas.models.loading import resolve_dtype
+from kvatlas.models.precision import resolve_dtype
 from kvatlas.records.contents import model_params
 from kvatlas.records.manifest import collect_manifest
 from kvatlas.records.schema import Params, Point

@@ -7,12 +7,12 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from kvatlas.core.errors import CapacityError, CheckpointError, ConfigError, UnsupportedError
+from kvatlas.core.errors import CapacityError, CheckpointError, UnsupportedError
 from kvatlas.models.adapter import Adapter
 from kvatlas.models.checkpoint import check_finite, load_checkpoint
 from kvatlas.models.coverage import layer_kinds, module_kinds
@@ -20,14 +20,13 @@ from kvatlas.models.gguf import check_gguf, load_gguf, own_dtype
 from kvatlas.models.gguf_header import read_header
 from kvatlas.models.gguf_tokenizer import gguf_tokenizer
 from kvatlas.models.linear import LinearChoice, check_choice
+from kvatlas.models.precision import DType, resolve_dtype
 from kvatlas.models.probe import probe_model
 from kvatlas.models.quiet import quiet
 from kvatlas.models.smollm2 import SMOLLM2, smollm2_file
 
 BUNDLED_DIR = Path(__file__).parent / "bundled"
 RANDOM_PREFIX = "random:"
-
-DType = Literal["auto", "float32", "bfloat16", "float16"]
 
 _GGUF_SUFFIX = ".gguf"
 _KEEP_GGUF = "KVATLAS_KEEP_GGUF"  # in the environment: unpacked copies of all GGUF files are kept, not of SmolLM2 only
@@ -53,7 +52,7 @@ def load_model(
     source: str | Path | None,
     *,
     dtype: DType = "auto",
-    device: str = "cpu",
+    device: str | torch.device = "cpu",
     linear_weights: LinearChoice = "auto",
 ) -> LoadedModel:
     """Return a model that passed the load-time probe.
@@ -63,8 +62,9 @@ def load_model(
             ``"random:llama-100m"`` (see `kvatlas.models.random`), or None for the bundled model. GGUF files are
             unpacked; with ``KVATLAS_KEEP_GGUF=1`` in the environment the result is kept in the cache folder, where
             SmolLM2's always is.
-        dtype: of weights and activations. ``"auto"`` is float32 on the CPU, where bfloat16 is several times
-            slower without hardware support, and the checkpoint's own elsewhere.
+        dtype: of weights and activations. ``"auto"`` is what runs a checkpoint fastest without rounding it: on the
+            CPU float32, unless the processor has products of bfloat16 numbers that are faster (see
+            `kvatlas.models.precision`), and the checkpoint's own elsewhere.
         device: ``"cpu"``, ``"cuda"`` or ``"cuda:<index>"``.
         linear_weights: copies of weights from which linears compute steps of few tokens on the CPU in float32:
             ``"auto"`` makes 16-bit copies where these are exact; ``"fp16"``, ``"bf16"`` and ``"int8"`` round;
@@ -78,7 +78,7 @@ def load_model(
             needs code of its own, or a package that reads it is missing.
         CapacityError: the weights do not fit on the device, or their copies into memory.
     """
-    torch_dtype = resolve_dtype(dtype, device)
+    torch_dtype, device = resolve_dtype(dtype, device), str(device)
     check_choice(linear_weights)
     if isinstance(source, str) and source.startswith(RANDOM_PREFIX):
         from kvatlas.models.random import random_model  # random builds on this module
@@ -133,39 +133,6 @@ def adapt(model: PreTrainedModel, *, name: str | None = None, linear_weights: Li
             "which the probe's clone had not"
         )
     return adapter
-
-
-def resolve_dtype(dtype: str, device: str) -> torch.dtype | None:
-    """Return the torch dtype to load, or None for the checkpoint's own.
-
-    Raises:
-        ConfigError: the name of the dtype or device is unknown.
-        UnsupportedError: the device is absent, or computes this dtype wrongly or not at all.
-    """
-    if dtype not in get_args(DType):
-        raise ConfigError(f"unknown dtype {dtype!r}; choose one of {', '.join(get_args(DType))}")
-    kind = _check_device(device)
-    if dtype == "auto":
-        return torch.float32 if kind == "cpu" else None
-    if dtype == "float16" and kind == "cpu":
-        raise UnsupportedError("float16 on the CPU overflows above 65504 and gains no speed; use float32 or bfloat16")
-    if dtype == "bfloat16" and kind == "cuda" and not torch.cuda.is_bf16_supported():
-        raise UnsupportedError(f"device {device!r} has no bfloat16; use float16 or float32")
-    resolved: torch.dtype = getattr(torch, dtype)
-    return resolved
-
-
-def _check_device(device: str) -> str:
-    """Return the kind of a device that is there."""
-    match = re.fullmatch(r"(cpu|cuda)(?::(\d+))?", device)
-    if match is None:
-        raise ConfigError(f"unknown device {device!r}; choose cpu, cuda or cuda:<index>")
-    kind, index = match[1], int(match[2] or 0)
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise UnsupportedError(f"device {device!r} was asked for, but torch finds no CUDA device; use cpu")
-    if kind == "cuda" and index >= torch.cuda.device_count():
-        raise UnsupportedError(f"device {device!r} does not exist; torch finds {torch.cuda.device_count()}")
-    return kind
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,6 +197,8 @@ def _load(found: _Found, dtype: torch.dtype | None) -> tuple[PreTrainedModel, Pr
 
 
 def _place(model: PreTrainedModel, device: str, name: str) -> PreTrainedModel:
+    if device == "cpu" and model.dtype is torch.float16:  # the checkpoint's own, which the CPU cannot do well
+        model = model.float()
     try:
         placed: PreTrainedModel = model.to(device)
     except torch.OutOfMemoryError as error:

@@ -13,7 +13,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from kvatlas.core.errors import UnknownNameError
 from kvatlas.models.linear import LinearChoice
-from kvatlas.models.loading import RANDOM_PREFIX, DType, LoadedModel, adapt, resolve_dtype
+from kvatlas.models.loading import RANDOM_PREFIX, LoadedModel, adapt
+from kvatlas.models.precision import DType, resolve_dtype
 from kvatlas.models.quiet import quiet
 
 
@@ -66,7 +67,7 @@ def random_model(
 
     Args:
         spec: ``"llama-100m"`` or ``"random:llama-100m"``; see ``SIZES``.
-        dtype: of weights and activations; ``"auto"`` is float32 on the CPU and bfloat16 elsewhere.
+        dtype: of weights and activations; ``"auto"`` is what is fastest on the CPU, and bfloat16 elsewhere.
         device: ``"cpu"``, ``"cuda"`` or ``"cuda:<index>"``.
         seed: of the weights; the user's random state does not move.
         linear_weights: as in `kvatlas.models.loading.load_model`.
@@ -75,8 +76,8 @@ def random_model(
         UnknownNameError: no such size.
     """
     name = random_name(spec)
-    torch_dtype = resolve_dtype(dtype, device) or torch.bfloat16
-    model = _build(_config(SIZES[name.removeprefix(RANDOM_PREFIX)]), seed).to(device=device, dtype=torch_dtype)
+    torch_dtype = resolve_dtype(dtype, device) or torch.bfloat16  # what its weights are rounded to
+    model = build_random(SIZES[name.removeprefix(RANDOM_PREFIX)], seed).to(device=device, dtype=torch_dtype)
     adapter = adapt(model, name=name, linear_weights=linear_weights)
     return LoadedModel(adapter=adapter, tokenizer=None, name=name)
 
@@ -107,11 +108,12 @@ def _config(size: RandomSize) -> LlamaConfig:
     )
 
 
-def _build(config: LlamaConfig, seed: int) -> LlamaForCausalLM:
+def build_random(size: RandomSize, seed: int = 0) -> LlamaForCausalLM:
+    """Return a Llama of transformers whose weights are drawn, in float32 and rounded to bfloat16."""
     with quiet(), torch.random.fork_rng(devices=[]):  # quiet: one thread at a time seeds and initialises
         # Not torch.manual_seed: that would reseed the accelerator's generators as well.
         torch.default_generator.manual_seed(seed)
-        model = LlamaForCausalLM(config)
+        model = LlamaForCausalLM(_config(size))
     with torch.no_grad():
         for weight in model.parameters():
             weight.copy_(weight.bfloat16())
