@@ -9,6 +9,7 @@ Needs the extra ``eval``; importing this module without it raises ImportError.
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
+from dataclasses import replace
 from typing import Any
 
 from lm_eval.api.model import TemplateLM
@@ -140,17 +141,25 @@ class KvatlasLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         return found
 
     def generate_until(self, requests: Seq[Any], disable_tqdm: bool = False) -> list[str]:
-        """Return the text that generation gives under the strategy, up to a stop string."""
+        """Return the text that generation gives under the strategy, up to a stop string.
+
+        As lm-eval's own model does, the text of the end token is a stop string too, and stop strings cut the text
+        once more when special tokens have been left out of it.
+        """
         prompts, params = [], []
+        end = self.tokenizer.eos_token or ""
         for context, arguments in (request.args for request in requests):
-            params.append(sampling(arguments, self.max_gen_toks))
-            prompts.append(self._last(self.tok_encode(context), self.max_length - params[-1].max_tokens))
+            asked = sampling(arguments, self.max_gen_toks)
+            params.append(replace(asked, stop=tuple(filter(None, (*asked.stop, end)))))
+            prompts.append(self._last(self.tok_encode(context), self.max_length - asked.max_tokens))
         if not prompts:
             return []
         outputs = self.llm.generate(prompts, params, use_tqdm=not disable_tqdm)
-        found = [output.outputs[0].text for output in outputs]
-        for request, text in zip(requests, found, strict=True):
-            self.cache_hook.add_partial("generate_until", request.args, text)
+        found = []
+        for request, each, output in zip(requests, params, outputs, strict=True):
+            text = self.tokenizer.decode(list(output.outputs[0].token_ids), skip_special_tokens=True)
+            found.append(min((text.partition(stop)[0] for stop in each.stop), key=len, default=text))
+            self.cache_hook.add_partial("generate_until", request.args, found[-1])
         return found
 
     def _loglikelihood_tokens(
@@ -217,15 +226,25 @@ def sampling(arguments: dict[str, Any], default_tokens: int) -> SamplingParams:
     known = {"until", "do_sample", *_LENGTH_NAMES, *_SAMPLING_NAMES}
     if unknown := sorted(arguments.keys() - known):
         raise ConfigError(f"generation arguments {', '.join(unknown)} are unknown; known: {', '.join(sorted(known))}")
-    until = arguments.get("until") or []
+    until = arguments.get("until") or ()
     lengths = [arguments[name] for name in _LENGTH_NAMES if arguments.get(name) is not None]
     chosen = {name: arguments[name] for name in _SAMPLING_NAMES if arguments.get(name) is not None}
+    if "temperature" in chosen:
+        chosen["temperature"] = _number(float, "temperature", chosen["temperature"])
     if not arguments.get("do_sample", chosen.get("temperature", 0) > 0):
         chosen = {}
     elif "temperature" not in chosen:
         chosen["temperature"] = 1.0
     return SamplingParams(
-        max_tokens=int(lengths[0]) if lengths else default_tokens,
-        stop=(until,) if isinstance(until, str) else tuple(filter(None, until)),
+        max_tokens=_number(int, "the length of an answer", lengths[0]) if lengths else default_tokens,
+        stop=tuple(filter(None, until)) if isinstance(until, list | tuple) else until,
         **chosen,
     )
+
+
+def _number(kind: type[int] | type[float], name: str, value: Any) -> Any:
+    """Return a number as lm-eval reads it: tasks and command lines write some of them as texts."""
+    try:
+        return kind(value)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ConfigError(f"{name} is {value!r} in a task's generation arguments; write a number") from error

@@ -170,6 +170,13 @@ def test_generation_arguments(harness):
     assert sampling({"until": "a", "max_new_tokens": 3}, 7) == SamplingParams(max_tokens=3, stop="a")
     assert sampling({"do_sample": False, "temperature": 0.7, "top_p": 0.5}, 7) == SamplingParams(max_tokens=7)
     assert sampling({"do_sample": True, "top_k": 5}, 7) == SamplingParams(max_tokens=7, temperature=1.0, top_k=5)
+    assert sampling({"max_gen_toks": "3", "temperature": "0.0", "until": None}, 7) == SamplingParams(max_tokens=3)
+    assert sampling({"until": ["", "a"], "temperature": "0.5"}, 7) == SamplingParams(
+        max_tokens=7, stop="a", temperature=0.5
+    )
+    for wrong in ({"max_gen_toks": "many"}, {"temperature": [1]}, {"max_gen_toks": float("inf")}):
+        with pytest.raises(ConfigError, match="in a task's generation arguments; write a number"):
+            sampling(wrong, 7)
     with pytest.raises(ConfigError, match="num_beams are unknown"):
         sampling({"num_beams": 4}, 7)
 
