@@ -16,7 +16,9 @@ from kvatlas.cli import study_options as opt
 from kvatlas.cli.command import given, option, refuse_idle
 from kvatlas.cli.options import DEFAULT_RECORDS, DEFAULT_REPORT, Records, examples
 from kvatlas.core.errors import ConfigError
+from kvatlas.core.folders import missing_folders
 from kvatlas.core.names import unknown_name
+from kvatlas.records.opening import remove_database
 from kvatlas.records.store import RecordStore
 from kvatlas.strategies.strategy import Strategy
 
@@ -223,8 +225,8 @@ def _run(experiments: Sequence[Experiment], settings: Settings, records: Path, c
 
 @contextmanager
 def opened(records: Path) -> Iterator[RecordStore]:
-    """Open the records file; one that is made here goes again if no run begins in it."""
-    fresh, begun = not records.exists(), True
+    """Open the records file; one that is made here goes again, with its folders, if no run begins in it."""
+    fresh, begun, made = not records.exists(), True, missing_folders(records.absolute().parent)
     try:
         with RecordStore(records) as store:
             try:
@@ -233,7 +235,7 @@ def opened(records: Path) -> Iterator[RecordStore]:
                 begun = bool(store.runs())
     finally:
         if fresh and not begun:
-            records.unlink(missing_ok=True)
+            remove_database(records.absolute(), made)
 
 
 def _tell(outcome: Outcome, records: Path) -> None:

@@ -6,6 +6,7 @@ traceback.
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -19,6 +20,8 @@ from kvatlas.cli import bench, characterize, drive, evaluate, generate, info, re
 from kvatlas.cli.command import App
 from kvatlas.cli.options import examples
 from kvatlas.core.errors import KvatlasError, one_line
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 app = App(
     name="kvatlas",
@@ -44,8 +47,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except typer.TyperException as error:
         status = _refuse(_usage(error))
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the flush at exit finds a reader
+        _forget_output()
         status = 1
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        _forget_output()
+        where = "the standard output" if error.filename is None else repr(str(error.filename))
+        status = _refuse(f"{where} cannot be written ({error.strerror}); free some space and run again")
     sys.exit(status)
 
 
@@ -58,6 +67,11 @@ def _root(
         raise typer.Exit
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())
+
+
+def _forget_output() -> None:
+    """Let what the standard output still holds go nowhere, so that the flush at exit does not fail."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _refuse(message: str) -> int:

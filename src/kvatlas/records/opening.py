@@ -7,7 +7,7 @@ soon as it closes *any* handle on the file; so a file that is open here is refus
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +15,7 @@ from typing import Any, Literal
 import duckdb
 
 from kvatlas.core.errors import KvatlasError, OutputError, RecordsError
+from kvatlas.core.folders import missing_folders, remove_empty
 
 Mode = Literal["write", "read"]
 
@@ -55,24 +56,46 @@ def open_database(path: Path, mode: Mode) -> Any:
     """
     if path in _OPEN_HERE:
         raise RecordsError(f"records file {path} is already open in this process; close it first, or use another file")
+    made = missing_folders(path.parent)
     _check_path(path, mode)
-    with translated(path):
-        connection = duckdb.connect(str(path), read_only=mode == "read", config=_CONFIG)
+    fresh = not path.exists()
     try:
         with translated(path):
-            _check_schema(connection, path, mode)
-    except BaseException:
-        connection.close()
+            connection = duckdb.connect(str(path), read_only=mode == "read", config=_CONFIG)
+        try:
+            with translated(path):
+                _check_schema(connection, path, mode)
+        except BaseException:
+            connection.close()
+            raise
+    except OutputError:
+        if fresh:
+            remove_database(path, made)
         raise
     _OPEN_HERE.add(path)
     return connection
 
 
-def close_database(connection: Any, path: Path) -> None:
-    """Close the connection, which folds the write-ahead log into the file."""
+def remove_database(path: Path, folders: Sequence[Path] = ()) -> None:
+    """Remove a records file in which nothing has begun, its log, and the folders that were made for it."""
+    for each in (path, path.with_name(f"{path.name}.wal")):
+        each.unlink(missing_ok=True)
+    remove_empty(folders)
+
+
+def close_database(connection: Any, path: Path, mode: Mode) -> None:
+    """Fold the write-ahead log into the file and close the connection.
+
+    Raises:
+        OutputError: the disk is full; the log stays beside the file, and whoever opens it next has all points.
+    """
     _OPEN_HERE.discard(path)
     with translated(path):
-        connection.close()
+        try:
+            if mode == "write":
+                connection.execute("CHECKPOINT")  # closing would do it too, but say nothing where it cannot
+        finally:
+            connection.close()
 
 
 @contextmanager

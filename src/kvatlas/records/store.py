@@ -68,10 +68,14 @@ class RecordStore:
         self.close()
 
     def close(self) -> None:
-        """Close the file; closing twice is harmless."""
+        """Close the file; closing twice is harmless.
+
+        Raises:
+            OutputError: the disk is full; all finished points are kept.
+        """
         if self._connection is not None:
             connection, self._connection = self._connection, None
-            close_database(connection, self.path)
+            close_database(connection, self.path, self.mode)
 
     def begin_run(self, manifest: RunManifest) -> None:
         """Store the manifest; points written from now on belong to this run and to its seed.

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
 from kvatlas.core.errors import OutputError
+from kvatlas.core.folders import missing_folders, remove_empty
 
 
 def check_folder(folder: Path) -> None:
@@ -27,8 +29,10 @@ def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
     """Write relative path -> contents into the folder, the last one last; other files there are left alone.
 
     Raises:
-        OutputError: a file cannot be written; then none of them is, unless moving itself fails half-way.
+        OutputError: a file cannot be written; then none of them is, unless moving itself fails half-way, and no folder
+            is left that was made for them.
     """
+    made = missing_folders(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".report-", dir=folder) as beside:
@@ -40,4 +44,7 @@ def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 os.replace(Path(beside, name), folder / name)
     except OSError as error:
-        raise OutputError(f"report cannot be written to {folder} ({error.strerror}); choose another folder") from error
+        step = "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "choose another folder"
+        raise OutputError(f"report cannot be written to {folder} ({error.strerror}); {step}") from error
+    finally:
+        remove_empty(made)

@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from tests.unit.cli.running import kvatlas
@@ -57,6 +58,17 @@ def test_a_closed_pipe_is_quiet():
     process.stdout.close()
     _, err = process.communicate(timeout=60)
     assert (process.returncode, err) == (1, b"")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+@pytest.mark.parametrize("arguments", [["strategies"], ["strategies", "--json"], ["report", "--help"], ["--version"]])
+def test_a_full_disk_behind_the_output_is_one_line(arguments):
+    with Path("/dev/full").open("wb") as full:
+        command = [sys.executable, "-m", "kvatlas", *arguments]
+        done = subprocess.run(command, check=False, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: the standard output cannot be written (No space left on device); free some space")
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,6 @@
 import os
+import subprocess
+import sys
 
 import duckdb
 import pytest
@@ -149,3 +151,50 @@ def test_ctrl_c_stays_ctrl_c(tmp_path, error):
         raise error
     with pytest.raises(RuntimeError, match="other"), translated(tmp_path):
         raise RuntimeError("other")
+
+
+WRITER = """
+import resource, sys
+from tests.unit.records.building import manifest, point, samples
+from kvatlas.core.errors import OutputError
+from kvatlas.records.store import RecordStore
+written = 0
+try:
+    with RecordStore(sys.argv[1]) as store:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), resource.RLIM_INFINITY))
+        store.begin_run(manifest())
+        for number in range(int(sys.argv[3])):
+            store.write_point(point(number=number), samples(500))
+            written += 1
+except OutputError as error:
+    print(written, error)
+"""
+
+
+@pytest.mark.parametrize(("room", "points"), [(9_000, 3), (150_000, 3), (300_000, 20)])
+def test_where_a_disk_is_full_it_says_so_and_keeps_every_finished_point(tmp_path, room, points):
+    """The limit on the size of a file stands in for the disk's end: while a point is written, or when the file closes."""
+    path = tmp_path / "r.duckdb"
+    command = [sys.executable, "-c", WRITER, str(path), str(room), str(points)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=100)
+    written, _, said = done.stdout.partition(" ")
+    assert "cannot be written" in said and "free some space and run again" in said
+    with RecordStore(path) as store:
+        assert len(store.points()) == int(written)
+        assert len(store.rows()) == 500 * int(written)
+
+
+def test_a_file_that_cannot_be_begun_leaves_nothing(tmp_path):
+    script = f"""
+import resource
+from kvatlas.core.errors import OutputError
+from kvatlas.records.store import RecordStore
+resource.setrlimit(resource.RLIMIT_FSIZE, (5000, resource.RLIM_INFINITY))
+try:
+    RecordStore({str(tmp_path / "a" / "b" / "r.duckdb")!r})
+except OutputError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True, timeout=100)
+    assert "free some space" in done.stdout
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,20 @@
+"""Folders that are made for a file go again if the file does not come to be."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+
+def missing_folders(folder: Path) -> list[Path]:
+    """Return the folder and those above it that do not exist yet, innermost first."""
+    return [each for each in (folder, *folder.parents) if not each.exists()]
+
+
+def remove_empty(folders: Iterable[Path]) -> None:
+    """Remove folders, innermost first, as far as they are empty."""
+    for folder in folders:
+        try:
+            folder.rmdir()
+        except OSError:  # not made after all, or somebody has put something there
+            return
