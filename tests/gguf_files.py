@@ -15,6 +15,8 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 WORDS = ("he", "ll", "Ġw", "or", "ld", "ĠĠ", "ĊĊ")
 MERGES = ("h e", "l l", "Ġ w", "o r", "l d", "Ġ Ġ", "Ċ Ċ")
 SPECIALS = ("<|end|>", "<|start|>")
+SENTENCEPIECE = "sentencepiece"  # in the place of a kind of byte-level tokenizer
+PIECES = ("▁", *"helowrd", "he", "ll", "hell", "hello", "▁hello", "▁w", "or", "▁wor", "ld", "▁world")
 
 
 def write_gguf(
@@ -33,7 +35,7 @@ def write_gguf(
         path: of the file.
         model: of transformers; every matrix has rows of a multiple of 32 elements.
         kind: ggml's name of a format.
-        pre: the kind of the tokenizer.
+        pre: the kind of the byte-level tokenizer, or ``SENTENCEPIECE``.
         metadata: more keys of the model's section, or others than would be written; whole keys begin with "/".
         tensors: more tensors.
         architecture: to be named instead of the model's own.
@@ -89,6 +91,9 @@ def rounded(model: PreTrainedModel, kind: str) -> PreTrainedModel:
 
 
 def _write_tokenizer(writer: gguf.GGUFWriter, size: int, pre: str) -> None:
+    if pre == SENTENCEPIECE:
+        _write_sentencepiece(writer, size)
+        return
     tokens = vocabulary(size)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(pre)
@@ -101,6 +106,20 @@ def _write_tokenizer(writer: gguf.GGUFWriter, size: int, pre: str) -> None:
     writer.add_eos_token_id(0)
     writer.add_bos_token_id(1)
     writer.add_chat_template("{% for message in messages %}<|start|>{{ message.content }}<|end|>{% endfor %}")
+
+
+def _write_sentencepiece(writer: gguf.GGUFWriter, size: int) -> None:
+    kinds = {"<unk>": gguf.TokenType.UNKNOWN, "<s>": gguf.TokenType.CONTROL, "</s>": gguf.TokenType.CONTROL}
+    kinds |= {f"<0x{byte:02X}>": gguf.TokenType.BYTE for byte in range(256)}
+    kinds |= dict.fromkeys(PIECES, gguf.TokenType.NORMAL)
+    kinds |= {f"<unused{index}>": gguf.TokenType.UNUSED for index in range(size - len(kinds))}
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(list(kinds))
+    writer.add_token_types(list(kinds.values()))
+    writer.add_token_scores([-float(index) for index in range(size)])
+    writer.add_unk_token_id(0)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
 
 
 def _renamed(model: PreTrainedModel) -> dict[str, np.ndarray]:

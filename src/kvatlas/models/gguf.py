@@ -54,10 +54,10 @@ def check_gguf(header: GgufHeader) -> None:
     if missing := [name for name in _PACKAGES if importlib.util.find_spec(name) is None]:
         raise UnsupportedError(f"GGUF files need {' and '.join(missing)}; install with: {HOW_TO_INSTALL}")
     path = str(header.path)
-    if (parts := header.metadata.get("split.count", 1)) > 1:
-        part = header.metadata.get("split.no", 0) + 1
+    parts, part = (header.metadata.get(key) for key in ("split.count", "split.no"))
+    if parts not in (None, 0, 1):
         raise UnsupportedError(
-            f"GGUF file {path!r} is part {part} of {parts}; join them first: llama-gguf-split --merge"
+            f"GGUF file {path!r} is part {part} (from 0) of {parts}; join them first: llama-gguf-split --merge"
         )
     if (kind := header.metadata.get("general.type", "model")) != "model":
         raise UnsupportedError(f"GGUF file {path!r} holds no model but a {kind!r}; give the file of the model itself")
@@ -231,6 +231,6 @@ def _check_nothing_left(header: GgufHeader, model: PreTrainedModel) -> None:
 def _end_tokens(header: GgufHeader, model: PreTrainedModel) -> None:
     """Let a turn's end token end the output, too: transformers reads one end token only."""
     ids = [header.metadata.get(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot")]
-    found = list(dict.fromkeys(index for index in ids if index is not None))
+    found = list(dict.fromkeys(index for index in ids if isinstance(index, int)))
     if len(found) > 1:
         model.generation_config.eos_token_id = found

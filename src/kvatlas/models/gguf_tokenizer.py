@@ -3,12 +3,14 @@
 Byte-level vocabularies, which ``tokenizer.ggml.model`` calls ``gpt2``, are built here: transformers 5.23 splits text as
 GPT-2 did for every kind it does not know, SmolLM's among them, 5.17 does for all, and 5.17 takes the first token for
 the end token. The kind, named by ``tokenizer.ggml.pre``, says into which pieces text was cut before merges were
-learned. Other vocabularies are transformers' affair.
+learned. Other vocabularies are transformers' affair, but for the tokens around a text, which 5.17 forgets.
 """
 
 from __future__ import annotations
 
 import logging
+from contextlib import redirect_stderr
+from io import StringIO
 from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
@@ -16,6 +18,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from kvatlas.core.errors import CheckpointError
 from kvatlas.models.gguf_header import GgufHeader
+from kvatlas.models.quiet import quiet
 
 _LOG = logging.getLogger(__name__)
 
@@ -72,12 +75,18 @@ def _byte_level(header: GgufHeader) -> PreTrainedTokenizerBase:
 
 
 def _of_transformers(header: GgufHeader) -> PreTrainedTokenizerBase:
-    tokenizer: PreTrainedTokenizerBase = PreTrainedTokenizerFast.from_pretrained(
-        str(header.path.parent), gguf_file=header.path.name, local_files_only=True, trust_remote_code=False
-    )
-    for role, token in _roles(header).items():
+    roles = _roles(header)
+    with quiet(), redirect_stderr(StringIO()):  # a progress bar of its own
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(
+            str(header.path.parent), gguf_file=header.path.name, local_files_only=True, trust_remote_code=False
+        )
+    for role, token in roles.items():
         setattr(tokenizer, role, token)
-    return tokenizer
+    ends = _document_ends(header, roles)
+    if ends is not None:
+        tokenizer.backend_tokenizer.post_processor = ends
+    loaded: PreTrainedTokenizerBase = tokenizer
+    return loaded
 
 
 def _entry(header: GgufHeader, key: str) -> Any:
@@ -113,7 +122,8 @@ def _splitter(header: GgufHeader) -> pre_tokenizers.PreTokenizer:
 
 def _document_ends(header: GgufHeader, roles: dict[str, str]) -> processors.TemplateProcessing | None:
     """Return what puts a first and a last token around a text; None if the file wants neither."""
-    by_default = {"bos": _entry(header, "pre") in _LLAMA3_KINDS, "eos": False}
+    sentences = _entry(header, "model") == "llama"  # SentencePiece, whose texts begin with a token in llama.cpp
+    by_default = {"bos": sentences or _entry(header, "pre") in _LLAMA3_KINDS, "eos": False}
     wanted = {
         end: f"{end}_token" in roles and _entry(header, f"add_{end}_token") in ((True, None) if default else (True,))
         for end, default in by_default.items()

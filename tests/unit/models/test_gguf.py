@@ -11,7 +11,7 @@ import psutil
 import pytest
 import torch
 from tests.families import tiny_model
-from tests.gguf_files import rounded, vocabulary, write_gguf
+from tests.gguf_files import SENTENCEPIECE, rounded, vocabulary, write_gguf
 
 from kvatlas.core.errors import CapacityError, CheckpointError, KvatlasError, UnsupportedError
 from kvatlas.models.gguf_header import read_header
@@ -74,6 +74,16 @@ def test_tokenizer(file):
     assert tokenizer.apply_chat_template([{"role": "user", "content": "o"}], tokenize=False) == "<|start|>o<|end|>"
 
 
+def test_a_sentencepiece_vocabulary(tmp_path, capfd):
+    tokenizer = gguf_tokenizer(read_header(write_gguf(tmp_path / "tiny.gguf", model_of(), pre=SENTENCEPIECE)))
+    assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token) == ("<s>", "</s>", "<unk>")
+    ids = tokenizer("hello world")["input_ids"]
+    assert tokenizer.convert_ids_to_tokens(ids) == ["<s>", "▁hello", "▁world"], "llama.cpp's default is to begin"
+    for text in ("hello world", "héllo 日"):
+        assert tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True) == text
+    assert capfd.readouterr() == ("", "")
+
+
 def test_an_unknown_splitter_is_said(tmp_path, caplog):
     assert gguf_tokenizer(read_header(write_gguf(tmp_path / "tiny.gguf", model_of(), pre="klingon"))) is not None
     assert "'klingon'" in caplog.text and len(caplog.records) == 1
@@ -131,7 +141,7 @@ def test_what_transformers_would_ignore_is_refused(tmp_path, case):
 
 REFUSED = {
     "architecture": ({"architecture": "mystery"}, UnsupportedError, "architecture 'mystery'"),
-    "split": ({"metadata": {"/split.count": 3, "/split.no": 1}}, UnsupportedError, r"part 2 of 3.*--merge"),
+    "split": ({"metadata": {"/split.count": 3, "/split.no": 1}}, UnsupportedError, r"part 1 \(from 0\) of 3.*--merge"),
     "adapter": ({"metadata": {"/general.type": "adapter"}}, UnsupportedError, "holds no model but a 'adapter'"),
 }
 
