@@ -7,6 +7,7 @@ transformers' own ``generate`` come last.
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from functools import cache
 
 import pytest
@@ -19,6 +20,7 @@ from kvatlas.engine.engine import Engine
 from kvatlas.engine.llm import LLM
 from kvatlas.engine.params import SamplingParams
 from kvatlas.models.loading import LoadedModel
+from kvatlas.strategies.registry import stages
 from kvatlas.strategies.strategy import Strategy
 
 OUTPUT_TOKENS = 8
@@ -92,6 +94,101 @@ def test_alone_is_batched_and_whole_is_chunked(family: str, strategy: str) -> No
     drive(Engine(model(family), kv_memory="8MiB", block_size=4, max_batched_tokens=13), jobs)
     for done in jobs:
         assert_close(done, alone(model(family), done))
+
+
+# Every stage, whatever happens to it: alone, in a batch of all of them, in chunks, interrupted
+
+LASTING = "a chunk of a prompt reads the chunks before as they are stored, so packed answers depend on where it was cut"
+STAGES = {
+    "full": TOLERANCE,
+    "full | fp32": TOLERANCE,
+    "full | fp16": 3e-2,  # the last bit of a sum may round a stored number another way
+    "full | bf16": 3e-2,
+    "full | int8": 3e-2,
+    "streaming_llm(sinks=2, recent=50) | int8": 3e-2,
+    "kivi(bits=4, residual=8)": 3e-2,
+    "kivi(bits=2, residual=0)": 3e-2,
+    "h2o(heavy=40, recent=20) | kivi(bits=4, residual=8)": 3e-2,
+    "h2o(heavy=15, recent=14)": TOLERANCE,
+    "snapkv(budget=29, window=8)": TOLERANCE,
+    "streaming_llm(sinks=2, recent=29)": TOLERANCE,
+    "quest(budget=32, dense=1)": TOLERANCE,
+    "streaming_llm(sinks=2, recent=60) | quest(budget=32, dense=0)": TOLERANCE,
+    "offload(host)": TOLERANCE,
+    "h2o(heavy=15, recent=14) | offload(host)": TOLERANCE,
+    "infinigen": TOLERANCE,
+    "speculate(alpha=2.0, cap=0.5, partial=0.5) | offload(host, false)": TOLERANCE,
+}
+LENGTHS = (70, 9, 40)
+
+
+@cache
+def wide_model() -> LoadedModel:
+    """Return a model of four layers whose query heads share KV heads, with attention sharp enough to differ."""
+    tiny = tiny_model("llama", num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=2)
+    with torch.no_grad():
+        for layer in tiny.model.layers:
+            layer.self_attn.q_proj.weight *= 3
+    return loaded(tiny)
+
+
+def stage_jobs(strategies: Iterable[str] = STAGES) -> list[Job]:
+    return [job(strategy, n, seed=n, outputs=16) for n in LENGTHS for strategy in strategies]
+
+
+def stage_engine(**options) -> Engine:
+    return Engine(
+        wide_model(), **{"kv_memory": "32MiB", "host_memory": "32MiB", "enable_prefix_caching": False, **options}
+    )
+
+
+@cache
+def stage_alone(strategy: str, prompt_tokens: int) -> torch.Tensor:
+    return logits_of(*drive(stage_engine(), [job(strategy, prompt_tokens, seed=prompt_tokens, outputs=16)]))
+
+
+def assert_as_alone(jobs: Iterable[Job]) -> None:
+    for done in jobs:
+        assert_close(done, stage_alone(done.strategy, len(done.prompt)), STAGES[done.strategy])
+
+
+def test_the_matrix_has_every_stage() -> None:
+    used = {stage.name for strategy in STAGES for stage in Strategy.parse(strategy).stages}
+    assert used == set(stages())
+
+
+def test_every_stage_in_one_batch_is_itself_alone() -> None:
+    assert_as_alone(drive(stage_engine(max_batched_tokens=4096), stage_jobs()))
+
+
+@pytest.mark.parametrize("strategy", STAGES)
+def test_every_stage_in_a_batch_of_its_own(strategy: str) -> None:
+    assert_as_alone(drive(stage_engine(), stage_jobs([strategy])))
+
+
+@pytest.mark.parametrize("chunk", [29, 64])
+def test_every_stage_in_chunks(chunk: int) -> None:
+    """Chunks of a batch are cut wherever the others leave room."""
+    whole = [strategy for strategy in STAGES if "kivi" not in strategy]
+    assert_as_alone(drive(stage_engine(max_batched_tokens=chunk), stage_jobs(whole)))
+
+
+@pytest.mark.parametrize("strategy", [strategy for strategy in STAGES if "kivi" in strategy])
+def test_packed_chunks_are_near(strategy: str) -> None:
+    """See LASTING; cut in the same places they are the same, and elsewhere no farther from each other than from `full`."""
+    near, same = drive(stage_engine(max_batched_tokens=29), stage_jobs([strategy])[:1]), stage_jobs([strategy])[:1]
+    drive(stage_engine(max_batched_tokens=29), same)
+    assert torch.equal(logits_of(*near), logits_of(*same)), LASTING
+    whole, full = stage_alone(strategy, LENGTHS[0]), stage_alone("full", LENGTHS[0])
+    assert relative_error(logits_of(*near), whole) < 1.5 * relative_error(whole, full)
+
+
+@pytest.mark.parametrize("host_memory", ["32MiB", 400_000], ids=["swapped", "made anew"])
+def test_every_stage_interrupted(host_memory: str | int) -> None:
+    engine = stage_engine(host_memory=host_memory, max_batched_tokens=4096)
+    jobs = stage_jobs()
+    assert_as_alone(drive(engine, jobs, interrupt_every=1))
+    assert engine.scheduler.num_swaps > 0 and sum(done.request.num_preemptions for done in jobs) >= 7
 
 
 @pytest.mark.parametrize("strategy", [*STRATEGIES, "full | fp16", "h2o(heavy=5, recent=4) | bf16"])
