@@ -175,7 +175,7 @@ def test_every_stage_in_chunks(chunk: int) -> None:
 
 @pytest.mark.parametrize("strategy", [strategy for strategy in STAGES if "kivi" in strategy])
 def test_packed_chunks_are_near(strategy: str) -> None:
-    """See LASTING; cut in the same places they are the same, and elsewhere no farther from each other than from `full`."""
+    """See LASTING; cut in the same places they are the same, elsewhere not farther from each other than from `full`."""
     near, same = drive(stage_engine(max_batched_tokens=29), stage_jobs([strategy])[:1]), stage_jobs([strategy])[:1]
     drive(stage_engine(max_batched_tokens=29), same)
     assert torch.equal(logits_of(*near), logits_of(*same)), LASTING
