@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kvatlas.engine.attach import attach as attach
+    from kvatlas.engine.attach import attach as attach, detach as detach
     from kvatlas.engine.llm import LLM as LLM
     from kvatlas.engine.params import SamplingParams as SamplingParams
     from kvatlas.strategies.strategy import Strategy as Strategy
@@ -19,9 +19,10 @@ _LAZY = {
     "SamplingParams": "kvatlas.engine.params",
     "Strategy": "kvatlas.strategies.strategy",
     "attach": "kvatlas.engine.attach",
+    "detach": "kvatlas.engine.attach",
 }
 
-__all__ = ["LLM", "SamplingParams", "Strategy", "__version__", "attach"]
+__all__ = ["LLM", "SamplingParams", "Strategy", "__version__", "attach", "detach"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""``kvatlas.attach``: for those who keep calling ``model.generate`` of transformers."""
+"""``kvatlas.attach`` and ``kvatlas.detach``: for those who keep calling ``model.generate`` of transformers."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ from kvatlas.engine.scheduler import layout_under
 from kvatlas.models.bridge import GenerateBridge
 from kvatlas.models.linear import LinearChoice
 from kvatlas.models.loading import LoadedModel, adapt
+from kvatlas.models.owner import adapter_of
+from kvatlas.models.wrappers import running_eagerly, unwrapped
 from kvatlas.strategies.strategy import Strategy
 
 
@@ -30,21 +32,23 @@ def attach(
     linear_weights: LinearChoice = "auto",
     **engine_options: Any,
 ) -> Attachment:
-    """Make ``model.generate`` run under a strategy until `Attachment.detach`; return the attachment.
+    """Make ``model.generate`` run under a strategy until it is detached; return the attachment.
 
     Greedy search and sampling work, batches too; beams, assisted decoding and other uses that rewind the cache are
-    refused, and so is a second generation while one is live.
+    refused, and so is a second generation while one is live. The model stays attached if the attachment is dropped;
+    `detach` finds it.
 
     Args:
-        model: a causal LM of transformers; used in place.
+        model: a causal LM of transformers, used in place; or one inside of torch.compile, data parallelism or a PEFT
+            adapter that replaces linears, such as LoRA.
         strategy: what manages the cache.
         kv_memory: byte budget of the cache.
         linear_weights: how linears keep weights for few rows, or ``"off"``; see `kvatlas.models.linear`.
         engine_options: further options of `kvatlas.engine.engine.Engine`.
 
     Raises:
-        ConfigError: the strategy cannot be read or composed.
-        UnsupportedError: the model's family is refused, with the reason.
+        ConfigError: the strategy cannot be read or composed, or ``model`` is no causal LM of transformers.
+        UnsupportedError: the model's family or a wrapper is refused, with the reason, or the model is attached already.
 
     Example:
         >>> from kvatlas.models.loading import load_model
@@ -56,15 +60,33 @@ def attach(
         torch.Size([1, 5])
     """
     parsed = Strategy.parse(strategy)
-    adapter = adapt(model, linear_weights=linear_weights)
-    try:
-        loaded = LoadedModel(adapter=adapter, tokenizer=None, name=adapter.shape.name)
-        engine = Engine(loaded, kv_memory=kv_memory, **engine_options)
-        engine.prepare(parsed)
-    except BaseException:
-        adapter.restore()
-        raise
+    with running_eagerly():
+        adapter = adapt(unwrapped(model), linear_weights=linear_weights)
+        try:
+            loaded = LoadedModel(adapter=adapter, tokenizer=None, name=adapter.shape.name)
+            engine = Engine(loaded, kv_memory=kv_memory, **engine_options)
+            engine.prepare(parsed)
+        except BaseException:
+            adapter.restore()
+            raise
     return Attachment(engine, parsed)
+
+
+def detach(model: Any) -> None:
+    """Give a model its own attention, ``forward`` and ``generate`` back, whoever holds its attachment.
+
+    A model that is not attached stays as it is. An `LLM` that was made of the model cannot run it any more.
+
+    Args:
+        model: what was given to `attach`, or the model inside.
+
+    Raises:
+        ConfigError: ``model`` is no causal LM of transformers.
+        UnsupportedError: it is a copy that was made while the original was attached.
+    """
+    adapter = adapter_of(unwrapped(model))
+    if adapter is not None:
+        adapter.restore()
 
 
 class Attachment:
@@ -78,14 +100,12 @@ class Attachment:
     def __init__(self, engine: Engine, strategy: Strategy) -> None:
         self.engine = engine
         self._adapter = engine.model.adapter
-        self._bridge: GenerateBridge | None = GenerateBridge(self._adapter.model, _Rows(engine, strategy))
+        bridge = GenerateBridge(self._adapter.model, _Rows(engine, strategy))
+        self._adapter.on_restore(bridge.restore)
 
     def detach(self) -> None:
-        """Give the model its own attention, ``forward`` and ``generate`` back."""
-        if self._bridge is not None:
-            self._bridge.restore()
-            self._adapter.restore()
-            self._bridge = None
+        """Give the model its own attention, ``forward`` and ``generate`` back; once is enough."""
+        self._adapter.restore()
 
     def __enter__(self) -> Attachment:
         return self

@@ -9,7 +9,7 @@ Shapes: T packed tokens, N rows of logits, V token ids; H, Hq, Dk, Dv as in `kva
 from __future__ import annotations
 
 import inspect
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from types import TracebackType
 from typing import Any, Self
 
@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from kvatlas.core.errors import UnsupportedError
 from kvatlas.core.shapes import LayerShape, ModelShape
+from kvatlas.models import owner
 from kvatlas.models.attention import (
     IMPLEMENTATION,
     AttentionCall,
@@ -73,6 +74,7 @@ class Adapter:
         self.linears = SmallLinears(model, "off")
         self.layers = FusedLayers(model, self.linears)
         self._restored = False
+        self._undo: list[Callable[[], None]] = []
         self._switch()
         try:
             self.shape, self.dtype = self._observe(name)
@@ -152,11 +154,18 @@ class Adapter:
         """
         return self._rope.renewed_at(began, tokens)
 
+    def on_restore(self, undo: Callable[[], None]) -> None:
+        """Let ``restore`` call this first: what else was done to the model since."""
+        self._undo.insert(0, undo)
+
     def restore(self) -> None:
         """Give the model its own attention, RoPE, linears and training mode back; the adapter is then used up."""
         if self._restored:
             return
         self._restored = True
+        owner.give_up(self.model)
+        for undo in self._undo:
+            undo()
         if self._foresight is not None:
             self._foresight.remove()
         self._rope.remove()
@@ -175,6 +184,7 @@ class Adapter:
 
     def _switch(self) -> None:
         register()
+        owner.take(self.model, self)
         self.model.eval()
         self.model.set_attn_implementation(IMPLEMENTATION)
         self._rope.install()
@@ -265,7 +275,7 @@ def _current_implementations(model: PreTrainedModel) -> dict[str, str]:
     """Return the attention implementation of the model ("") and of each of its sub-models, by name."""
     current = {"": model.config._attn_implementation}
     if current[""] == IMPLEMENTATION:
-        raise UnsupportedError("this model is already adapted by kvatlas; restore() its first adapter")
+        raise UnsupportedError("this model is attached to kvatlas already; call kvatlas.detach(model) first")
     for key in model.config.sub_configs:
         part = getattr(model.config, key, None)
         if part is not None:

@@ -161,7 +161,7 @@ def _attention_forward(
     """Return ([1, T, Hq, Dv], None) for a query [1, Hq, T, Dk]; the signature is transformers'."""
     forward = _CURRENT.get()
     if forward is None:
-        raise UnsupportedError("this model is adapted: run it through kvatlas, or restore() it first")
+        raise UnsupportedError("this model is adapted: run it through kvatlas, or call kvatlas.detach(model) first")
     name = type(module).__name__
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if not causal:

@@ -16,6 +16,7 @@ from transformers import Cache, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from kvatlas.core.errors import ConfigError, UnsupportedError
+from kvatlas.models.wrappers import running_eagerly
 
 # generate() options, the value that leaves them off, and what they would need.
 _REFUSED = {
@@ -80,7 +81,8 @@ class GenerateBridge:
 
     def restore(self) -> None:
         """Give the model its own ``forward`` and ``generate`` back, also those set on the object by others."""
-        del self._model.forward, self._model.generate
+        for name in ("forward", "generate"):
+            vars(self._model).pop(name, None)
         vars(self._model).update(self._own)
 
     def _run(self, inputs: Tensor | None = None, generation_config: Any = None, **options: Any) -> Any:
@@ -94,7 +96,8 @@ class GenerateBridge:
         self._cache = _RowCache()
         try:
             options["past_key_values"] = self._cache
-            return self._generate(inputs, generation_config=generation_config, **options)
+            with running_eagerly():
+                return self._generate(inputs, generation_config=generation_config, **options)
         finally:
             self._cache = None
             self._driver.end()
@@ -104,7 +107,9 @@ class GenerateBridge:
         if self._inside:
             return self._forward(*args, **kwargs)
         if self._cache is None or kwargs.get("past_key_values") is not self._cache:
-            raise UnsupportedError("while attached, a model answers generate() only; detach() it to call it directly")
+            raise UnsupportedError(
+                "while attached, a model answers generate() only; call kvatlas.detach(model) to run it directly"
+            )
         cache = self._cache
         assert isinstance(cache, _RowCache)
         ids: Tensor = kwargs["input_ids"]
