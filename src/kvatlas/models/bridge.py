@@ -6,30 +6,20 @@ Rows of a left-padded batch become sequences of their own without padding. What 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import inspect
 from collections.abc import Callable, Sequence as Seq
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import ModelOutput
 
-from kvatlas.core.errors import ConfigError, UnsupportedError
+from kvatlas.core.errors import UnsupportedError
+from kvatlas.models.generate_options import check_call, check_forward, unpadded
 from kvatlas.models.wrappers import running_eagerly
-
-# generate() options, the value that leaves them off, and what they would need.
-_REFUSED = {
-    "num_beams": (1, "beams reorder the cache"),
-    "assistant_model": (None, "assisted decoding rewinds the cache"),
-    "prompt_lookup_num_tokens": (None, "prompt lookup rewinds the cache"),
-    "past_key_values": (None, "the cache is kvatlas's own"),
-    "inputs_embeds": (None, "sequences are made of token ids"),
-    "prefill_chunk_size": (None, "kvatlas chunks prompts itself"),
-    "use_cache": (True, "the strategy is about the cache"),
-    "output_attentions": (False, "attention is not returned"),
-    "output_hidden_states": (False, "hidden states are not returned"),
-}
 
 
 class RowDriver(Protocol):
@@ -49,11 +39,18 @@ class RowDriver(Protocol):
 
 
 class _RowCache(Cache):  # type: ignore[misc]  # transformers is untyped here
-    """Tells generate how long its padded rows are; the tokens lie elsewhere."""
+    """Tells generate how long its padded rows are; the tokens lie elsewhere.
+
+    It is false, as a cache without layers is: families that give a cache up where their RoPE changes leave this one
+    alone, since the driver computes anew what they would, for each row at its own length.
+    """
 
     def __init__(self) -> None:
         super().__init__(layers=[])
         self.num_seen = 0
+
+    def __bool__(self) -> bool:
+        return False
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Return the padded length of the rows, tokens."""
@@ -85,19 +82,17 @@ class GenerateBridge:
             vars(self._model).pop(name, None)
         vars(self._model).update(self._own)
 
-    def _run(self, inputs: Tensor | None = None, generation_config: Any = None, **options: Any) -> Any:
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
+        """Stand in for ``generate``: the call as it is, on a cache of ours."""
         if self._cache is not None:
             raise UnsupportedError("an attached model runs one generation at a time; wait for the other to end")
-        config = self._model.generation_config if generation_config is None else generation_config
-        for source in (vars(config), options):
-            for name, (off, reason) in _REFUSED.items():
-                if source.get(name, off) not in (off, None):
-                    raise UnsupportedError(f"{name}={source[name]!r} cannot be used while attached: {reason}")
-        self._cache = _RowCache()
+        config = check_call(self._model, _by_name(self._generate, args, kwargs))
+        if config.cache_implementation is not None:  # generate() takes no cache beside it, whatever it says
+            kwargs["cache_implementation"] = None
+        self._cache = kwargs["past_key_values"] = _RowCache()
         try:
-            options["past_key_values"] = self._cache
             with running_eagerly():
-                return self._generate(inputs, generation_config=generation_config, **options)
+                return _without_cache(self._generate(*args, **kwargs))
         finally:
             self._cache = None
             self._driver.end()
@@ -110,13 +105,14 @@ class GenerateBridge:
             raise UnsupportedError(
                 "while attached, a model answers generate() only; call kvatlas.detach(model) to run it directly"
             )
+        check_forward(kwargs)
         cache = self._cache
         assert isinstance(cache, _RowCache)
         ids: Tensor = kwargs["input_ids"]
         self._inside = True
         try:
             if cache.num_seen == 0:
-                logits = self._driver.begin(_unpadded(ids, kwargs.get("attention_mask")))
+                logits = self._driver.begin(unpadded(ids, kwargs.get("attention_mask"), kwargs.get("position_ids")))
             elif ids.shape[1] == 1:
                 logits = self._driver.advance(ids[:, 0].tolist())
             else:
@@ -137,13 +133,18 @@ def _with_signature_of(original: Callable[..., Any], stand_in: Callable[..., Any
     return call
 
 
-def _unpadded(ids: Tensor, mask: Tensor | None) -> list[list[int]]:
-    """Return the tokens of each row [B, T] without its padding on the left."""
-    mask = torch.ones_like(ids) if mask is None else mask[:, -ids.shape[1] :]
-    rows: list[list[int]] = []
-    for row, keep in zip(ids.tolist(), mask.bool().tolist(), strict=True):
-        first = keep.index(True) if True in keep else len(row)
-        if not all(keep[first:]) or first == len(row):
-            raise ConfigError("attention_mask must hide padding on the left only and leave a token in every row")
-        rows.append(row[first:])
-    return rows
+def _by_name(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a call, those by position and by keyword alike."""
+    signature = inspect.signature(function)
+    given = signature.bind(*args, **kwargs).arguments
+    for each in signature.parameters.values():
+        if each.kind is each.VAR_KEYWORD:
+            given.update(given.pop(each.name, {}))
+    return given
+
+
+def _without_cache(result: Any) -> Any:
+    """Return what generate returned, less the cache: its rows are closed, so that nothing could be added to it."""
+    if isinstance(result, ModelOutput) and isinstance(result.get("past_key_values"), _RowCache):
+        return dataclasses.replace(result, past_key_values=None)
+    return result
