@@ -223,7 +223,7 @@ def _traffic(point: Point, vocabulary: int | None, seed: int) -> list[Arrival]:
 
 def _want_new(store: RecordStore, point: Point, seed: int) -> None:
     """Find out before anything is sent whether the point could be written."""
-    if any(done.point.key == point.key and done.seed == seed for done in store.points(status="done")):
+    if store.holds(point, seed):
         raise RecordsError(
             f"{store.path} holds {point.strategy!r} with these settings and seed {seed} already; "
             "another --seed adds a repeat, another --records starts anew"

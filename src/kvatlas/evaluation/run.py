@@ -18,6 +18,7 @@ import torch
 from kvatlas.core.errors import CapacityError, ConfigError, UnsupportedError
 from kvatlas.core.names import unknown_name
 from kvatlas.core.units import parse_bytes, parse_tier_bytes
+from kvatlas.engine.machine import accelerator_name, machine_params
 from kvatlas.engine.memory import check_host_memory, check_kv_memory
 from kvatlas.models.linear import LinearChoice, check_choice
 from kvatlas.models.loading import LoadedModel, load_model
@@ -143,7 +144,8 @@ def evaluate(
         device=evaluation.device,
         linear_weights=evaluation.linear_weights,
     )
-    manifest = collect_manifest(command, evaluation.seed, device=evaluation.device, models={model.name: _facts(model)})
+    device = accelerator_name(evaluation.device) or evaluation.device
+    manifest = collect_manifest(command, evaluation.seed, device=device, models={model.name: _facts(model)})
     store.begin_run(manifest.model_copy(update={"versions": {**manifest.versions, "lm_eval": version}}))
     outcomes = []
     for name, task in tasks.items():
@@ -263,6 +265,7 @@ def _point(evaluation: Evaluation, model: LoadedModel, name: str, task: Any, str
             "kv_memory_bytes": parse_bytes(evaluation.kv_memory),
             "host_memory_bytes": parse_tier_bytes(evaluation.host_memory),
             "max_batched_tokens": evaluation.max_batched_tokens,
+            **machine_params(evaluation.device),
             **model_params(evaluation.model),
         },
     )

@@ -12,6 +12,7 @@ from rich.markup import escape
 from kvatlas.core.errors import CapacityError, ConfigError, KvatlasError
 from kvatlas.core.names import unknown_name
 from kvatlas.core.units import format_seconds, parse_bytes, parse_tier_bytes
+from kvatlas.engine.machine import accelerator_name, machine_params
 from kvatlas.engine.memory import check_host_memory, check_kv_memory
 from kvatlas.experiments.accuracy_budget import AccuracyBudget
 from kvatlas.experiments.concurrency_memory import ConcurrencyMemory
@@ -133,7 +134,8 @@ def run_sweep(
             lab.name(source): lab.facts(lab.name(source), "quality" if source == roles["quality"] else "speed")
             for source in held
         }
-    store.begin_run(collect_manifest(command, settings.seed, device=settings.device, models=facts))
+    device = accelerator_name(settings.device) or settings.device
+    store.begin_run(collect_manifest(command, settings.seed, device=device, models=facts))
     todo = [(experiment, _points(experiment, settings, lab)) for experiment in experiments]
     fresh = [(experiment, [point for point in points if not store.is_done(point)]) for experiment, points in todo]
     resumed = sum(len(points) for _, points in todo) - sum(len(points) for _, points in fresh)
@@ -222,6 +224,7 @@ def conditioned(point: Point, settings: Settings, **others: int | float | str) -
         "host_memory_bytes": parse_tier_bytes(settings.host_memory),
         "link": link_name(settings.link),
         "max_batched_tokens": settings.max_batched_tokens,
+        **machine_params(settings.device),
         **others,
     }
     own = {name: value for name, value in conditions.items() if name not in point.params}

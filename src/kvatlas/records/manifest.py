@@ -87,7 +87,7 @@ def _hardware(device: str) -> Facts:
     cpuinfo = _cpuinfo()
     flags = (cpuinfo.get("flags") or cpuinfo.get("Features") or "").split()
     return {
-        "cpu_model": cpuinfo.get("model name") or platform.processor() or platform.machine(),
+        "cpu_model": processor_name(),
         "cpu_features": " ".join(name for name in _CPU_FEATURES if name in flags),
         "cores": psutil.cpu_count(logical=False),
         "threads": psutil.cpu_count(),
@@ -95,6 +95,11 @@ def _hardware(device: str) -> Facts:
         "memory_bytes": psutil.virtual_memory().total,
         "device": device,
     }
+
+
+def processor_name() -> str:
+    """Return what the processor calls itself; reads /proc where it exists."""
+    return _cpuinfo().get("model name") or platform.processor() or platform.machine()
 
 
 def _usable_threads() -> int:

@@ -21,6 +21,9 @@ Params = dict[str, int | float | str]
 Facts = dict[str, bool | int | float | str | None]
 Name = Annotated[str, Field(min_length=1)]
 
+PROCESSOR, ACCELERATOR = "processor", "accelerator"
+"""Params of a point that name the hardware it was measured on; the manifest calls them ``cpu_model`` and ``device``."""
+
 _MAX_SEED = 2**63 - 1
 
 

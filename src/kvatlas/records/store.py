@@ -18,7 +18,18 @@ import duckdb
 
 from kvatlas.core.errors import RecordsError
 from kvatlas.records.opening import Mode, close_database, open_database, translated
-from kvatlas.records.schema import Facts, Params, Point, PointRecord, PointStatus, Row, RunManifest, Sample
+from kvatlas.records.schema import (
+    ACCELERATOR,
+    PROCESSOR,
+    Facts,
+    Params,
+    Point,
+    PointRecord,
+    PointStatus,
+    Row,
+    RunManifest,
+    Sample,
+)
 
 _INSERT_SAMPLES = """
 INSERT INTO samples SELECT ?, ?, unnest(?::VARCHAR[]), unnest(?::VARCHAR[]), unnest(?::DOUBLE[]),
@@ -29,6 +40,7 @@ _SELECT_ROWS = f"""
 SELECT {", ".join(_ROW_COLUMNS)}
 FROM (SELECT * FROM points WHERE status = 'done') p JOIN samples USING (point_key, seed)
 """
+_SELECT_HARDWARE = "SELECT hardware FROM points JOIN runs USING (run_id) WHERE point_key = ? AND points.seed = ?"
 _POINT_COLUMNS = "run_id, experiment, model, model_role, strategy, params, seed, status, reason, written_at"
 
 
@@ -105,11 +117,25 @@ class RecordStore:
         self._manifest = run.model_copy(update={"models": models})
 
     def is_done(self, point: Point) -> bool:
-        """Whether the file holds this point as done, for the seed of the current run.
+        """Whether the file holds this point as done, for the seed of the current run; see `holds`."""
+        return self.holds(point, self._run().seed)
 
-        Failed and refused points are not done, so a resumed sweep tries them again.
+    def holds(self, point: Point, seed: int) -> bool:
+        """Whether the file holds this point as done.
+
+        Failed and refused points are not, so a resumed sweep tries them again. Points of older files do not name the
+        hardware; they are this one if the manifest of their run says that it was the same.
         """
-        return self._status(point, self._run().seed) == "done"
+        if self._status(point, seed) == "done":
+            return True
+        bare = {name: value for name, value in point.params.items() if name not in (PROCESSOR, ACCELERATOR)}
+        old = point.model_copy(update={"params": bare})
+        if PROCESSOR not in point.params or self._status(old, seed) != "done":
+            return False
+        (text,) = self._fetch(_SELECT_HARDWARE, [old.key, seed])[0]
+        found = json.loads(text)
+        device = point.params.get(ACCELERATOR, "cpu")
+        return (found.get("cpu_model"), found.get("device")) == (point.params[PROCESSOR], device)
 
     def write_point(
         self, point: Point, samples: Iterable[Sample] = (), status: PointStatus = "done", reason: str = ""

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from kvatlas.core.units import format_bytes
-from kvatlas.records.schema import Facts, Params, RunManifest
+from kvatlas.records.schema import ACCELERATOR, PROCESSOR, Facts, Params, RunManifest
 from kvatlas.reports.labels import describe, listed
 from kvatlas.reports.series import Series, Study
 
 # The manifest says these in other words.
-_TOLD = frozenset({"dtype", "device"})
+_TOLD = frozenset({"dtype", "device", PROCESSOR, ACCELERATOR})
 ROLES = {"quality": "quality: trained, small", "speed": "speed: random weights, real shape"}
 
 

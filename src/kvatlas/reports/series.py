@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from kvatlas.metrics.statistics import Interval
-from kvatlas.records.schema import ModelRole, Params, Provenance, Row
+from kvatlas.records.schema import ACCELERATOR, PROCESSOR, ModelRole, Params, Provenance, Row
 from kvatlas.reports.intervals import (
     COUNTED_BY,
     LATENCIES,
@@ -46,7 +46,7 @@ DEFAULTS: Params = {LINK: NO_LINK, "turns": 1, "linear_weights": "off"}
 _NAMED = ("trace", "task", "arrivals", LINK)
 _OF_THE_MACHINE = {
     *("dtype", "device", "linear_weights", "threads", "kv_memory_bytes", "host_memory_bytes", "max_batched_tokens"),
-    *("model_digest", "trace_digest", "pool_tries"),
+    *("model_digest", "trace_digest", "pool_tries", PROCESSOR, ACCELERATOR),
 }
 _TRUST: tuple[Provenance, ...] = ("measured", "emulated", "estimated")
 

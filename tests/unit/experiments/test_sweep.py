@@ -11,6 +11,7 @@ from tests.unit.experiments.tiny import H2O, TINY, sweep
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from kvatlas.core.errors import CapacityError, ConfigError, UnknownNameError
+from kvatlas.engine.machine import machine_params
 from kvatlas.experiments.pace import Pace, seconds_left
 from kvatlas.experiments.prompt_length import PromptLength
 from kvatlas.experiments.sweep import EXPERIMENTS, check_sweep, find_experiments, run_sweep
@@ -55,6 +56,34 @@ def test_a_time_limit_leaves_points_for_the_same_command(records, measured):
     assert (outcome.measured, outcome.resumed, outcome.left_out) == (4, 2, {})
     assert "left out" not in printed
     assert len({point.key for point in measured}) == len(measured) == 6
+
+
+def test_another_machine_measures_the_same_points_again(records, measured, monkeypatch):
+    assert sweep(records, SETTINGS, "prompt_length")[0].measured == 6
+    assert sweep(records, SETTINGS, "prompt_length")[0].resumed == 6
+    monkeypatch.setattr("kvatlas.engine.machine.processor_name", lambda: "another processor")
+    assert sweep(records, SETTINGS, "prompt_length")[0].measured == 6
+    monkeypatch.setenv("KVATLAS_KERNELS", "torch")
+    assert sweep(records, SETTINGS, "prompt_length")[0].measured == 6
+    assert sweep(records, SETTINGS, "prompt_length")[0].resumed == 6
+
+
+def test_records_of_before_go_on_where_they_were_written(records, measured, monkeypatch):
+    with monkeypatch.context() as before:
+        before.setattr("kvatlas.experiments.sweep.machine_params", lambda device: {})
+        sweep(records, SETTINGS, "prompt_length")
+    assert sweep(records, SETTINGS, "prompt_length")[0].resumed == 6
+    monkeypatch.setattr("kvatlas.engine.machine.processor_name", lambda: "another processor")
+    assert sweep(records, SETTINGS, "prompt_length")[0].resumed == 0
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:0", "cuda:7", "cpu"])
+def test_points_name_the_gpu_that_measured_them(monkeypatch, device):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda place: f"gpu {place}")
+    named = {"cpu": None, "cuda:7": "unknown"}.get(device, "gpu 0")
+    assert machine_params(device).get("accelerator") == named
 
 
 def test_each_experiment_has_its_own_time(records, measured):

@@ -173,7 +173,7 @@ except OutputError as error:
 
 @pytest.mark.parametrize(("room", "points"), [(9_000, 3), (150_000, 3), (300_000, 20)])
 def test_where_a_disk_is_full_it_says_so_and_keeps_every_finished_point(tmp_path, room, points):
-    """The limit on the size of a file stands in for the disk's end: while a point is written, or when the file closes."""
+    """A limit on the size of a file stands in for the disk's end: while a point is written, or when the file closes."""
     path = tmp_path / "r.duckdb"
     command = [sys.executable, "-c", WRITER, str(path), str(room), str(points)]
     done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=100)

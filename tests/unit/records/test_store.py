@@ -34,6 +34,46 @@ def test_rows_come_back_flat_and_typed(store):
     assert (row.metric, row.unit, row.value, row.index, row.provenance) == ("ttft", "s", 1 / 3, 1, "measured")
 
 
+HERE = {"processor": "a cpu"}
+
+
+def on(point, **hardware):
+    return point.model_copy(update={"params": point.params | hardware})
+
+
+@pytest.mark.parametrize(
+    ("named", "recorded", "found"),
+    [
+        (HERE, {"cpu_model": "a cpu", "device": "cpu"}, True),
+        (HERE, {"cpu_model": "another", "device": "cpu"}, False),
+        (HERE, {"cpu_model": "a cpu", "device": "cuda"}, False),
+        (HERE, {}, False),
+        (HERE | {"accelerator": "a gpu"}, {"cpu_model": "a cpu", "device": "a gpu"}, True),
+        (HERE | {"accelerator": "a gpu"}, {"cpu_model": "a cpu", "device": "cuda"}, False),
+        (HERE | {"accelerator": "a gpu"}, {"cpu_model": "a cpu", "device": "cpu"}, False),
+    ],
+)
+def test_an_older_point_is_this_one_if_its_manifest_names_the_same_hardware(path, named, recorded, found):
+    with RecordStore(path) as store:
+        store.begin_run(manifest(hardware=recorded))
+        store.write_point(point(1), samples())
+        store.write_point(point(2), status="failed", reason="it broke")
+        store.begin_run(manifest("later", hardware={"cpu_model": "a cpu"}))
+        assert store.is_done(on(point(1), **named)) is found
+        assert not store.is_done(on(point(2), **named)) and not store.is_done(on(point(3), **named))
+        if not found:
+            store.write_point(on(point(1), **named), samples())
+            assert store.is_done(on(point(1), **named)) and store.is_done(point(1))
+
+
+def test_each_hardware_measures_for_itself(store):
+    here, there = on(point(1), **HERE), on(point(1), processor="another")
+    store.write_point(here, samples())
+    assert store.is_done(here) and not store.is_done(there)
+    store.write_point(there, samples())
+    assert {row.params["processor"] for row in store.rows()} == {"a cpu", "another"}
+
+
 def test_rows_filter(store):
     store.write_point(point(1), samples(2))
     store.write_point(point(2, experiment="itl", strategy="snapkv"), samples(3, "itl") + samples(1, "peak"))
