@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence as Seq
+from collections.abc import Iterable, Iterator, Sequence as Seq
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +11,12 @@ from rich.progress import Progress
 
 from kvatlas.core.errors import ConfigError
 from kvatlas.engine.engine import Engine
+from kvatlas.engine.given import shown
 from kvatlas.engine.params import SamplingParams
-from kvatlas.engine.request import NewToken, Request, RequestOutput, output_of
+from kvatlas.engine.prompts import Prompt, encode, split
+from kvatlas.engine.request import NewToken, Request, RequestOutput, output_of, raise_if_failed
 from kvatlas.models.loading import LoadedModel, load_model
 from kvatlas.strategies.strategy import Strategy
-
-Prompt = str | Seq[int]
 
 
 class LLM:
@@ -56,7 +56,7 @@ class LLM:
 
     def generate(
         self,
-        prompts: Prompt | Seq[Prompt],
+        prompts: Prompt | Iterable[Prompt],
         sampling_params: SamplingParams | Seq[SamplingParams] | None = None,
         *,
         strategy: str | Strategy | Seq[str | Strategy] | None = None,
@@ -65,37 +65,67 @@ class LLM:
         """Return one finished output per prompt, in the order given.
 
         Args:
-            prompts: a text, a list of token ids, or a list of either.
+            prompts: one prompt or a batch, as `kvatlas.engine.prompts` describes them: texts, token ids, messages.
             sampling_params: for all prompts, or one per prompt.
             strategy: instead of the default, for all prompts or one per prompt; they run in one batch.
             use_tqdm: show a progress bar.
 
         Raises:
-            ConfigError: a prompt is empty, or the lists differ in length.
+            ConfigError: something is no prompt, no parameters or no strategy, or the lists differ in length; no
+                prompt has run then.
             CapacityError: a prompt can never fit; no prompt has run then.
+            RequestError: a request failed while it ran; it carries the outputs of all.
         """
-        batch = self._as_batch(prompts)
-        params = _per_prompt(
-            SamplingParams() if sampling_params is None else sampling_params, len(batch), "sampling_params"
-        )
-        chosen = _per_prompt(self.strategy if strategy is None else strategy, len(batch), "strategy")
+        batch = split(prompts)
+        many = len(batch) > 1
+        ids = [self._encode(prompt, f"prompt {index}" if many else "the prompt") for index, prompt in enumerate(batch)]
+        params = [_params(each) for each in _per_prompt(sampling_params, len(ids), "sampling_params")]
+        chosen = [self._strategy(each) for each in _per_prompt(strategy, len(ids), "strategy")]
         requests: list[Request] = []
         try:
-            for prompt, each, one in zip(batch, params, chosen, strict=True):
-                requests.append(self.engine.add_request(self.encode(prompt), each, one))
+            for prompt, each, one in zip(ids, params, chosen, strict=True):
+                requests.append(self.engine.add_request(prompt, each, one))
             self._finish(requests, use_tqdm)
         finally:
             for request in requests:  # after an error or Ctrl-C nothing keeps running
                 self.engine.cancel(request)
+        raise_if_failed(requests)
         return [output_of(request) for request in requests]
 
     def stream(
-        self, prompt: Prompt, sampling_params: SamplingParams | None = None, *, strategy: str | None = None
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None, *, strategy: str | Strategy | None = None
     ) -> Iterator[NewToken]:
-        """Yield the tokens of one prompt as they come; leaving the loop early cancels the request."""
-        request = self.engine.add_request(
-            self.encode(prompt), sampling_params, self.strategy if strategy is None else strategy
-        )
+        """Return an iterator over the tokens of one prompt as they come; leaving the loop early cancels the request.
+
+        Raises:
+            ConfigError: something is no prompt, no parameters or no strategy.
+            CapacityError: the prompt can never fit; raised with the first token, as is the next one.
+            RequestError: the request failed while it ran.
+        """
+        return self._stream(self._encode(prompt), _params(sampling_params), self._strategy(strategy))
+
+    def session(self, strategy: str | Strategy | None = None) -> Session:
+        """Return a conversation that continues on its own cache."""
+        return Session(self, self._strategy(strategy))
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Return the token ids of a prompt; see `kvatlas.engine.prompts.encode`."""
+        return self._encode(prompt)
+
+    def _encode(self, prompt: Prompt, name: str = "the prompt", continued: bool = False) -> list[int]:
+        model = self.engine.model
+        return encode(prompt, model.tokenizer, model.name, name=name, continued=continued)
+
+    def _strategy(self, given: Any) -> Strategy:
+        """Return a strategy; None is the default."""
+        if given is None:
+            return self.strategy
+        if not isinstance(given, str | Strategy):
+            raise ConfigError(f"a strategy is {shown(given)}; write a sentence such as 'h2o(heavy=0.1, recent=0.1)'")
+        return Strategy.parse(given)
+
+    def _stream(self, ids: list[int], params: SamplingParams, strategy: Strategy) -> Iterator[NewToken]:
+        request = self.engine.add_request(ids, params, strategy)
         request.unread = deque()  # other streams and calls may make its tokens in steps of theirs
         try:
             while request.unread or request.finish_reason is None:
@@ -105,30 +135,7 @@ class LLM:
                     self.engine.step()
         finally:
             self.engine.cancel(request)
-
-    def session(self, strategy: str | Strategy | None = None) -> Session:
-        """Return a conversation that continues on its own cache."""
-        return Session(self, Strategy.parse(self.strategy if strategy is None else strategy))
-
-    def encode(self, prompt: Prompt) -> list[int]:
-        """Return the token ids of a prompt; ids are passed through."""
-        if not isinstance(prompt, str):
-            return list(prompt)
-        tokenizer = self.engine.model.tokenizer
-        if tokenizer is None:
-            name = self.engine.model.name
-            raise ConfigError(f"{name} has no tokenizer; choose a model that has one, or give token ids from Python")
-        ids: list[int] = tokenizer(prompt, verbose=False)["input_ids"]  # the engine refuses what is too long
-        return ids
-
-    def _as_batch(self, prompts: Prompt | Seq[Prompt]) -> list[Prompt]:
-        if hasattr(prompts, "tolist"):  # a tensor or array of token ids
-            prompts = prompts.tolist()
-        if isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int)):
-            return [prompts]  # type: ignore[list-item]  # a text or one list of ids, checked just above
-        if len(prompts) == 0:
-            raise ConfigError("no prompt is given; give at least one")
-        return list(prompts)  # type: ignore[arg-type]  # the only case left is a list of prompts
+        raise_if_failed([request])
 
     def _finish(self, requests: Seq[Request], use_tqdm: bool) -> None:
         with Progress(disable=not use_tqdm, transient=True) as progress:
@@ -154,21 +161,32 @@ class Session:
         self._request: Request | None = None
 
     def generate(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> RequestOutput:
-        """Return the answer to the next turn."""
-        engine, params = self._llm.engine, sampling_params or SamplingParams()
-        ids = self._llm.encode(prompt)
+        """Return the answer to the next turn.
+
+        The first turn is a prompt like any other. What a later one says goes on where the answer has ended: its text
+        gets no special tokens beside those that it writes out, so a conversation has one beginning of text.
+
+        Raises:
+            ConfigError: something is no prompt or no parameters; the conversation can go on.
+            CapacityError: the conversation would not fit; it can go on with less.
+            RequestError: the turn failed while it ran. The conversation is closed; the next turn would start anew.
+        """
+        engine, params = self._llm.engine, _params(sampling_params)
+        ids = self._llm._encode(prompt, continued=self._request is not None)
         if self._request is None:
             self._request = engine.add_request(ids, params, self._strategy)
             self._request.held_by_session = True
         else:
             engine.continue_request(self._request, ids, params)
+        request = self._request
         try:
-            while self._request.finish_reason is None:
+            while request.finish_reason is None:
                 engine.step()
+            raise_if_failed([request])
         except BaseException:
             self.close()
             raise
-        return output_of(self._request)
+        return output_of(request)
 
     def fork(self) -> Session:
         """Return a second conversation that begins as this one, on the same blocks until they differ.
@@ -204,3 +222,12 @@ def _per_prompt(given: Any, count: int, name: str) -> list[Any]:
     if len(given) != count:
         raise ConfigError(f"{name} has {len(given)} entries for {count} prompts; give one, or one per prompt")
     return list(given)
+
+
+def _params(given: Any) -> SamplingParams:
+    """Return sampling parameters; None is the default."""
+    if given is None:
+        return SamplingParams()
+    if not isinstance(given, SamplingParams):
+        raise ConfigError(f"sampling_params is {shown(given)}; write SamplingParams(max_tokens=16)")
+    return given
