@@ -186,6 +186,18 @@ def test_bad_jobs_are_refused_and_nothing_keeps_running():
         with pytest.raises(error):
             score(busy, [good, bad], "full")
         assert not busy.has_work
-    with pytest.raises(ConfigError, match="held_back is -1"):
-        score(busy, [good], "full", held_back=-1)
+    for wrong in (-1, 1.0, True, None):
+        with pytest.raises(ConfigError, match=f"held_back is {wrong}"):
+            score(busy, [good], "full", held_back=wrong)
     assert score(busy, [], "full") == []
+
+
+@pytest.mark.parametrize("name", ["context", "continuation"])
+def test_a_job_is_token_ids_of_any_form(name):
+    for ids in ([3, 5], (3, 5), torch.tensor([3, 5]), iter([3, 5])):
+        assert ScoreJob(**{"context": (1,), "continuation": (1,), name: ids}) == ScoreJob(
+            **{"context": (1,), "continuation": (1,), name: (3, 5)}
+        )
+    for wrong in ([3.0], [None], [-1], [True], "35", None, [[3]]):
+        with pytest.raises(ConfigError, match=f"the {name} "):
+            ScoreJob(**{"context": (1,), "continuation": (1,), name: wrong})

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kvatlas.cli.options import Device, DType, HostMemory, KvMemory, LinearWeights, Link, examples
+from kvatlas.cli.options import Device, DType, HostMemory, KvMemory, LinearWeights, Link, Model, examples
+from kvatlas.cli.texts import read_text
 from kvatlas.core.errors import ConfigError
 from kvatlas.core.units import format_bytes, format_seconds
 from kvatlas.strategies.strategy import Strategy
@@ -23,6 +24,7 @@ _EXAMPLES = examples(
     "kvatlas generate 'def add('",
     "kvatlas generate 'def add(' --strategy 'h2o(heavy=0.1, recent=0.1)' --max-tokens 32",
     "kvatlas generate --prompt-file notes.txt --strategy infinigen --link 16GB/s,10us",
+    "kvatlas generate 'The capital of France is' --model smollm2-135m",
     "kvatlas generate --prompt-file notes.txt --model ./my-llama --kv-memory 2GiB --json",
 )
 
@@ -37,10 +39,7 @@ def generate(
     prompt_file: Annotated[
         Path | None, typer.Option(metavar="FILE", help="One more prompt: this file's text; - is the standard input.")
     ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="A folder, a hub id, or random:llama-100m. Default: the bundled model."),
-    ] = None,
+    model: Model = None,
     strategy: Annotated[str, typer.Option(metavar="S", help="See 'kvatlas strategies'.")] = "full",
     kv_memory: KvMemory = "512MiB",
     host_memory: HostMemory = "1GiB",
@@ -63,6 +62,7 @@ def generate(
     parsed = Strategy.parse(strategy)
     from kvatlas.engine.llm import LLM
     from kvatlas.engine.params import SamplingParams
+    from kvatlas.engine.request import raise_if_failed
 
     params = SamplingParams(
         max_tokens=max_tokens,
@@ -75,11 +75,14 @@ def generate(
     )
     weights = {"dtype": dtype, "device": device, "linear_weights": linear_weights}
     llm = LLM(model, parsed, kv_memory, **weights, host_memory=host_memory, link=link)
-    requests = [llm.engine.add_request(llm.encode(text), params, parsed) for text in texts]
+    ids = [llm.encode(text) for text in texts]
+    requests = [llm.engine.add_request(prompt, params, parsed) for prompt in ids]
     live = stream and len(texts) == 1 and not as_json
     held = _run(llm.engine, requests, live)
     full = Strategy.parse("full")
     for text, request in zip(texts, requests, strict=True):
+        if request.error is not None:
+            continue
         alone = llm.engine.footprint(full, request.output_start, len(request.output_ids) - 1).final_bytes
         facts = _facts(request, *held[request], alone)
         if link is not None:
@@ -92,10 +95,11 @@ def generate(
             typer.echo(request.text)
         if not as_json:
             typer.echo(_summary(facts), err=True)
+    raise_if_failed(requests)
 
 
 def _texts(prompts: Sequence[str], prompt_file: Path | None) -> list[str]:
-    texts = [*prompts, *([] if prompt_file is None else [_read(prompt_file)])]
+    texts = [*prompts, *([] if prompt_file is None else [read_text(prompt_file)])]
     if not texts:
         raise ConfigError("no prompt is given; write one after 'kvatlas generate', or use --prompt-file")
     if not all(texts):
@@ -103,22 +107,13 @@ def _texts(prompts: Sequence[str], prompt_file: Path | None) -> list[str]:
     return texts
 
 
-def _read(path: Path) -> str:
-    try:
-        return sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"prompt file {str(path)!r} cannot be read ({error.strerror}); check the path") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"prompt file {str(path)!r} is not UTF-8 text; convert it first") from error
-
-
 def _run(engine: Engine, requests: Sequence[Request], live: bool) -> dict[Request, tuple[int, int]]:
-    """Run to the end and return the bytes that each request held on device and host with its last token."""
+    """Run to the end and return the bytes that each request that did not fail held on device and host at last."""
     held: dict[Request, tuple[int, int]] = {}
     for request in requests:
         request.held_by_session = True  # its cache outlives its last token, so that it can be measured
     try:
-        while len(held) < len(requests):
+        while any(request.finish_reason is None for request in requests):
             for new in engine.step():
                 if live:
                     typer.echo(new.text, nl=False)
