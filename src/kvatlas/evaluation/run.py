@@ -6,7 +6,6 @@ under its number, so that strategies compare in pairs, on the same questions.
 
 from __future__ import annotations
 
-import importlib.metadata
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,10 +15,10 @@ from typing import Any
 import torch
 
 from kvatlas.core.errors import CapacityError, ConfigError, UnsupportedError
-from kvatlas.core.names import unknown_name
 from kvatlas.core.units import parse_bytes, parse_tier_bytes
 from kvatlas.engine.machine import accelerator_name, machine_params
 from kvatlas.engine.memory import check_host_memory, check_kv_memory
+from kvatlas.evaluation.tasks import lm_eval_version, load_tasks
 from kvatlas.models.linear import LinearChoice, check_choice
 from kvatlas.models.loading import LoadedModel, load_model
 from kvatlas.models.precision import DType, resolve_dtype
@@ -31,7 +30,6 @@ from kvatlas.strategies.strategy import Strategy
 
 EXPERIMENT = "evaluate"
 TASKS = ("piqa", "hellaswag", "copa", "winogrande", "openbookqa", "boolq")
-HOW_TO_INSTALL = "lm-eval is not installed; install it with: pip install 'kvatlas[eval]'"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +111,7 @@ def check_evaluation(evaluation: Evaluation) -> None:
         ConfigError: the dtype, device or way of keeping linear weights is unknown.
         CapacityError: the machine has less memory than ``kv_memory`` or ``host_memory``.
     """
-    _lm_eval_version()
+    lm_eval_version()
     resolve_dtype(evaluation.dtype, evaluation.device)
     check_choice(evaluation.linear_weights)
     check_kv_memory(parse_bytes(evaluation.kv_memory), torch.device(evaluation.device))
@@ -134,10 +132,17 @@ def evaluate(
     Raises:
         UnsupportedError: lm-eval is not installed, or a task's data cannot be had.
         UnknownNameError: a task does not exist.
-        ConfigError: the model has no tokenizer, or a task gives no number per question.
+        ConfigError: the model has no tokenizer, a task takes no worked examples but some are asked for, or it gives
+            no number per question.
     """
-    version = _lm_eval_version()
+    version = lm_eval_version()
     manager, tasks = load_tasks(evaluation.tasks, evaluation.include)
+    fixed = [name for name, task in tasks.items() if task.get_config("num_fewshot") == 0]
+    if evaluation.fewshot and fixed:
+        raise ConfigError(
+            f"fewshot={evaluation.fewshot} would do nothing for {', '.join(fixed)}, which take no worked examples; "
+            "leave one of them out"
+        )
     model = load_model(
         evaluation.model,
         dtype=evaluation.dtype,
@@ -158,33 +163,6 @@ def evaluate(
             say(outcome)
             outcomes.append(outcome)
     return outcomes
-
-
-def load_tasks(names: Sequence[str], include: Path | None) -> tuple[Any, dict[str, Any]]:
-    """Return lm-eval's task manager, and its tasks by name, groups opened, with their data at hand.
-
-    Raises:
-        UnsupportedError: lm-eval is not installed, or a task's data cannot be had.
-        UnknownNameError: a task does not exist.
-    """
-    _lm_eval_version()
-    from lm_eval.tasks import TaskManager
-
-    manager = None if include is None else TaskManager(include_path=str(include), include_defaults=False)
-    if manager is None or not set(names) <= set(manager.all_tasks):  # reading all of lm-eval's own takes seconds
-        manager = TaskManager(include_path=None if include is None else str(include))
-    tasks: dict[str, Any] = {}
-    for name in names:
-        if name not in manager.all_tasks:
-            raise unknown_name("task", name, manager.all_tasks)
-        try:
-            tasks |= manager.load([name])["tasks"]
-        except Exception as error:  # datasets, the hub's client and file systems raise anything here
-            raise UnsupportedError(
-                f"the data of task {name!r} cannot be had ({_first_line(error)}); connect to the Hugging Face hub, "
-                "fill its cache beforehand (HF_HOME), or name local files in a task file of your own (--include)"
-            ) from error
-    return manager, tasks
 
 
 def question_samples(rows: Iterable[Mapping[str, Any]]) -> Iterator[Sample]:
@@ -245,8 +223,7 @@ def _measure(evaluation: Evaluation, store: RecordStore, manager: Any, model: Lo
 
 def _point(evaluation: Evaluation, model: LoadedModel, name: str, task: Any, strategy: str) -> Point:
     """Return the point of a task under a strategy, with everything that changes its samples."""
-    own = task.get_config("num_fewshot")
-    fewshot = own if evaluation.fewshot is None or own == 0 else evaluation.fewshot
+    fewshot = task.get_config("num_fewshot") if evaluation.fewshot is None else evaluation.fewshot
     questions = len(task.eval_docs)
     return Point(
         experiment=EXPERIMENT,
@@ -295,15 +272,3 @@ def _shares(samples: Sequence[Sample]) -> str:
         else:
             parts.append(f"{metric} {sum(values) / len(values):.3f} (n = {len(values)})")
     return ", ".join(parts)
-
-
-def _lm_eval_version() -> str:
-    try:
-        return importlib.metadata.version("lm_eval")
-    except importlib.metadata.PackageNotFoundError as error:
-        raise UnsupportedError(HOW_TO_INSTALL) from error
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip()
-    return " ".join((text.splitlines()[0] if text else type(error).__name__).split())[:200]

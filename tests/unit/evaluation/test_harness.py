@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import warnings
 from types import SimpleNamespace
@@ -15,8 +16,9 @@ from tests.unit.evaluation.local_tasks import ROWS, write_tasks
 from kvatlas.core.errors import CapacityError, ConfigError, UnknownNameError, UnsupportedError
 from kvatlas.engine.llm import LLM
 from kvatlas.engine.params import SamplingParams
-from kvatlas.evaluation import run
-from kvatlas.evaluation.run import Evaluation, evaluate, load_tasks
+from kvatlas.evaluation import tasks
+from kvatlas.evaluation.run import Evaluation, evaluate
+from kvatlas.evaluation.tasks import load_tasks
 from kvatlas.models.loading import load_model
 from kvatlas.records.store import RecordStore
 
@@ -233,6 +235,14 @@ def test_records_hold_every_question_and_resume(folder, tmp_path):
     assert all(row.params["n"] == 2 and row.params["fewshot"] == 1 and row.model_role == "quality" for row in rows)
 
 
+def test_worked_examples_are_refused_where_a_task_takes_none(folder, tmp_path):
+    task = json.loads((folder / "boolq.yaml").read_text()) | {"task": "boolq_bare", "num_fewshot": 0}
+    (folder / "boolq_bare.yaml").write_text(json.dumps(task))
+    line = kvatlas("evaluate", "--task", "boolq_bare", "--fewshot", 2, "--include", folder, "--records", tmp_path / "r")
+    assert "fewshot=2 would do nothing for boolq_bare" in line.error
+    assert not (tmp_path / "r").exists()
+
+
 def test_a_pool_that_is_too_small_refuses_the_point(folder, tmp_path):
     asks = Evaluation(tasks=("piqa",), strategies=("full",), include=folder, kv_memory="64KiB")
     with RecordStore(tmp_path / "records.duckdb") as store:
@@ -276,9 +286,9 @@ def _OnlyOwn(include_path=None, include_defaults=True):  # noqa: N802 - stands i
 
 def test_without_lm_eval_the_command_says_how_to_install(monkeypatch):
     def absent(name):
-        raise run.importlib.metadata.PackageNotFoundError(name)
+        raise tasks.importlib.metadata.PackageNotFoundError(name)
 
-    monkeypatch.setattr(run.importlib.metadata, "version", absent)
+    monkeypatch.setattr(tasks.importlib.metadata, "version", absent)
     assert "pip install 'kvatlas[eval]'" in kvatlas("evaluate", "--task", "piqa").error
 
 
