@@ -28,7 +28,10 @@ def main() -> None:
     options = _options()
     torch.set_num_threads(options.threads)
     encode = load_encode(options.model)
-    model = LlamaForCausalLM.from_pretrained(options.model, dtype=torch.float32, attn_implementation="sdpa").eval()
+    model = LlamaForCausalLM.from_pretrained(
+        options.model, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=False
+    )
+    model.eval()
     filler = read_filler()
     scores = _recall_table(model, encode, filler, options.n, options.seed)
     perplexities = {str(window): perplexity(model, encode(filler), window) for window in PERPLEXITY_WINDOWS}
@@ -51,7 +54,7 @@ def main() -> None:
 
 def load_encode(folder: Path) -> Encode:
     """Return the tokenizer of ``folder`` as a function from text to token ids, without special tokens."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
     def encode(text: str) -> list[int]:
         ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]

@@ -14,8 +14,10 @@ FOLDER = Path(kvatlas.models.__file__).parent / "bundled"
 
 
 def test_single_needle_in_512_tokens() -> None:
-    tokenizer = transformers.AutoTokenizer.from_pretrained(FOLDER)
-    model = transformers.AutoModelForCausalLM.from_pretrained(FOLDER, attn_implementation="sdpa").eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(FOLDER, trust_remote_code=False)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        FOLDER, attn_implementation="sdpa", trust_remote_code=False
+    ).eval()
 
     def encode(text: str) -> list[int]:
         ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]

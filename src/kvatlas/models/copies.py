@@ -54,6 +54,8 @@ def load_kept(header: GgufHeader, dtype: torch.dtype) -> tuple[PreTrainedModel, 
     with _locked(target, unpacked_bytes(header, _COPY_DTYPE)) as ours:
         if ours and _is_whole(target, digest):  # made by another process meanwhile
             return load_checkpoint(str(target), dtype)
+        if target.exists():
+            _LOG.warning("the copy %s is damaged; unpacking anew", target)
         model, tokenizer = load_gguf(header, _COPY_DTYPE if ours else dtype), gguf_tokenizer(header)
         if ours and _keep(target, header, digest, model, tokenizer):
             del model
@@ -63,22 +65,16 @@ def load_kept(header: GgufHeader, dtype: torch.dtype) -> tuple[PreTrainedModel, 
 
 def _is_whole(target: Path, digest: str) -> bool:
     """Return whether a copy of this source is there, and every byte of it as it was written."""
-    if not target.exists():
-        return False
     try:
         manifest = json.loads((target / MANIFEST).read_text(encoding="utf-8"))
         if manifest["format"] != _FORMAT or manifest["source"]["sha256"] != digest:
             return False
-        changed = [
-            name
+        return "config.json" in manifest["files"] and all(
+            (target / name).stat().st_size == facts["bytes"] and _sha256(target / name) == facts["sha256"]
             for name, facts in manifest["files"].items()
-            if (target / name).stat().st_size != facts["bytes"] or _sha256(target / name) != facts["sha256"]
-        ]
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        changed = [f"{MANIFEST} ({error})"]
-    if changed:
-        _LOG.warning("the copy %s is damaged: %s; unpacking anew", target, changed[0])
-    return not changed
+        )
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):  # whatever a damaged manifest may hold
+        return False
 
 
 @contextmanager

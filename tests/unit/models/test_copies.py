@@ -101,6 +101,10 @@ def flip(path: Path) -> None:
     path.write_bytes(data)
 
 
+def edit_manifest(copy: Path, **changes: object) -> None:
+    (copy / MANIFEST).write_text(json.dumps({**json.loads((copy / MANIFEST).read_text()), **changes}))
+
+
 DAMAGE = {
     "a bit": lambda copy: flip(copy / "model.safetensors"),
     "cut weights": lambda copy: (copy / "model.safetensors").write_bytes(b""),
@@ -110,6 +114,7 @@ DAMAGE = {
     "no manifest": lambda copy: (copy / MANIFEST).unlink(),
     "cut manifest": lambda copy: (copy / MANIFEST).write_text('{"format"'),
     "odd manifest": lambda copy: (copy / MANIFEST).write_text('{"format": 1, "source": {"sha256": null}, "files": 3}'),
+    "nothing listed": lambda copy: edit_manifest(copy, files={}),
     "a list": lambda copy: (copy / MANIFEST).write_text("[]"),
     "a file": lambda copy: (shutil.rmtree(copy), copy.write_text("x")),
     "empty": lambda copy: [path.unlink() for path in copy.iterdir()],
@@ -117,12 +122,13 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("case", DAMAGE)
-def test_damaged_copies_are_made_anew(cache, file, expected, unpackings, case):
+def test_damaged_copies_are_made_anew(cache, file, expected, unpackings, caplog, case):
     assert_loads(file, expected)
     DAMAGE[case](copy_in(cache))
     assert_loads(file, expected)
     assert_loads(file, expected)
     assert len(unpackings) == 2, "unpacked again once, and kept"
+    assert [record.message.endswith("is damaged; unpacking anew") for record in caplog.records] == [True]
 
 
 @pytest.mark.parametrize("moment", ["the tokenizer", "the renaming"])
