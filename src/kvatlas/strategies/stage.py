@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from kvatlas.core.views import LayerView
 
 
+_MOST = 2**31 - 1
+"""Positions are 32-bit numbers."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class StageInfo:
     """Facts about a stage that tables and checks read.
@@ -46,11 +50,22 @@ class StageInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """Base of all stages; subclasses are frozen dataclasses whose fields are the parameters users write."""
+    """Base of all stages; subclasses are frozen dataclasses whose fields are the parameters users write.
+
+    Raises:
+        ConfigError: a parameter has the wrong type, or is a whole number that no tensor of tokens could have.
+    """
 
     name: ClassVar[str]
     axis: ClassVar[Axis]
     info: ClassVar[StageInfo]
+
+    def __post_init__(self) -> None:
+        """Check types; subclasses that check ranges call this first."""
+        hints = get_type_hints(type(self))
+        for field in dataclasses.fields(self):
+            value = _coerce(self.name, field.name, getattr(self, field.name), hints[field.name])
+            object.__setattr__(self, field.name, value)
 
     @classmethod
     def from_call(cls, call: StageCall) -> Stage:
@@ -69,8 +84,7 @@ class Stage:
             if key in given:
                 raise ConfigError(f"parameter {key!r} of {cls.name} is given twice: {call}")
             given[key] = value
-        hints = get_type_hints(cls)
-        return cls(**{key: _coerce(cls.name, key, value, hints[key]) for key, value in given.items()})
+        return cls(**given)
 
     def conflict(self, other: Stage) -> str | None:
         """Return why this stage cannot work together with ``other``, or None."""
@@ -210,9 +224,12 @@ def check_share(stage: str, name: str, value: int | float) -> None:
 def _coerce(stage: str, key: str, value: Value, hint: Any) -> Value:
     """Return ``value`` as one of the types that a field allows; an int may stand for a float."""
     allowed = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    if type(value) is int and abs(value) > _MOST:
+        raise ConfigError(f"{stage}: {key}={value} is out of range; no cache has more than {_MOST:,} tokens")
     if type(value) in allowed:
         return value
     if isinstance(value, int) and not isinstance(value, bool) and float in allowed:
         return float(value)
     wanted = " or ".join(kind.__name__ for kind in allowed)
-    raise ConfigError(f"{stage}: {key} wants {wanted}, got {format_value(value)!r}")
+    shown = format_value(value) if isinstance(value, Value) else value
+    raise ConfigError(f"{stage}: {key} wants {wanted}, got {shown!r}")

@@ -47,6 +47,7 @@ class Quest(Attend):
     dense: int = 2
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.budget < 1:
             raise ConfigError(f"quest: budget={self.budget} is out of range; write a number of tokens, such as 1024")
         if self.dense < 0:

@@ -7,7 +7,8 @@ the count is averaged over heads, and as many of each lane's best are fetched.
 
 Differs from the paper: models here rotate by position (RoPE), so the rotation cannot be folded into the projections and
 is applied to rotated queries and keys at run time; a KV head that several query heads share is scored by the best of
-them, and each of them reads its own best token even beyond the cap; the first layer, which nothing can be speculated for, stays on the device; nothing is dropped from the host.
+them, and each of them reads its own best token even beyond the cap; the first layer, which nothing can be speculated
+for, stays on the device; nothing is dropped from the host.
 """
 
 from __future__ import annotations
@@ -55,6 +56,7 @@ class Speculate(Attend):
     dense: int = 1
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.alpha >= 0:
             raise ConfigError(f"speculate: alpha={self.alpha} is out of range; write a number of at least 0, or inf")
         if self.dense < 1:

@@ -47,6 +47,7 @@ class Kivi(Encode):
     residual: int = 128
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.bits not in _FORMATS:
             raise ConfigError(f"kivi: bits={self.bits} is not offered; write 2 or 4, or use the stage 'int8'")
         if self.residual < 0:

@@ -47,6 +47,7 @@ class H2O(Keep):
     recent: int | float = 0.1
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_share("h2o", "heavy", self.heavy)
         check_share("h2o", "recent", self.recent)
 

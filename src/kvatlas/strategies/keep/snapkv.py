@@ -49,6 +49,7 @@ class SnapKV(Keep):
     pool: int = 5
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_share("snapkv", "budget", self.budget)
         if self.window < 1 or self.pool < 1 or self.pool % 2 == 0:
             raise ConfigError(f"snapkv wants window >= 1 and an odd pool >= 1, got {self.window} and {self.pool}")

@@ -45,6 +45,7 @@ class StreamingLLM(Keep):
     recent: int | float = 512
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.sinks < 0:
             raise ConfigError(f"streaming_llm: sinks={self.sinks} is out of range; write at least 0 tokens")
         check_share("streaming_llm", "recent", self.recent)

@@ -43,6 +43,7 @@ class Offload(Place):
     prefetch: bool = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.to != Tier.HOST:
             raise ConfigError(f"offload cannot place keys and values on {self.to!r}; write offload(host)")
 

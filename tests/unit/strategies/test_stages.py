@@ -1,0 +1,36 @@
+"""What every stage refuses, from a sentence and from Python alike."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from kvatlas.core.errors import ConfigError
+from kvatlas.strategies.registry import stages
+from kvatlas.strategies.strategy import Strategy
+
+FIELDS = [(kind, field.name) for kind in stages().values() for field in dataclasses.fields(kind)]
+
+
+@pytest.mark.parametrize(("kind", "name"), FIELDS, ids=lambda value: getattr(value, "name", value))
+@pytest.mark.parametrize("value", [None, b"2", [1], 10**30, -(2**31), float("nan"), "\ud800", {}], ids=repr)
+def test_no_parameter_takes_what_is_no_parameter(kind, name: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=kind.name):
+        kind(**{name: value})
+
+
+@pytest.mark.parametrize(("kind", "name"), FIELDS, ids=lambda value: getattr(value, "name", value))
+def test_sentences_and_python_agree(kind, name: str) -> None:
+    for value in (2, 0.5, True, "host", 10**30, -1):
+        written = {True: "true"}.get(value, value) if isinstance(value, bool) else value
+        outcomes = []
+        for make in (
+            lambda written=written: Strategy.parse(f"{kind.name}({name}={written})").stages,
+            lambda value=value: Strategy((kind(**{name: value}),)).stages,
+        ):
+            try:
+                outcomes.append(make())
+            except ConfigError as error:
+                outcomes.append(type(error))
+        assert outcomes[0] == outcomes[1]
