@@ -16,7 +16,7 @@ GREEDY_BELOW = 1e-5
 
 _SETS = (set, frozenset)
 _MOST = 2**63
-_LARGEST_FLOAT32 = 3.4028234663852886e38
+_SMALLEST_FLOAT32, _LARGEST_FLOAT32 = 1.1754943508222875e-38, 3.4028234663852886e38
 
 # Of vLLM, OpenAI and transformers; known, so that whoever asks for one reads more than "unknown".
 _NOT_SUPPORTED = frozenset(
@@ -110,6 +110,8 @@ class SamplingParams:
             raise _wrong("temperature", temperature, f"a finite number from 0 to {_LARGEST_FLOAT32:.2g}")
         if not 0 < self.top_p <= 1:
             raise _wrong("top_p", self.top_p, "a number above 0 and at most 1")
+        if self.top_p < _SMALLEST_FLOAT32:  # beside float32 probabilities it would be 0, which keeps no token
+            object.__setattr__(self, "top_p", _SMALLEST_FLOAT32)
         if not isinstance(self.ignore_eos, bool):
             raise _wrong("ignore_eos", self.ignore_eos, "True or False")
 

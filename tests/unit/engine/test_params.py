@@ -162,6 +162,13 @@ def test_a_tiny_temperature_is_greedy(tiny: float) -> None:
     assert SamplingParams(temperature=tiny) == SamplingParams(temperature=0)
 
 
+@pytest.mark.parametrize("tiny", [5e-324, 1e-300, 1e-46, 1e-38, 1e-9])
+def test_a_tiny_top_p_keeps_the_best_token(tiny: float) -> None:
+    top_p = SamplingParams(top_p=tiny).top_p
+    assert top_p == pytest.approx(tiny, abs=2e-38)
+    assert torch.tensor([0.0]) < top_p, "as float32 it is not 0"
+
+
 def test_one_stop_string_or_token_needs_no_list_and_lists_of_any_kind_are_understood() -> None:
     both = SamplingParams(stop=("a", "b"), stop_token_ids=(3, 5))
     assert SamplingParams(stop="a", stop_token_ids=3) == SamplingParams(stop=["a"], stop_token_ids=[3])
