@@ -202,6 +202,16 @@ def test_folders_that_cannot_be_written():
     assert "is not a folder" in line and "choose another" in line
 
 
+@pytest.mark.parametrize("name", ["x" * 300, "y/" * 2000 + "z"])
+def test_paths_that_no_file_system_takes(name):
+    for line in (refused(*SWEEP, "--records", name), refused("report", "--records", name)):
+        assert "cannot be" in line or "does not exist" in line
+
+
+def test_a_report_folder_whose_name_is_too_long():
+    assert "cannot be made (File name too long)" in refused("report", "--out", "x" * 300)
+
+
 def test_a_records_file_without_points():
     with RecordStore("r.duckdb"):
         pass

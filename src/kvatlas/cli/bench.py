@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from kvatlas.cli.characterize import MOST_THREADS
 from kvatlas.cli.command import App, refuse_idle
 from kvatlas.cli.options import examples, whole_numbers
 from kvatlas.core.errors import ConfigError
@@ -76,8 +77,9 @@ def kernels(
     """
     wanted = _names(ops, _OPS, "operation")
     chosen = [Format(name) for name in _names(formats, tuple(Format), "format")]
-    lengths = whole_numbers(contexts or ("2048" if quick else "2048,8192,32768"))
-    batches = whole_numbers(batch or ("1" if quick else "1,8"))
+    lengths = whole_numbers(("2048" if quick else "2048,8192,32768") if contexts is None else contexts)
+    batches = whole_numbers(("1" if quick else "1,8") if batch is None else batch)
+    counts = whole_numbers(threads)
     if not {"decode", "blocks"} & set(wanted):
         refuse_idle(context, ["formats"], "only the operations decode and blocks read it; leave it out")
     if "decode" not in wanted:
@@ -88,12 +90,14 @@ def kernels(
         _check(length, "contexts", 32, step=32)
     for each in batches:
         _check(each, "batch", 1)
+    for count in counts:
+        _check(count, "threads", 1, most=MOST_THREADS)
     from kvatlas.bench.kernels import measure_kernels
     from kvatlas.bench.machine import told_machine
     from kvatlas.bench.tables import print_json, wide_console
 
     console, results = wide_console(), {}
-    for count in whole_numbers(threads):
+    for count in counts:
         results[str(count)] = measure_kernels(
             wanted, chosen, lengths, batches, threads=count, repeats=rounds, quick=quick, show=console.print
         )
@@ -152,7 +156,7 @@ def engine(
         refuse_idle(context, ["peer"], "--no-peers is given too; leave one of them out")
     rounds = repeats if repeats is not None else 1 if quick else 3
     _check(rounds, "repeats", 1)
-    _check(threads, "threads", 1)
+    _check(threads, "threads", 1, most=MOST_THREADS)
     from kvatlas.bench.cases import cases_of
     from kvatlas.bench.engine import EngineBench
     from kvatlas.bench.machine import told_machine
@@ -214,6 +218,7 @@ def overhead(
 ) -> None:
     """How much of a decode step is scheduling, strategy and Python, by part; the rest is the model and kernels."""
     batches = whole_numbers(batch)
+    _check(threads, "threads", 1, most=MOST_THREADS)
     for name, number in (("prompt_tokens", prompt_tokens), ("steps", steps), *(("batch", each) for each in batches)):
         _check(number, name, 1)
     from kvatlas.bench.machine import told_machine, torch_threads
@@ -246,7 +251,7 @@ def _names(text: str, known: Sequence[str], what: str) -> list[str]:
     return names
 
 
-def _check(number: int, name: str, least: int, step: int = 1) -> None:
-    if number < least or number % step:
-        multiple = f" and a multiple of {step}" if step > 1 else ""
-        raise ConfigError(f"{name}={number} is out of range; write at least {least}{multiple}")
+def _check(number: int, name: str, least: int, step: int = 1, most: int = 10**9) -> None:
+    if not least <= number <= most or number % step:
+        multiple = f", a multiple of {step}" if step > 1 else ""
+        raise ConfigError(f"{name}={number} is out of range; write at least {least} and at most {most:,}{multiple}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from kvatlas.experiments.experiment import Experiment, Settings
     from kvatlas.experiments.sweep import Outcome
 
+MOST_THREADS = 1024
 _EXAMPLES = examples(
     "kvatlas characterize --preset quick",
     "kvatlas characterize prompt_length --speed-model random:llama-100m --prompt-tokens 1024,4096",
@@ -198,12 +200,12 @@ def use_threads(threads: int) -> None:
     """Let torch use this many CPU threads; points name the number.
 
     Raises:
-        ConfigError: it is below 1.
+        ConfigError: it is below 1, or more than any machine has.
     """
     import torch
 
-    if threads < 1:
-        raise ConfigError(f"threads={threads} is out of range; write at least 1")
+    if not 1 <= threads <= MOST_THREADS:
+        raise ConfigError(f"threads={threads} is out of range; write at least 1 and at most {MOST_THREADS}")
     torch.set_num_threads(threads)
 
 
@@ -226,7 +228,7 @@ def _run(experiments: Sequence[Experiment], settings: Settings, records: Path, c
 @contextmanager
 def opened(records: Path) -> Iterator[RecordStore]:
     """Open the records file; one that is made here goes again, with its folders, if no run begins in it."""
-    fresh, begun, made = not records.exists(), True, missing_folders(records.absolute().parent)
+    fresh, begun, made = not os.path.exists(records), True, missing_folders(records.absolute().parent)
     try:
         with RecordStore(records) as store:
             try:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
 
 def missing_folders(folder: Path) -> list[Path]:
     """Return the folder and those above it that do not exist yet, innermost first."""
-    return [each for each in (folder, *folder.parents) if not each.exists()]
+    return [each for each in (folder, *folder.parents) if not os.path.exists(each)]  # a name may be too long to ask for
 
 
 def remove_empty(folders: Iterable[Path]) -> None:

@@ -15,6 +15,7 @@ from kvatlas.strategies.strategy import Strategy
 
 NO_LINK = "none"
 
+_MOST = 10**7  # tokens, requests or repeats: more would fill memory before anything could refuse them
 _COUNTS = (
     *("max_batched_tokens", "repeats", "prompt_tokens", "breakdown_prompt_tokens"),
     *("concurrency", "concurrency_prompt_tokens", "concurrency_output_tokens", "pool_tries"),
@@ -166,9 +167,10 @@ class Settings:
         for link in (self.link, *self.breakdown_links):
             link_name(link)
         for name in _COUNTS:
-            self._check(name, lambda value: value >= 1, "at least 1")
+            self._check(name, lambda value: 1 <= value <= _MOST, f"at least 1 and at most {_MOST:,}")
         for name in _DECODING:
-            self._check(name, lambda value: value >= 2, "at least 2: the time between tokens is measured")
+            between = "the time between tokens is measured"
+            self._check(name, lambda value: 2 <= value <= _MOST, f"at least 2, as {between}, and at most {_MOST:,}")
         for name in _BUDGETS:
             self._check(name, lambda value: 0 < value <= 1, "fractions in (0, 1], such as 0.2")
         for name in _POSITIVE:

@@ -39,11 +39,11 @@ def read_study(path: Path) -> StudyFile:
     """Return what a TOML file says.
 
     Raises:
-        ConfigError: the file cannot be read, or a value is of the wrong type.
+        ConfigError: the file cannot be read, says nothing, or a value is of the wrong type.
         UnknownNameError: a key is no setting.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # some editors write a mark of byte order
     except OSError as error:
         raise ConfigError(f"study {str(path)!r} cannot be read ({error.strerror}); check the path") from error
     except UnicodeDecodeError as error:
@@ -55,8 +55,10 @@ def parse_study(text: str, source: str) -> StudyFile:
     """Return what a TOML text says; ``source`` names it in errors. See `read_study`."""
     try:
         table = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits and deep lists among them
         raise ConfigError(f"study {source!r} is not TOML: {error}; mend it there") from error
+    if not table:
+        raise ConfigError(f"study {source!r} says nothing; write a setting, as --dump-config prints them")
     types = {"preset": str, "experiments": tuple[str, ...], "records": str} | get_type_hints(Settings)
     for key in table:
         if key not in types:

@@ -56,9 +56,11 @@ def open_database(path: Path, mode: Mode) -> Any:
     """
     if path in _OPEN_HERE:
         raise RecordsError(f"records file {path} is already open in this process; close it first, or use another file")
-    made = missing_folders(path.parent)
-    _check_path(path, mode)
-    fresh = not path.exists()
+    try:
+        made, fresh = missing_folders(path.parent), not path.exists()
+        _check_path(path, mode)
+    except OSError as error:  # a name that is too long, a loop of links
+        raise RecordsError(f"records file {path} cannot be used ({error.strerror}); choose another path") from error
     try:
         with translated(path):
             connection = duckdb.connect(str(path), read_only=mode == "read", config=_CONFIG)
@@ -147,8 +149,9 @@ def _check_path(path: Path, mode: Mode) -> None:
 def _check_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"folder {folder} cannot be created ({error.strerror}); choose another one") from error
+    except (OSError, RecursionError) as error:
+        why = getattr(error, "strerror", None) or "too deep"
+        raise OutputError(f"folder {folder} cannot be created ({why}); choose another one") from error
     if not os.access(folder, os.W_OK | os.X_OK):
         raise OutputError(f"folder {folder} cannot be written; choose another one, or change its permissions")
 

@@ -18,7 +18,10 @@ def check_folder(folder: Path) -> None:
     Raises:
         OutputError: it, or what it would lie in, is not a folder or not writable.
     """
-    present = next(path for path in (folder, *folder.parents) if path.exists() or path.is_symlink())
+    try:
+        present = next(path for path in (folder, *folder.parents) if path.exists() or path.is_symlink())
+    except OSError as error:  # a name that is too long, a loop of links
+        raise OutputError(f"report folder {folder} cannot be made ({error.strerror}); choose another one") from error
     if not present.is_dir():
         raise OutputError(f"report folder {folder} cannot be made: {present} is not a folder; choose another one")
     if not os.access(present, os.W_OK | os.X_OK):

@@ -14,7 +14,7 @@ from kvatlas.experiments.settings import Settings, link_name, time_limit
 from kvatlas.experiments.study import dump_study, parse_study
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
-WHOLE = st.integers(1, 10**12)
+WHOLE = st.integers(1, 10**7)
 ABOVE_0 = st.floats(min_value=1e-300, max_value=1e300)
 SETTINGS = st.builds(
     Settings,
@@ -141,3 +141,41 @@ def test_an_empty_list_in_a_file_is_one_line(tmp_path):
 
 def test_a_file_that_is_not_there(tmp_path):
     assert "check the path" in kvatlas("characterize", "--config", tmp_path / "gone.toml").error
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "'study.toml' says nothing; write a setting"),
+        (b"# a remark\n", "says nothing"),
+        (b"\xff\xfeseed", "is not UTF-8 text"),
+        (b"x = " + b"[" * 5000, "is not TOML: "),
+        (b"seed = " + b"9" * 5000, "is not TOML: "),
+        (b"seed = 99999999999999999999", "seed=99999999999999999999 is out of range"),
+        (b"seed = nan", "seed=nan in 'study.toml' is of the wrong type"),
+        (b"rates = [inf]", "rates=(inf,) is out of range"),
+        (b"prompt_tokens = [100000000000]", "at most 10,000,000"),
+        (b"output_tokens = [100000000000]", "at most 10,000,000"),
+    ],
+)
+def test_files_that_are_no_study_are_one_line(tmp_path, monkeypatch, content, said):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "study.toml").write_bytes(content)
+    assert said in kvatlas("characterize", "--config", "study.toml", "--list").error
+
+
+def test_a_folder_is_no_study(tmp_path):
+    assert "cannot be read (Is a directory)" in kvatlas("characterize", "--config", tmp_path).error
+
+
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_line_ends_and_marks_of_byte_order_do_not_matter(tmp_path, mark, end):
+    (tmp_path / "study.toml").write_bytes(mark + f"seed = 7{end}turns = [2, 3]{end}".encode())
+    listed = kvatlas("characterize", "--config", tmp_path / "study.toml", "--list")
+    assert "seed = 7\n" in listed.out and "turns = (2, 3)\n" in listed.out
+
+
+@pytest.mark.parametrize("threads", [0, -1, 10**6, 10**40])
+def test_numbers_of_threads_that_no_machine_has(threads):
+    assert "threads=" in kvatlas("characterize", "prompt_length", "--threads", threads).error
