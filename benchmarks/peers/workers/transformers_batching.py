@@ -16,7 +16,9 @@ WAIT_S = 300
 
 def load(settings: dict[str, Any]) -> tuple[str, Run]:
     torch.set_num_threads(settings["threads"])
-    model = transformers.AutoModelForCausalLM.from_pretrained(settings["model"], dtype=torch.float32).eval()
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        settings["model"], dtype=torch.float32, trust_remote_code=False
+    ).eval()
     model.set_attn_implementation("sdpa")
     config = model.config
     token_bytes = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4

@@ -25,7 +25,9 @@ class Watch:
 
 def load(settings: dict[str, Any]) -> tuple[str, Run]:
     torch.set_num_threads(settings["threads"])
-    model = transformers.AutoModelForCausalLM.from_pretrained(settings["model"], dtype=torch.float32).eval()
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        settings["model"], dtype=torch.float32, trust_remote_code=False
+    ).eval()
     model.set_attn_implementation("sdpa")
 
     def run(prompts: list[list[int]], meter: Meter) -> None:

@@ -17,6 +17,7 @@ from kvatlas.cli.options import (
     HostMemory,
     KvMemory,
     LinearWeights,
+    Model,
     Records,
     examples,
 )
@@ -42,9 +43,7 @@ def evaluate(
     tasks: Annotated[
         str, typer.Option("--task", metavar="NAME,NAME", help="Tasks or groups of lm-eval, separated by commas.")
     ] = "piqa,hellaswag,copa,winogrande,openbookqa,boolq",
-    model: Annotated[
-        str | None, typer.Option(metavar="NAME", help="A folder or a hub id. Default: the bundled model.")
-    ] = None,
+    model: Model = None,
     strategies: Annotated[
         list[str] | None,
         typer.Option("--strategy", metavar="S", help="Strategy to compare; may be repeated. Default: full."),

@@ -189,7 +189,7 @@ class Engine:
             UnsupportedError: a stage acts at a moment that this engine does not serve, or the model cannot serve it.
             CapacityError: the request could never fit, even alone.
         """
-        params = params or SamplingParams()
+        params = SamplingParams() if params is None else params
         parsed = Strategy.parse(strategy)
         self.prepare(parsed)
         ids = self._checked_tokens(prompt_ids, params)

@@ -242,7 +242,7 @@ def test_what_is_refused_has_not_touched_the_engine() -> None:
     for ids in ([], [size], [-1], [1.0], [True], None, "text", [[1, 2]], [None], [10**30]):
         with pytest.raises(ConfigError):
             engine.add_request(ids, PARAMS)
-    for params in ({"max_tokens": 3}, 16, "greedy"):
+    for params in ({"max_tokens": 3}, {}, 0, 16, "greedy"):
         with pytest.raises(ConfigError, match="SamplingParams"):
             engine.add_request(prompt(3, 1), params)
     with pytest.raises(CapacityError):
