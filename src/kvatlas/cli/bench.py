@@ -251,7 +251,7 @@ def _names(text: str, known: Sequence[str], what: str) -> list[str]:
     return names
 
 
-def _check(number: int, name: str, least: int, step: int = 1, most: int = 10**9) -> None:
-    if not least <= number <= most or number % step:
-        multiple = f", a multiple of {step}" if step > 1 else ""
-        raise ConfigError(f"{name}={number} is out of range; write at least {least} and at most {most:,}{multiple}")
+def _check(number: int, name: str, least: int, step: int = 1, most: int | None = None) -> None:
+    if number < least or number % step or (most is not None and number > most):
+        multiple = f" and a multiple of {step}" if step > 1 else "" if most is None else f" and at most {most}"
+        raise ConfigError(f"{name}={number} is out of range; write at least {least}{multiple}")
