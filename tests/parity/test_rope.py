@@ -23,11 +23,13 @@ from kvatlas.engine.params import SamplingParams
 from kvatlas.engine.scoring import ScoreJob, score
 from kvatlas.models.adapter import Adapter
 from kvatlas.models.loading import LoadedModel
+from kvatlas.models.rope import _Reached
 
 TOLERANCE = 1e-4
 OUTPUTS = 14
 PROMPTS = (3, LIMIT - 9, LIMIT - 1, LIMIT, LIMIT + 1, LIMIT + 8)
-LOSSY = ("streaming_llm(sinks=2, recent=9)", "h2o(heavy=0.3, recent=0.3)", "snapkv(budget=9, window=4)", "full | int8")
+LOSSY = ("streaming_llm(sinks=2, recent=9)", "h2o(heavy=0.3, recent=0.3)", "snapkv(budget=9, window=4)", "full | int8",
+         "speculate(alpha=4.0, cap=0.4, partial=0.5) | offload(host)")  # fmt: skip
 RENEWING = ("phi3", "phimoe")
 KEEPING = ("llama longrope", "llama dynamic")
 
@@ -79,10 +81,20 @@ def generated(of: PreTrainedModel, prompt: list[int], outputs: list[int]) -> tor
     return torch.cat(result.logits)
 
 
+def right(kind: str, prompt: Any, outputs: Any) -> torch.Tensor:
+    """Return the right logits [n, V]: of ``generate``, or, where it computes anew, of each text as a whole."""
+    if kind in KEEPING:
+        return generated(plain(kind), list(prompt), list(outputs))
+    text, own = torch.tensor([[*prompt, *outputs]]), plain(kind)
+    with torch.no_grad():
+        ends = range(len(prompt), len(prompt) + len(outputs))
+        return torch.stack([own(text[:, :end], use_cache=False).logits[0, -1] for end in ends])
+
+
 @cache
 def truth(kind: str, prompt_tokens: int) -> torch.Tensor:
     done = job("full", prompt_tokens)
-    return generated(plain(kind), list(done.prompt), list(done.outputs))
+    return right(kind, done.prompt, done.outputs)
 
 
 def assert_close(got: Any, wanted: Any, what: object) -> None:
@@ -91,14 +103,16 @@ def assert_close(got: Any, wanted: Any, what: object) -> None:
 
 
 @pytest.mark.parametrize("kind", RENEWING)
-def test_the_truth_is_a_forward_without_a_cache(kind: str) -> None:
+def test_the_truth_is_that_of_generate(kind: str) -> None:
     """Where a family computes anew, ``generate`` gives what the model says of each text as a whole."""
+    asked = plain(kind).prepare_inputs_for_generation(
+        torch.zeros(1, LIMIT + 1, dtype=torch.long), past_key_values=_Reached(LIMIT), next_sequence_length=1
+    )
+    if asked["input_ids"].shape[1] == 1:
+        pytest.skip("this release of transformers drops the cache, and then runs the last token alone")
     for length in PROMPTS:
-        text = ids(length + OUTPUTS, length)
-        with torch.no_grad():
-            texts = (torch.tensor([text[:end]]) for end in range(length, length + OUTPUTS))
-            wanted = [plain(kind)(each, use_cache=False).logits[0, -1] for each in texts]
-        assert_close(truth(kind, length), wanted, length)
+        done = job("full", length)
+        assert_close(generated(plain(kind), list(done.prompt), list(done.outputs)), truth(kind, length), length)
 
 
 @pytest.mark.parametrize("interrupt_every", [None, 3], ids=["undisturbed", "preempted"])
@@ -129,8 +143,7 @@ def test_prefixes_serve_their_own_rotation_only(kind: str) -> None:
     for length in (LIMIT - 3, LIMIT + 6, LIMIT - 2, LIMIT + 9, LIMIT - 4):
         done = Job(text[:length], ids(OUTPUTS, length))
         drive(engine, [done])
-        wanted = generated(plain(kind), list(done.prompt), list(done.outputs))
-        assert_close(done.logits, wanted, length)
+        assert_close(done.logits, right(kind, done.prompt, done.outputs), length)
     assert_empty(engine)
 
 
@@ -143,7 +156,7 @@ def test_little_memory_changes_nothing(memory: str) -> None:
     drive(engine, jobs)
     assert sum(done.request.num_preemptions for done in jobs) > 0
     for done in jobs:
-        assert_close(done.logits, generated(plain("phi3"), list(done.prompt), list(done.outputs)), len(done.prompt))
+        assert_close(done.logits, right("phi3", done.prompt, done.outputs), len(done.prompt))
 
 
 # Under strategies that lose something

@@ -8,7 +8,9 @@ equals whole.
 Keys keep the rotation that they were cached with, as in transformers' ``generate``, which therefore differs from a
 forward without a cache once an output passes the limit (Llama with longrope or dynamic NTK). Some families do not
 leave it at that: their ``prepare_inputs_for_generation`` drops the cache there and computes all tokens anew (Phi-3,
-PhiMoE, Phi-4 multimodal). They are asked, and their caches renewed (`LengthRope.renewed_at`).
+PhiMoE, Phi-4 multimodal). They are asked, and their caches renewed (`LengthRope.renewed_at`). Phi-4 multimodal, and in
+older releases of transformers all of them, then run the last token alone, which is a mistake of theirs: right is the
+forward without a cache.
 """
 
 from __future__ import annotations
