@@ -73,6 +73,11 @@ def generate(
         seed=seed,
         stop=tuple(stop or ()),
     )
+    drawing = {"--top-k": top_k != 0, "--top-p": top_p != 1, "--seed": seed is not None}
+    if temperature == 0 and (idle := [name for name, given in drawing.items() if given]):
+        raise ConfigError(
+            f"{', '.join(idle)} would do nothing: the temperature is 0, which is greedy; add --temperature"
+        )
     weights = {"dtype": dtype, "device": device, "linear_weights": linear_weights}
     llm = LLM(model, parsed, kv_memory, **weights, host_memory=host_memory, link=link)
     ids = [llm.encode(text) for text in texts]

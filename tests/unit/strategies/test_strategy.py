@@ -154,3 +154,9 @@ def test_every_stage_is_documented(name: str) -> None:
     assert Strategy.parse(name + companion).stages, "usable by name alone, beside what it needs"
     default = Strategy.parse(f"{stage()}{companion}")
     assert Strategy.parse(name + companion) == Strategy.parse(str(default)) == default
+
+
+@pytest.mark.parametrize("text", [None, 3.0, b"full", ["full"], {}, object()], ids=lambda text: type(text).__name__)
+def test_what_is_no_sentence_is_refused(text: object) -> None:
+    with pytest.raises(ConfigError, match=f"got {type(text).__name__}"):
+        Strategy.parse(text)
