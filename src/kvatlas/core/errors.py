@@ -27,9 +27,13 @@ _WORD = re.compile(r"\S{200,}")
 
 
 def one_line(message: str) -> str:
-    """Return the message on one line of at most 700 characters; very long words, then the whole, lose their middle."""
+    """Return the message on one line of at most 700 characters that any terminal can show.
+
+    Very long words, then the whole, lose their middle; what is not printable is written as an escape.
+    """
     line = _WORD.sub(lambda word: _without_middle(word[0], 80, 40), " ".join(message.splitlines()))
-    return _without_middle(line, 360, 240) if len(line) > 700 else line
+    line = _without_middle(line, 360, 240) if len(line) > 700 else line
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode("ascii") for each in line)
 
 
 def _without_middle(text: str, head: int, tail: int) -> str:

@@ -124,6 +124,8 @@ class Scheduler:
     def _alone(self, request: Request) -> Batch:
         """Return the next step of a request that runs beside nobody, whoever must give it room."""
         if request not in self.running:
+            if request in self.waiting:  # preempted meanwhile
+                self.waiting.remove(request)
             self._start(request)
         if request.prefill_end is None:
             made = self._make_room(request, 1, protect=[request])

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 import huggingface_hub.constants
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from kvatlas.core.errors import CapacityError, CheckpointError, UnsupportedError
 from kvatlas.models.quiet import quiet
@@ -36,6 +36,7 @@ def load_checkpoint(location: str, dtype: torch.dtype | None) -> tuple[PreTraine
         UnsupportedError: it needs code of its own.
         CapacityError: the weights do not fit into memory.
     """
+    _check_size(Path(location))
     local = Path(location).exists() or not _hub_answers()
     place = {"local_files_only": local, "trust_remote_code": False}
     return _load_weights(location, dtype, place), _load_tokenizer(location, place)
@@ -80,6 +81,27 @@ def _hub_answers() -> bool:
     return True
 
 
+def _check_size(folder: Path) -> None:
+    """Refuse a configuration of a far larger model than the weights beside it: transformers would draw the rest.
+
+    Raises:
+        CheckpointError: the files cannot hold that many weights.
+    """
+    try:
+        held = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+        with quiet(), torch.device("meta"):
+            config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception:  # whatever is wrong with it, the loading proper says it better
+        return
+    told = sum(weight.numel() for weight in model.parameters())
+    if held and told > 8 * held:  # less than a bit for each
+        raise CheckpointError(
+            f"model {str(folder)!r}: config.json describes {told:,} weights, the files have {held:,} bytes; "
+            "download it again"
+        )
+
+
 def _load_weights(location: str, dtype: torch.dtype | None, place: dict[str, Any]) -> PreTrainedModel:
     try:
         with quiet():
@@ -121,6 +143,7 @@ def _load_tokenizer(location: str, place: dict[str, Any]) -> PreTrainedTokenizer
     try:
         with quiet():
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(location, **place)
+            tokenizer("a", verbose=False)  # some settings are looked at only then
     except Exception as error:  # tokenizers raises bare Exception for a broken file.
         raise refusal(f"the tokenizer of {location!r}", error) from error
     return tokenizer

@@ -12,7 +12,7 @@ from typing import get_args
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from kvatlas.core.errors import CapacityError, CheckpointError, UnsupportedError
+from kvatlas.core.errors import CapacityError, CheckpointError, ConfigError, UnsupportedError
 from kvatlas.models.adapter import Adapter
 from kvatlas.models.checkpoint import check_finite, load_checkpoint
 from kvatlas.models.coverage import layer_kinds, module_kinds
@@ -149,9 +149,18 @@ def _locate(source: str | Path | None) -> _Found:
     if source is None:
         _check_folder(BUNDLED_DIR)
         return _Found(name="bundled", location=str(BUNDLED_DIR))
+    if not isinstance(source, str | os.PathLike):
+        raise ConfigError(f"a model is a folder, a GGUF file, a hub id or a name, got {type(source).__name__}")
     if source == SMOLLM2:
         return _Found(name=SMOLLM2, gguf=smollm2_file(), kept=True)
-    path = Path(source).expanduser()
+    try:
+        return _found_at(source, Path(source).expanduser())
+    except (OSError, ValueError, RuntimeError) as error:  # a name too long, a NUL in it, a home that is not there
+        raise CheckpointError(f"model {str(source)!r} is no path that can be looked at: {error}") from error
+
+
+def _found_at(source: str | Path, path: Path) -> _Found:
+    """Return what is at a path, or a hub id."""
     if path.suffix.lower() == _GGUF_SUFFIX and not path.is_dir():
         if not path.is_file():
             raise CheckpointError(f"GGUF file {str(source)!r} does not exist; check the path")
@@ -159,7 +168,7 @@ def _locate(source: str | Path | None) -> _Found:
     if path.exists():
         _check_folder(path)
         return _Found(name=path.resolve().name, location=str(path))
-    if isinstance(source, Path) or not _HUB_ID.match(source):
+    if not isinstance(source, str) or not _HUB_ID.match(source):
         raise CheckpointError(f"model folder {str(source)!r} does not exist; give a folder, a GGUF file or a hub id")
     return _Found(name=source, location=source)
 

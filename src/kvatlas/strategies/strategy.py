@@ -60,7 +60,7 @@ class Strategy:
         if isinstance(text, Strategy):
             return text
         if not isinstance(text, str):
-            raise ConfigError(f"a strategy is a sentence such as 'snapkv(budget=1024) | int8', got {type(text).__name__}")
+            raise ConfigError(f"a strategy is a sentence such as 'h2o | int8', got {type(text).__name__}")
         stages: list[Stage] = []
         for call in parse_sentence(text):
             recipe = RECIPES.get(call.name)

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from tests.families import tiny_model
 from tests.unit.cli.running import kvatlas
 
-from kvatlas.core.errors import CheckpointError, UnsupportedError
+from kvatlas.core.errors import CheckpointError, ConfigError, UnsupportedError
 from kvatlas.models import checkpoint
 from kvatlas.models.loading import BUNDLED_DIR, load_model
 
@@ -153,3 +153,27 @@ def test_a_hub_that_does_not_answer_is_one_line(monkeypatch, capfd):
         load_model("who/what")
     assert "\n" not in str(error.value)
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_configuration_far_beyond_the_weights_is_refused_before_they_are_drawn(tmp_path: Path) -> None:
+    tiny_model("llama").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "head_dim": 10**7}))
+    with pytest.raises(CheckpointError, match=r"config.json describes [\d,]+ weights, the files have [\d,]+ bytes"):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize("source", ["a" * 5000, "a\x00b", "~nobody/here", 3.0, b"folder", ["folder"]], ids=str)
+def test_what_is_no_model_is_refused_by_name(source: object) -> None:
+    with pytest.raises((CheckpointError, ConfigError)) as raised:
+        load_model(source)  # type: ignore[arg-type]
+    assert len(str(raised.value)) < 400 and str(raised.value).isprintable()
+
+
+def test_a_tokenizer_that_loads_and_cannot_run(tmp_path: Path) -> None:
+    for file in BUNDLED_DIR.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "model_max_length": "a"}))
+    with pytest.raises(CheckpointError, match="the tokenizer of"):
+        load_model(tmp_path)
