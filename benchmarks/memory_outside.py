@@ -16,6 +16,7 @@ import argparse
 import json
 import random
 import time
+from typing import Any
 
 import numpy as np
 import psutil
@@ -69,7 +70,7 @@ def sizes(model: str, chunk_tokens: int, count: int) -> dict[str, float]:
     return {"sizes": count, "before_mib": before, "grown_mib": resident_mib() - before}
 
 
-def soak(model: str, chunk_tokens: int, minutes: float) -> dict[str, float]:
+def soak(model: str, chunk_tokens: int, minutes: float) -> dict[str, Any]:
     """Return the slope of resident memory in MiB a minute, by least squares over all but the first minutes."""
     engine, rng = new_engine(model, chunk_tokens), random.Random(0)
     start = time.perf_counter()
@@ -88,6 +89,7 @@ def soak(model: str, chunk_tokens: int, minutes: float) -> dict[str, float]:
         "first_mib": resident[0],
         "after_warm_up_mib": float(np.array(resident)[kept][0]),
         "last_mib": resident[-1],
+        "by_minute_mib": np.interp(np.arange(0, minutes), times, resident).round(1).tolist(),
         "slope_mib_per_minute": float(slope),
     }
 

@@ -228,9 +228,9 @@ def test_restore_gives_the_model_back():
     implementation = model.config._attn_implementation
     adapter = adapt(model)
     assert not model.training
-    with pytest.raises(UnsupportedError, match="already adapted"):
+    with pytest.raises(UnsupportedError, match="attached to kvatlas already"):
         Adapter(model)
-    with pytest.raises(UnsupportedError, match=r"restore\(\)"):
+    with pytest.raises(UnsupportedError, match=r"kvatlas\.detach"):
         model(token_ids(4)[0][None])
     adapter.restore()
     adapter.restore()

@@ -79,6 +79,8 @@ def check_python(arguments: list[str]) -> None:
         tests = [arguments[arguments.index("-k") + 1]] if "-k" in arguments else []
         assert all(script.is_file() for script in scripts) and all(f"{name}(" in TEXTS for name in tests)
         return
+    if arguments[0] == "-m":
+        arguments = [arguments[1].replace(".", "/") + ".py", *arguments[2:]]
     script = (ROOT / arguments[0]).read_text(encoding="utf-8")
     assert all(f'"{argument}"' in script for argument in arguments[1:] if argument.startswith("--"))
 

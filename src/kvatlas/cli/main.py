@@ -39,6 +39,8 @@ for _command in (strategies, info, generate, characterize, drive, evaluate, repo
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command line and exit; without ``arguments``, the process's own."""
     typed = list(sys.argv[1:] if arguments is None else arguments)
+    if sys.stdout is None:  # as after >&- in a shell
+        sys.exit(_refuse("the standard output is closed; redirect it, to /dev/null if nothing of it is wanted"))
     try:
         status = app(typed, prog_name="kvatlas", standalone_mode=False, obj=typed) or 0
         sys.stdout.flush()

@@ -31,9 +31,10 @@ def one_line(message: str) -> str:
 
     Very long words, then the whole, lose their middle; what is not printable is written as an escape.
     """
-    line = _WORD.sub(lambda word: _without_middle(word[0], 80, 40), " ".join(message.splitlines()))
-    line = _without_middle(line, 360, 240) if len(line) > 700 else line
-    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode("ascii") for each in line)
+    line = " ".join(message.splitlines())
+    line = "".join(each if each.isprintable() else each.encode("unicode_escape").decode("ascii") for each in line)
+    line = _WORD.sub(lambda word: _without_middle(word[0], 80, 40), line)
+    return _without_middle(line, 360, 240) if len(line) > 700 else line
 
 
 def _without_middle(text: str, head: int, tail: int) -> str:

@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 
 import huggingface_hub.constants
 import torch
+from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from kvatlas.core.errors import CapacityError, CheckpointError, UnsupportedError
@@ -88,7 +89,10 @@ def _check_size(folder: Path) -> None:
         CheckpointError: the files cannot hold that many weights.
     """
     try:
-        held = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+        held = 0
+        for file in folder.glob("*.safetensors"):
+            with safe_open(file, framework="pt"):  # a file that was cut off is another matter
+                held += file.stat().st_size
         with quiet(), torch.device("meta"):
             config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)

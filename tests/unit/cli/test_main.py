@@ -94,3 +94,11 @@ assert not loaded, loaded
 """
     done = subprocess.run([sys.executable, "-c", script], check=False, timeout=60, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_closed_standard_output_is_an_error(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setattr("sys.stdout", None)
+    with pytest.raises(SystemExit) as ended:
+        main(["strategies"])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.startswith("error: the standard output is closed")
