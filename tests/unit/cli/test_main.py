@@ -6,6 +6,7 @@ import pytest
 from tests.unit.cli.running import kvatlas
 
 from kvatlas.cli import strategies
+from kvatlas.cli.main import main
 from kvatlas.core.errors import ConfigError
 
 
