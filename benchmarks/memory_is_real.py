@@ -59,7 +59,7 @@ def arithmetic(model: LoadedModel, strategy: str, prompt_tokens: int) -> float:
 
 def held_while_decoding(model: LoadedModel, strategy: str, prompt_tokens: int) -> tuple[int, int]:
     """Return the bytes of keys and values, and of sidecars, of one request with its second token."""
-    engine = Engine(model, kv_memory="1GiB", max_batched_tokens=CHUNK_TOKENS)
+    engine = Engine(model, kv_memory="1GiB", max_batched_tokens=CHUNK_TOKENS, isolate_failures=False)
     prompt = prompts(model, prompt_tokens, 1)[0]
     request = engine.add_request(prompt, SamplingParams(max_tokens=3, ignore_eos=True), strategy)
     while len(request.token_times_s) < 2:
@@ -92,7 +92,13 @@ def main() -> None:
     for strategy, offered in zip(STRATEGIES, options.requests, strict=True):
         kv_bytes, sidecars = held_while_decoding(model, strategy, options.prompt_tokens)
         needed = arithmetic(model, strategy, options.prompt_tokens)
-        engine = Engine(model, kv_memory=8 * one, max_batched_tokens=CHUNK_TOKENS, enable_prefix_caching=False)
+        engine = Engine(
+            model,
+            kv_memory=8 * one,
+            max_batched_tokens=CHUNK_TOKENS,
+            enable_prefix_caching=False,
+            isolate_failures=False,
+        )
         arrivals = [
             Arrival(at_s=0.0, prompt_ids=ids, output_tokens=options.output_tokens)
             for ids in prompts(model, options.prompt_tokens, offered)

@@ -43,6 +43,7 @@ def new_engine(model_name: str, chunk_tokens: int) -> Engine:
         host_memory="128MiB",
         max_batched_tokens=chunk_tokens,
         enable_prefix_caching=False,
+        isolate_failures=False,
     )
     engine.store.arena._memory.zero_()
     assert engine.store.host is not None

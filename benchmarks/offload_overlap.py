@@ -38,7 +38,7 @@ def decode(model: LoadedModel, strategy: str, options: argparse.Namespace, rate:
     """Return the decode steps of a batch, all in a row; the first is left out, as buffers grow in it."""
     engine = Engine(
         model, kv_memory="2GiB", host_memory="4GiB", max_batched_tokens=options.chunk_tokens,
-        enable_prefix_caching=False,
+        enable_prefix_caching=False, isolate_failures=False,
     )  # fmt: skip
     rng = random.Random(0)
     vocabulary = model.adapter.shape.vocab_size

@@ -49,6 +49,7 @@ def measure(options: argparse.Namespace) -> dict[str, int]:
         host_memory="512MiB",
         max_batched_tokens=chunk_tokens,
         enable_prefix_caching=False,
+        isolate_failures=False,
     )
     engine.store.arena._memory.zero_()
     assert engine.store.host is not None

@@ -94,7 +94,7 @@ def rescale(model: LoadedModel) -> None:
 
 def outliers(model: LoadedModel) -> float:
     """Return how much larger the largest key channel is than the median one, in root mean square over a text."""
-    engine = Engine(model, kv_memory="64MiB")
+    engine = Engine(model, kv_memory="64MiB", isolate_failures=False)
     prompt = planted(model, num_keys=1, context_tokens=512, fact_depth=None, n=1, seed=5)[0].prompt
     request = engine.add_request(prompt)
     engine.step()
@@ -114,7 +114,7 @@ def correct(model: LoadedModel, strategy: str, options: argparse.Namespace, num_
         model, num_keys=num_keys, context_tokens=options.context_tokens, fact_depth=None, n=options.n, seed=17
     )
     with emulated(strategy) as sentence:
-        engine = Engine(model, kv_memory="512MiB", max_batched_tokens=options.chunk_tokens)
+        engine = Engine(model, kv_memory="512MiB", max_batched_tokens=options.chunk_tokens, isolate_failures=False)
         talks = [Conversation(turns=(prompt.prompt,), answer=prompt.answer) for prompt in prompts]
         return [sample.value for sample in ask(engine, talks, sentence) if sample.metric == "correct"]
 

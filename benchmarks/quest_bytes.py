@@ -98,7 +98,7 @@ def main() -> None:
     prompt = [rng.randrange(model.adapter.shape.vocab_size) for _ in range(options.prompt_tokens)]
     runs = []
     for strategy in strategies:
-        engine = Engine(model, kv_memory="1GiB", max_batched_tokens=2048)
+        engine = Engine(model, kv_memory="1GiB", max_batched_tokens=2048, isolate_failures=False)
         request = engine.add_request(prompt, SamplingParams(max_tokens=options.steps + 1, ignore_eos=True), strategy)
         while not request.token_times_s:
             engine.step()

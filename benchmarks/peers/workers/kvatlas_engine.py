@@ -19,7 +19,9 @@ def load(settings: dict[str, Any]) -> tuple[str, Run]:
     strategy = options.pop("strategy", "full")
     model_options = {name: options.pop(name) for name in ("linear_weights",) if name in options}
     model = load_model(settings["model"], dtype="float32", **model_options)
-    engine = Engine(model, kv_memory=f"{settings['kv_gib']}GiB", enable_prefix_caching=False, **options)
+    engine = Engine(
+        model, kv_memory=f"{settings['kv_gib']}GiB", enable_prefix_caching=False, isolate_failures=False, **options
+    )
 
     def run(prompts: list[list[int]], meter: Meter) -> None:
         params = SamplingParams(max_tokens=meter.most_tokens(len(prompts[0])), ignore_eos=True)

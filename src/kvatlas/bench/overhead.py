@@ -129,7 +129,7 @@ def measure_overhead(
     """
     clock = _Clock()
     with _clocks(clock, model):
-        engine = Engine(model, enable_prefix_caching=False, **engine_options)
+        engine = Engine(model, enable_prefix_caching=False, isolate_failures=False, **engine_options)
         rng, vocabulary = random.Random(0), model.adapter.shape.vocab_size
         params = SamplingParams(max_tokens=steps + _WARM_STEPS + 1 + batch, ignore_eos=True)
         for _ in range(batch):

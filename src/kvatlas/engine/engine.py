@@ -57,6 +57,8 @@ class Engine:
         enable_prefix_caching: share the blocks of equal prefixes among lossless requests.
         kv_format: storage format where a strategy names none; None: the model's own.
         clock: returns seconds; times of requests are on it.
+        isolate_failures: let what raises in a step end the requests it belongs to; False: let it raise out of the step,
+            for measurements, which a failure voids.
 
     Attributes:
         peak_used_bytes: most live bytes so far, sidecars included, cached prefixes left out.
@@ -80,6 +82,7 @@ class Engine:
         enable_prefix_caching: bool = True,
         kv_format: Format | None = None,
         clock: Callable[[], float] = time.perf_counter,
+        isolate_failures: bool = True,
     ) -> None:
         if max_num_seqs < 1 or max_batched_tokens < 1 or block_size < 1:
             raise ConfigError(
@@ -88,6 +91,7 @@ class Engine:
             )
         self.model = model
         self.clock = clock
+        self._isolates = isolate_failures
         self.max_batched_tokens = max_batched_tokens
         self.format = kv_format or _FORMATS[model.adapter.dtype]
         budget, host_budget = parse_bytes(kv_memory), parse_tier_bytes(host_memory)
@@ -265,7 +269,7 @@ class Engine:
             return self._commit(due, sample(logits_BV, due, self._end_ids))
         except BaseException as error:
             self._recover(batch, error)
-            if not isinstance(error, Exception):  # Ctrl-C: the caches are put right, the interrupt goes on
+            if not self._isolates or not isinstance(error, Exception):  # after Ctrl-C too, the caches are right
                 raise
             return []
 
@@ -314,6 +318,8 @@ class Engine:
                 news.append(self._accept(request, token_id, now))
             except Exception as error:
                 self._fail(request, error)
+                if not self._isolates:
+                    raise
         return news
 
     def _accept(self, request: Request, token_id: int, now: float) -> NewToken:

@@ -101,6 +101,7 @@ class Lab:
             max_batched_tokens=settings.max_batched_tokens,
             host_memory=settings.host_memory,
             link=None if link == NO_LINK else link,
+            isolate_failures=False,
         )
         llm.generate(
             [list(range(_WARM_TOKENS))], SamplingParams(max_tokens=2, ignore_eos=True), strategy=point.strategy

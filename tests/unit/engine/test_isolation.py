@@ -219,6 +219,37 @@ def test_streams_sessions_and_scores_raise_too() -> None:
     assert_empty(llm.engine)
 
 
+@pytest.mark.parametrize("where", ["run", "_draw"])
+def test_a_measurement_is_told_at_once(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A point of an experiment must fail rather than hold what was left of its requests."""
+    from kvatlas.engine import sampler
+
+    engine = new_engine(isolate_failures=False)
+    requests = [engine.add_request(prompt(20, n), DRAWN) for n in range(3)]
+    engine.step()
+    if where == "run":
+        broken = iter([True])
+        break_runs(engine, lambda request: next(broken, False), after=True)
+    else:
+        draw = sampler._draw
+        failing = {id(requests[1])}
+
+        def breaking(logits, request):
+            if id(request) in failing:
+                raise BrokenError
+            return draw(logits, request)
+
+        monkeypatch.setattr(sampler, "_draw", breaking)
+    with pytest.raises(BrokenError):
+        engine.step()
+    finish(engine)
+    left = [requests[0], requests[2]] if where == "_draw" else requests
+    assert [request.output_ids for request in left] == [
+        alone(prompt(20, requests.index(request)), DRAWN, "full") for request in left
+    ]
+    assert_empty(engine)
+
+
 def test_end_tokens_that_the_head_does_not_have_are_ignored() -> None:
     config = MODEL.adapter.model.generation_config
     before, size = config.eos_token_id, MODEL.adapter.shape.vocab_size
