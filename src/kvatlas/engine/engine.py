@@ -287,12 +287,14 @@ class Engine:
             self._fail(involved[0], error)
             return
         if isinstance(error, Exception):
-            _LOG.warning("a step of %d requests failed; they run one by one now", len(involved), exc_info=error)
+            _LOG.warning("a step of %d requests failed and they run one by one now: %r", len(involved), error)
+            _LOG.debug("where it failed", exc_info=error)
         self.scheduler.suspect(involved)
 
     def _fail(self, request: Request, error: Exception) -> None:
         """End a request that cannot go on; its tokens and text so far stay."""
-        _LOG.warning("%s failed and ends", request.id, exc_info=error)
+        _LOG.warning("%s failed and ends: %r", request.id, error)
+        _LOG.debug("where it failed", exc_info=error)
         request.finish_reason, request.error = FinishReason.ERROR, error
         self._detokenizer.forget(request)
         self.scheduler.release(request)
