@@ -145,6 +145,7 @@ def test_paris_through_the_command(capfd):
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.slow  # transformers reads the header of a GGUF file twice, slowly
 def test_the_file_by_its_path(loaded, cache):
     path = smollm2_file()
     copies = set(cache.iterdir())
