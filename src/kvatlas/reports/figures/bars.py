@@ -51,13 +51,17 @@ def paint_bars(title: str, text: str, panels: Sequence[Panel], looks: Mapping[st
     labels = row_labels(keys)
     figure, axes = sheet(title, text, (), len(panels), panel_height=0.85 + 0.34 * len(keys))
     for place, (axis, (heading, series)) in enumerate(zip(axes, panels, strict=True)):
-        scale, unit = axis_scale(series[0].unit, max(one.marks[0].interval.high for one in series))
+        low = min(one.marks[0].interval.low for one in series)
+        high = max(one.marks[0].interval.high for one in series)
+        scale, unit = axis_scale(series[0].unit, max(high, -low))
         for one in series:
             _bar(axis, keys.index(one.key), one, looks[one.key.name], scale)
         name = f"{heading} ({unit})" if unit else heading
         axis.set_title("\n".join(textwrap.wrap(name + provenance_suffix(series), 38)))
         _rows(axis, [labels[key] if place % 2 == 0 else "" for key in keys])
-        axis.set_xlim(left=min(0.0, 1.05 * min(one.marks[0].interval.low for one in series) / scale))
+        axis.set_xlim(left=min(0.0, 1.05 * low / scale))
+        if high <= 0:  # as a difference of noisy times may be, for all series at once
+            axis.set_xlim(right=0.05 * abs(low) / scale or 1.0)
     return figure
 
 
@@ -75,7 +79,7 @@ def paint_stacks(title: str, text: str, stacks: Sequence[Stack]) -> Figure:
             _stacked(axis, place, key, stack, scale)
         axis.set_title(f"{stack.heading} ({unit}){provenance_suffix(stack.series)}".strip())
         _rows(axis, [labels[key] for key in keys])
-        axis.set_xlim(0, longest / scale * 1.05)
+        axis.set_xlim(0, longest / scale * 1.05 or 1.0)
     return figure
 
 
@@ -141,9 +145,8 @@ def row_labels(keys: Sequence[SeriesKey]) -> dict[SeriesKey, str]:
 
 
 def _rows(axis: Any, labels: Sequence[str]) -> None:
-    """Set up an axis with a row per series, from top to bottom, and zero at the left."""
+    """Set up an axis with a row per series, from top to bottom; what is at its ends is the caller's."""
     axis.set_ylim(len(labels) - 0.4, -0.6)
-    axis.set_xlim(left=0)
     axis.xaxis.set_major_locator(MaxNLocator(5))
     axis.xaxis.set_major_formatter(PLAIN)
     axis.grid(visible=False, axis="y")
