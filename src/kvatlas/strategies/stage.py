@@ -10,6 +10,7 @@ import dataclasses
 import types
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar, Union, get_args, get_origin, get_type_hints
 
 from kvatlas.core.errors import ConfigError
@@ -62,7 +63,8 @@ class Stage:
 
     def __post_init__(self) -> None:
         """Check types; subclasses that check ranges call this first."""
-        hints = get_type_hints(type(self))
+        kind: Any = type(self)  # mypy takes the hash of a class for that of its values
+        hints = _hints(kind)
         for field in dataclasses.fields(self):
             value = _coerce(self.name, field.name, getattr(self, field.name), hints[field.name])
             object.__setattr__(self, field.name, value)
@@ -219,6 +221,12 @@ def check_share(stage: str, name: str, value: int | float) -> None:
             f"{stage}: {name}={value} is out of range; write a fraction of the prompt in (0, 1], such as 0.1, "
             "or a whole number of tokens of at least 1"
         )
+
+
+@cache
+def _hints(kind: type[Stage]) -> dict[str, Any]:
+    """Return the types of a stage's parameters, evaluated once: every request may bring a sentence of its own."""
+    return get_type_hints(kind)
 
 
 def _coerce(stage: str, key: str, value: Value, hint: Any) -> Value:
