@@ -77,24 +77,29 @@ def measure(models: dict[str, LoadedModel], rounds: int) -> dict[str, dict[str, 
     engines = {dtype: new_engine(model) for dtype, model in models.items()}
     taken: dict[str, dict[str, list[float]]] = {cell: {dtype: [] for dtype in models} for cell in (*PROMPTS, *BATCHES)}
     for number in range(-1, rounds):  # the first warms up
-        order = list(models)[number % len(models) :] + list(models)[: number % len(models)]
         for cell, lengths in PROMPTS.items():
-            for dtype in order:
+            for dtype in turned(list(models), number):
                 seconds = prefill_s(engines[dtype], lengths, random.Random(number))
                 taken[cell][dtype] += [seconds] if number >= 0 else []
     for cell, batch in BATCHES.items():
         running = {dtype: decoding(model, batch, STEPS * (rounds + 1)) for dtype, model in models.items()}
         for number in range(-1, rounds):
-            for dtype in list(models)[number % len(models) :] + list(models)[: number % len(models)]:
+            for dtype in turned(list(models), number):
                 seconds = step_s(running[dtype])
                 taken[cell][dtype] += [seconds] if number >= 0 else []
     return taken
 
 
+def turned(dtypes: list[str], number: int) -> list[str]:
+    """Return the order of a round: each is first in its turn."""
+    first = number % len(dtypes)
+    return dtypes[first:] + dtypes[:first]
+
+
 def paired(auto: list[float], best: list[float]) -> tuple[float, float, float]:
     """Return the geometric mean of the ratios and its 95 % interval."""
     logs = np.log(np.array(auto) / np.array(best))
-    half = T_975.get(len(logs), 2.0) * logs.std(ddof=1) / math.sqrt(len(logs))
+    half = T_975[len(logs)] * logs.std(ddof=1) / math.sqrt(len(logs))
     return tuple(math.exp(logs.mean() + shift) for shift in (0, -half, half))  # type: ignore[return-value]
 
 
@@ -124,7 +129,7 @@ def logits_error(model: LoadedModel, name: str) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m", help="a checkpoint with a tokenizer")
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=15, choices=sorted(T_975))
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

@@ -23,13 +23,13 @@ import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from kvatlas.core.folders import cache_folder
 from kvatlas.core.units import format_bytes
 from kvatlas.models.checkpoint import load_checkpoint
 from kvatlas.models.gguf import load_gguf, unpacked_bytes
 from kvatlas.models.gguf_header import GgufHeader
 from kvatlas.models.gguf_tokenizer import gguf_tokenizer
 from kvatlas.models.quiet import quiet
-from kvatlas.models.rotation import cache_folder
 
 MANIFEST = "kvatlas-copy.json"
 

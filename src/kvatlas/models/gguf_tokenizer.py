@@ -17,6 +17,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from kvatlas.core.errors import CheckpointError
+from kvatlas.models.checkpoint import explain
 from kvatlas.models.gguf_header import GgufHeader
 from kvatlas.models.quiet import quiet
 
@@ -47,8 +48,7 @@ def gguf_tokenizer(header: GgufHeader) -> PreTrainedTokenizerBase | None:
         byte_level = header.metadata["tokenizer.ggml.model"] == "gpt2"
         return _byte_level(header) if byte_level else _of_transformers(header)
     except Exception as error:  # tokenizers raises bare Exception, transformers anything.
-        text = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        raise CheckpointError(f"the tokenizer of {str(header.path)!r} cannot be loaded: {text}") from error
+        raise CheckpointError(f"the tokenizer of {str(header.path)!r} cannot be loaded: {explain(error)}") from error
 
 
 def _byte_level(header: GgufHeader) -> PreTrainedTokenizerBase:

@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvatlas.core.errors import UnsupportedError
+from kvatlas.core.folders import cache_folder
 from kvatlas.models.adapter import Adapter
 from kvatlas.models.attention import AttentionCall
 from kvatlas.models.dense_context import DenseContext, Segment
@@ -93,7 +94,7 @@ def rotations_for(adapter: Adapter, tokens: Sequence[int], folder: Path | None =
     Args:
         adapter: the model.
         tokens: what to calibrate on.
-        folder: of the files; None: `cache_folder`. A folder that cannot be written to
+        folder: of the files; None: `kvatlas.core.folders.cache_folder`. A folder that cannot be written to
             costs the calibration at every start, no more.
     """
     sample = hashlib.blake2b(repr((_VERSION, list(tokens))).encode(), digest_size=4).hexdigest()
@@ -110,15 +111,6 @@ def rotations_for(adapter: Adapter, tokens: Sequence[int], folder: Path | None =
     except OSError as error:
         _LOG.warning("%s cannot be written (%s); the next start calibrates again", path, error)
     return found
-
-
-def cache_folder() -> Path:
-    """Return where files live that can be made again: ``$KVATLAS_CACHE``, else ``kvatlas`` in the user's cache."""
-    if chosen := os.environ.get("KVATLAS_CACHE"):
-        return Path(chosen)
-    users = os.environ.get("XDG_CACHE_HOME", "")
-    # The standard has relative paths ignored.
-    return (Path(users) if os.path.isabs(users) else Path.home() / ".cache") / "kvatlas"
 
 
 def model_digest(model: PreTrainedModel) -> str:

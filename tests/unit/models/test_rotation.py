@@ -12,10 +12,11 @@ from tests.driving import loaded
 from tests.families import tiny_model, token_ids
 
 from kvatlas.core.errors import UnsupportedError
+from kvatlas.core.folders import cache_folder
 from kvatlas.engine.engine import Engine
 from kvatlas.models import rotation as rotation_module
 from kvatlas.models.adapter import Adapter
-from kvatlas.models.rotation import Rotation, cache_folder, calibrate, model_digest, rotations_for
+from kvatlas.models.rotation import Rotation, calibrate, model_digest, rotations_for
 
 TOKENS = token_ids(40)[0].tolist()
 
