@@ -7,8 +7,10 @@ what transformers made of it.
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import math
+import re
 from contextlib import redirect_stderr
 from io import StringIO
 from typing import Any
@@ -32,6 +34,15 @@ _FLOAT32_BYTES = 4
 _COPIES_OF_ONE_TENSOR = 4  # that are alive while transformers unpacks it: blocks, values, permuted values, tensor
 _LLAMA3_FREQUENCIES = "rope_freqs.weight"
 _LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+_BLOCK = re.compile(r"^blk\.\d+\.")
+# Which dimension of which tensor, blocks without their number, is which size in the model's section.
+_SIZES = {
+    ("token_embd.weight", 0): "embedding_length",
+    ("token_embd.weight", 1): "vocab_size",
+    ("ffn_down.weight", 0): "feed_forward_length",
+    ("ffn_down_exps.weight", 0): "expert_feed_forward_length",
+    ("ffn_down_exps.weight", 2): "expert_count",
+}
 # What changes logits and not one shape: the key in the file, and the name in transformers' config.
 _SILENT = {
     "attention.head_count": "num_attention_heads",
@@ -90,8 +101,9 @@ def load_gguf(header: GgufHeader, dtype: torch.dtype) -> PreTrainedModel:
     Raises:
         CapacityError: there is too little memory.
         UnsupportedError: transformers does not read this architecture, or not all that this file says.
-        CheckpointError: the weights cannot be loaded.
+        CheckpointError: the header describes another model than the file holds, or the weights cannot be loaded.
     """
+    _check_sizes(header)
     _check_memory(header, dtype)
     place = {"gguf_file": header.path.name, "local_files_only": True, "trust_remote_code": False}
     folder = str(header.path.parent)
@@ -99,11 +111,12 @@ def load_gguf(header: GgufHeader, dtype: torch.dtype) -> PreTrainedModel:
         with quiet(), redirect_stderr(StringIO()):  # a progress bar of tqdm's own
             config = AutoConfig.from_pretrained(folder, **place)
             _check_config(header, config)
+            _check_weights(header, config)
             unpack = GgufConfig(gguf_file=header.path.name, dequantize=True)
             model, report = AutoModelForCausalLM.from_pretrained(
                 folder, config=config, dtype=dtype, quantization_config=unpack, output_loading_info=True, **place
             )
-    except (UnsupportedError, CapacityError):
+    except (UnsupportedError, CheckpointError, CapacityError):
         raise
     except (MemoryError, torch.OutOfMemoryError) as error:
         raise CapacityError(f"the weights of {str(header.path)!r} do not fit into memory: {error}") from error
@@ -112,7 +125,6 @@ def load_gguf(header: GgufHeader, dtype: torch.dtype) -> PreTrainedModel:
     if report["missing_keys"]:
         missing = sorted(map(str, report["missing_keys"]))
         raise CheckpointError(f"GGUF file {str(header.path)!r} lacks {len(missing)} weights, first {missing[0]}")
-    _check_nothing_left(header, model)
     _end_tokens(header, model)
     loaded: PreTrainedModel = model
     return loaded
@@ -139,6 +151,24 @@ def _stored_bytes(header: GgufHeader, tensor: GgufTensor) -> int:
 
     block, block_bytes = gguf.GGML_QUANT_SIZES[_format(header, tensor)]
     return int(tensor.elements // block * block_bytes)
+
+
+def _check_sizes(header: GgufHeader) -> None:
+    """Refuse a header that describes a larger or smaller model than its tensors are, before one is made of it."""
+    blocks = {found[0] for tensor in header.tensors if (found := _BLOCK.match(tensor.name))}
+    _check_size(header, "block_count", len(blocks), "blocks")
+    for tensor in header.tensors:
+        for dimension, held in enumerate(tensor.shape):
+            if key := _SIZES.get((_BLOCK.sub("", tensor.name), dimension)):
+                _check_size(header, key, held, f"in dimension {dimension} of {tensor.name}")
+
+
+def _check_size(header: GgufHeader, key: str, held: int, where: str) -> None:
+    said = header.setting(key)
+    if isinstance(said, int) and said and said != held:
+        raise CheckpointError(
+            f"GGUF file {str(header.path)!r} says {key} {said}, and holds {held} {where}; download it again"
+        )
 
 
 def _check_memory(header: GgufHeader, dtype: torch.dtype) -> None:
@@ -183,6 +213,20 @@ def _check_config(header: GgufHeader, config: PreTrainedConfig) -> None:
         _refuse(header, f"rope.scaling.type {header.setting('rope.scaling.type')}", "RoPE without scaling")
 
 
+def _check_weights(header: GgufHeader, config: PreTrainedConfig) -> None:
+    """Refuse a file that holds more or less than its model takes: transformers passes over what it does not know.
+
+    The model is one without memory, so that a header that lies costs none.
+    """
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=False)
+    held = sum(tensor.elements for tensor in header.tensors if tensor.name != _LLAMA3_FREQUENCIES)
+    weights = model.state_dict(keep_vars=True).values()
+    taken = sum({id(weight): weight.numel() for weight in weights}.values())  # tied ones once
+    if held != taken:
+        _refuse(header, f"{held} weights", f"a model of {taken}")
+
+
 def _refuse(header: GgufHeader, said: str, made: str) -> None:
     raise UnsupportedError(
         f"GGUF file {str(header.path)!r} says {said}, and transformers makes {made} of it; "
@@ -216,16 +260,6 @@ def _llama3_rope(header: GgufHeader, frequencies: GgufTensor, rope: dict[str, An
     if not np.allclose(divisors, 1 / ((1 - smooth) / factor + smooth), rtol=1e-3):
         _refuse(header, f"{_LLAMA3_FREQUENCIES} that are not Llama 3's", "RoPE without scaling")
     return {**rope, "rope_type": "llama3", "factor": factor, **_LLAMA3_ROPE}
-
-
-def _check_nothing_left(header: GgufHeader, model: PreTrainedModel) -> None:
-    """Refuse a file that holds more than the model took: transformers passes over tensors it does not know."""
-    held = sum(tensor.elements for tensor in header.tensors if tensor.name != _LLAMA3_FREQUENCIES)
-    taken = sum(
-        {weight.data_ptr(): weight.numel() for weight in model.state_dict().values()}.values()
-    )  # tied ones once
-    if held != taken:
-        _refuse(header, f"{held} weights", f"a model of {taken}")
 
 
 def _end_tokens(header: GgufHeader, model: PreTrainedModel) -> None:

@@ -29,15 +29,20 @@ class GgufTensor:
 
     Args:
         name: in llama.cpp's spelling.
-        elements: how many values it holds.
+        shape: the dimension whose neighbours lie side by side first, unlike torch's.
         kind: ggml's number of the format that they are stored in.
         start: of its bytes in the file.
     """
 
     name: str
-    elements: int
+    shape: tuple[int, ...]
     kind: int
     start: int
+
+    @property
+    def elements(self) -> int:
+        """How many values it holds."""
+        return math.prod(self.shape)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +72,12 @@ class GgufHeader:
     def setting(self, key: str) -> Any:
         """Return a value of the model's own section, such as ``"rope.freq_base"``; None if the file has none."""
         return self.metadata.get(f"{self.architecture}.{key}")
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The model's own section: what `setting` can return, by key."""
+        prefix = f"{self.architecture}."
+        return {key.removeprefix(prefix): value for key, value in self.metadata.items() if key.startswith(prefix)}
 
 
 def read_header(path: Path) -> GgufHeader:
@@ -160,17 +171,16 @@ def _parse(path: Path, data: mmap.mmap) -> GgufHeader:
         raise _CorruptError(f"an alignment of {alignment}")
     start = -(-cursor.position // alignment) * alignment
     tensors = tuple(
-        GgufTensor(name=name, elements=elements, kind=kind, start=start + offset)
-        for name, elements, kind, offset in rows
+        GgufTensor(name=name, shape=shape, kind=kind, start=start + offset) for name, shape, kind, offset in rows
     )
     return GgufHeader(path=path, size=len(data), metadata=metadata, tensors=tensors)
 
 
-def _tensor_row(cursor: _Cursor) -> tuple[str, int, int, int]:
-    """Return name, elements, kind and offset of the next tensor."""
+def _tensor_row(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
+    """Return name, shape, kind and offset of the next tensor."""
     name = cursor.string()
     num_dimensions = cursor.scalar("I")
     if num_dimensions > _MOST_DIMENSIONS:
         raise _CorruptError(f"tensor {name!r} of {num_dimensions} dimensions")
-    elements = math.prod(cursor.scalar("Q") for _ in range(num_dimensions))
-    return name, elements, cursor.scalar("I"), cursor.scalar("Q")
+    shape = tuple(cursor.scalar("Q") for _ in range(num_dimensions))
+    return name, shape, cursor.scalar("I"), cursor.scalar("Q")

@@ -14,6 +14,7 @@ from tests.families import tiny_model
 from tests.gguf_files import SENTENCEPIECE, rounded, vocabulary, write_gguf
 
 from kvatlas.core.errors import CapacityError, CheckpointError, KvatlasError, UnsupportedError
+from kvatlas.models.gguf import load_gguf
 from kvatlas.models.gguf_header import read_header
 from kvatlas.models.gguf_tokenizer import gguf_tokenizer
 from kvatlas.models.loading import load_model, name_of
@@ -215,3 +216,36 @@ def test_without_the_packages_that_read_it(file, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UnsupportedError, match=r"need gguf and accelerate; .*pip install 'kvatlas\[smollm2\]'"):
         load_model(file)
+
+
+LIES = {
+    "a few blocks more": ("block_count", 40),
+    "many blocks more": ("block_count", 3000),
+    "a block less": ("block_count", 1),
+    "wide feed forward": ("feed_forward_length", 1_000_000),
+    "wide embedding": ("embedding_length", 1_000_000),
+    "long vocabulary": ("vocab_size", 50_000_000),
+}
+
+
+@pytest.mark.parametrize("case", LIES)
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_a_header_that_lies_about_a_size_is_refused_at_once(tmp_path, monkeypatch, family, case):
+    key, value = LIES[case]
+    path = write_gguf(tmp_path / "tiny.gguf", model_of(family), metadata={key: value})
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", None)  # nothing may be made of it
+    with pytest.raises(CheckpointError, match=f"says {key} {value}, and holds [0-9]+ ") as error:
+        load_gguf(read_header(path), torch.float32)
+    assert "\n" not in str(error.value) and str(path) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [("attention.head_count_kv", "weights, and transformers makes a model of"), ("attention.head_count", "100000")],
+)
+def test_a_header_that_lies_about_heads_takes_no_memory(tmp_path, monkeypatch, key, message):
+    path = write_gguf(tmp_path / "tiny.gguf", model_of(), metadata={key: 100_000})
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", None)
+    with pytest.raises(KvatlasError, match=message) as error:
+        load_gguf(read_header(path), torch.float32)
+    assert "\n" not in str(error.value)
