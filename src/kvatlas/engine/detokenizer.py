@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from operator import itemgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 from kvatlas.engine.request import Request
 
@@ -57,13 +57,13 @@ class Detokenizer:
             request.text = request.text[: max(output.given, output.cut(request.text, first))]
         return first is not None
 
-    def take(self, request: Request) -> str:
+    def take(self, request: Request, *, finished: bool) -> str:
         """Return the text to give out now: all of it at the end, before that what no stop string can cut any more."""
         output = self._outputs.get(request)
         if output is None:
             return ""
         held = max(map(len, request.params.stop), default=1) - 1
-        if request.finish_reason is not None:
+        if finished:
             request.text += output.shown.rest(self._tokenizer, request.output_ids)
             held = 0
         begin, output.given = output.given, max(output.given, len(request.text) - held)
@@ -72,6 +72,26 @@ class Detokenizer:
     def forget(self, request: Request) -> None:
         """Drop what is remembered of a request that has ended."""
         self._outputs.pop(request, None)
+
+    def mark(self, request: Request) -> TextMark | None:
+        """Return what `restore` needs; None: nothing is remembered of the request yet."""
+        output = self._outputs.get(request)
+        if output is None:
+            return None
+        return TextMark(
+            output, replace(output.shown), replace(output.written), len(output.marks), output.written_text, output.given
+        )
+
+    def restore(self, request: Request, mark: TextMark | None) -> None:
+        """Forget what came after a mark."""
+        if mark is None:
+            self.forget(request)
+            return
+        output = mark.output
+        output.shown, output.written = mark.shown, mark.written
+        output.written_text, output.given = mark.written_text, mark.given
+        del output.marks[mark.marks :]
+        self._outputs[request] = output
 
 
 @dataclass
@@ -151,3 +171,14 @@ class _Output:
         rest, shown = self.written_text[first:end], text[shown_begin:shown_end]
         alike = takewhile(lambda pair: pair[0] == pair[1], zip(reversed(rest), reversed(shown), strict=False))
         return shown_end - sum(1 for _ in alike)
+
+
+class TextMark(NamedTuple):
+    """An output at one moment."""
+
+    output: _Output
+    shown: _Window
+    written: _Window
+    marks: int
+    written_text: str
+    given: int

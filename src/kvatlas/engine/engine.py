@@ -19,6 +19,7 @@ from kvatlas.core.timeline import Event, Timeline
 from kvatlas.core.units import format_bytes, parse_bytes, parse_tier_bytes
 from kvatlas.core.vocabulary import Format, Moment, Need
 from kvatlas.engine.detokenizer import Detokenizer
+from kvatlas.engine.drafts import Draft
 from kvatlas.engine.forward import Transport
 from kvatlas.engine.memory import check_host_memory, check_kv_memory
 from kvatlas.engine.params import SamplingParams
@@ -260,14 +261,18 @@ class Engine:
         has shown that it can.
         """
         batch: Batch | None = None
+        drafts: list[Draft] = []
         try:
             batch = self.scheduler.next_batch()
             if not batch.num_tokens:
                 return []
             self._note_peaks()
             due, logits_BV = self._runner.run(batch)
-            return self._commit(due, sample(logits_BV, due, self._end_ids))
+            drafts = [Draft(request, self._detokenizer) for request in due]
+            return self._commit(drafts, sample(logits_BV, due, self._end_ids))
         except BaseException as error:
+            for draft in drafts:
+                draft.undo()
             self._recover(batch, error)
             if not self._isolates or not isinstance(error, Exception):  # after Ctrl-C too, the caches are right
                 raise
@@ -281,7 +286,7 @@ class Engine:
 
     def _recover(self, batch: Batch | None, error: BaseException) -> None:
         """Put right what a step has left half done: caches that it may have written to are made anew."""
-        involved = self.scheduler.candidates() if batch is None else batch.requests
+        involved = self.scheduler.blamed() if batch is None else batch.requests
         involved = [request for request in involved if request.finish_reason is None]
         if len(involved) == 1 and isinstance(error, Exception):
             self._fail(involved[0], error)
@@ -295,31 +300,35 @@ class Engine:
         """End a request that cannot go on; its tokens and text so far stay."""
         _LOG.warning("%s failed and ends: %r", request.id, error)
         _LOG.debug("where it failed", exc_info=error)
+        self._drop(request)
         request.finish_reason, request.error = FinishReason.ERROR, error
-        self._detokenizer.forget(request)
-        self.scheduler.release(request)
 
     def cancel(self, request: Request) -> None:
         """End a request now and give its memory back; cancelling an ended one changes nothing."""
         if request.finish_reason is None:
+            self._drop(request)
             request.finish_reason = FinishReason.CANCELLED
-            self._detokenizer.forget(request)
-            self.scheduler.release(request)
+
+    def _drop(self, request: Request) -> None:
+        """Give back what a request holds, before it is said to have ended: nobody looks after one that has."""
+        self._detokenizer.forget(request)
+        self.scheduler.release(request)
 
     def release(self, request: Request) -> None:
         """Give back what a session's request still holds."""
         self.scheduler.release(request)
 
-    def _commit(self, due: Seq[Request], token_ids: Seq[int | Exception]) -> list[NewToken]:
+    def _commit(self, drafts: Seq[Draft], token_ids: Seq[int | Exception]) -> list[NewToken]:
         now = self.clock()
         news = []
-        for request, token_id in zip(due, token_ids, strict=True):
+        for draft, token_id in zip(drafts, token_ids, strict=True):
             try:
                 if isinstance(token_id, Exception):
                     raise token_id
-                news.append(self._accept(request, token_id, now))
+                news.append(self._accept(draft.request, token_id, now))
+                draft.accepted = True
             except Exception as error:
-                self._fail(request, error)
+                self._fail(draft.request, error)
                 if not self._isolates:
                     raise
         return news
@@ -330,22 +339,19 @@ class Engine:
         request.tokens.append(token_id)
         request.token_times_s.append(now)
         stopped = self._detokenizer.advance(request)
-        request.finish_reason = self._finish_reason(request, token_id, stopped)
-        finished = request.finish_reason is not None
-        text = self._detokenizer.take(request)
-        if finished:
-            self._finish(request)
-        new = NewToken(request=request, token_id=token_id, text=text, finished=finished)
+        reason = self._finish_reason(request, token_id, stopped)
+        text = self._detokenizer.take(request, finished=reason is not None)
+        new = NewToken(request=request, token_id=token_id, text=text, finished=reason is not None)
         if request.unread is not None:
             request.unread.append(new)
+        if reason is not None:
+            if request.held_by_session:
+                self._detokenizer.forget(request)
+                self.scheduler.park(request)
+            else:
+                self._drop(request)
+        request.finish_reason = reason
         return new
-
-    def _finish(self, request: Request) -> None:
-        self._detokenizer.forget(request)
-        if request.held_by_session:
-            self.scheduler.park(request)
-        else:
-            self.scheduler.release(request)
 
     def _finish_reason(self, request: Request, token_id: int, stopped: bool) -> FinishReason | None:
         params, count = request.params, len(request.output_ids)

@@ -9,8 +9,10 @@ or replayed anew. Both tiers are budgeted alike; what is merely swapped to the h
 
 from __future__ import annotations
 
+import logging
 from collections import deque
-from collections.abc import Sequence as Seq
+from collections.abc import Iterator, Sequence as Seq
+from contextlib import contextmanager
 
 from kvatlas.engine.eviction import residual, staged_slots
 from kvatlas.engine.request import Request
@@ -20,9 +22,12 @@ from kvatlas.storage.arena import Arena
 from kvatlas.storage.eviction import close_holes
 from kvatlas.storage.lanes import LaneGroup, SequenceLayout
 from kvatlas.storage.prefix_cache import PrefixCache
+from kvatlas.storage.sequence import Sequence
 from kvatlas.storage.store import KVStore
-from kvatlas.storage.swap import Swapper
+from kvatlas.storage.swap import SwappedSequence, Swapper
 from kvatlas.strategies.strategy import Strategy
+
+_LOG = logging.getLogger(__name__)
 
 
 def layout_under(store: KVStore, strategy: Strategy) -> SequenceLayout:
@@ -72,13 +77,16 @@ class Scheduler:
         self._max_num_seqs = min(max_num_seqs, max_batched_tokens)  # each may decode in the same step
         self._max_batched_tokens = max_batched_tokens
         self._swapper = swapper
+        self._handled: Request | None = None
         self.num_swaps = 0
 
     def next_batch(self) -> Batch:
         """Return what the next step runs, with room allocated for every token of it."""
+        self._handled = None
         for request in self.running:
-            if self._renew(request):
-                self._open(request)
+            with self._handling(request):
+                if self._renew(request):
+                    self._open(request)
         if self.suspects:
             return self._alone(self.suspects[0])
         decodes = self._decode_steps()
@@ -88,7 +96,8 @@ class Scheduler:
         for request in list(self.running):
             if request.prefill_end is None or limit <= 0 or request not in self.running:
                 continue
-            count = self._chunk(request, limit, protect=decodes + [other for other, _ in chunks])
+            with self._handling(request):
+                count = self._chunk(request, limit, protect=decodes + [other for other, _ in chunks])
             if count:
                 chunks.append((request, count))
                 limit -= count
@@ -100,11 +109,16 @@ class Scheduler:
         """Whether a request waits or runs."""
         return bool(self.waiting or self.running or self.suspects)
 
-    def candidates(self) -> list[Request]:
-        """Return those that the next step might take up."""
-        if self.suspects:
-            return [self.suspects[0]]
-        return list(self.running) or list(self.waiting)[:1]
+    def blamed(self) -> list[Request]:
+        """Return whom an error in `next_batch` belongs to: the one it was busy with, else all that run."""
+        return list(self.running) if self._handled is None else [self._handled]
+
+    @contextmanager
+    def _handling(self, request: Request) -> Iterator[None]:
+        """Note whom `next_batch` is busy with; what raises leaves the note, so no ``finally``."""
+        self._handled = request
+        yield
+        self._handled = None
 
     def suspect(self, requests: Seq[Request]) -> None:
         """Take the caches of a step that failed; its requests run one by one until each has got a token."""
@@ -123,15 +137,16 @@ class Scheduler:
 
     def _alone(self, request: Request) -> Batch:
         """Return the next step of a request that runs beside nobody, whoever must give it room."""
-        if request not in self.running:
-            if request in self.waiting:  # preempted meanwhile
-                self.waiting.remove(request)
-            self._start(request)
-        if request.prefill_end is None:
-            made = self._make_room(request, 1, protect=[request])
-            return Batch(chunks=[], decodes=[request] if made else [])
-        count = self._chunk(request, self._max_batched_tokens, protect=[request])
-        return Batch(chunks=[(request, count)] if count else [], decodes=[])
+        with self._handling(request):
+            if request not in self.running:
+                if request in self.waiting:  # preempted meanwhile
+                    self.waiting.remove(request)
+                self._start(request)
+            if request.prefill_end is None:
+                made = self._make_room(request, 1, protect=[request])
+                return Batch(chunks=[], decodes=[request] if made else [])
+            count = self._chunk(request, self._max_batched_tokens, protect=[request])
+            return Batch(chunks=[(request, count)] if count else [], decodes=[])
 
     def _chunk(self, request: Request, limit: int, protect: list[Request]) -> int:
         """Return how many prompt tokens a request runs in this step, with room made for them; 0: it must wait."""
@@ -175,16 +190,17 @@ class Scheduler:
         for request, needs_blocks in zip(ready, self._store.needs_blocks(seqs, staged), strict=True):
             if request not in self.running:
                 continue
-            if not needs_blocks or self._make_room(request, 1, protect=granted):
-                granted.append(request)
+            with self._handling(request):
+                if not needs_blocks or self._make_room(request, 1, protect=granted):
+                    granted.append(request)
         return [request for request in granted if request in self.running]
 
     def _admit(self) -> None:
         while self.waiting and len(self.running) < self._max_num_seqs:
             request = self.waiting[0]
-            if self.running and not self._fits(request):
-                return
-            if not self._start(request):
+            with self._handling(request):
+                started = (not self.running or self._fits(request)) and self._start(request)
+            if not started:
                 return
             self.waiting.popleft()
 
@@ -360,11 +376,11 @@ class Scheduler:
         """Swap a cache to the host, or give it up where that has no room; a swapped idle session stays idle."""
         assert request.seq is not None
         if swap:
-            request.swapped = self._swapper.try_swap_out(request.seq)
+            request.swapped = self._try_swap_out(request.seq)
             host = self._store.host
             if request.swapped is None and host is not None and self._prefix_cache is not None:
                 self._prefix_cache.reclaim(self._held(request), host)
-                request.swapped = self._swapper.try_swap_out(request.seq)
+                request.swapped = self._try_swap_out(request.seq)
         if request.swapped is not None:
             request.seq = None
             self.num_swaps += 1
@@ -373,6 +389,14 @@ class Scheduler:
             self.idle.remove(request)
         self._store.close(request.seq)
         self._forget(request)
+
+    def _try_swap_out(self, seq: Sequence) -> SwappedSequence | None:
+        """Copy a cache to the host; None if that has no room or the copy fails: neither taker nor owner is to blame."""
+        try:
+            return self._swapper.try_swap_out(seq)
+        except Exception as error:
+            _LOG.warning("a cache could not be copied to the host and is given up: %r", error)
+            return None
 
     def _forget(self, request: Request) -> None:
         request.forget_cache()

@@ -276,6 +276,8 @@ class KVStore:
         if seq.reserved is not None:
             self.release_columns(seq, self.columns_held(seq), seq.reserved)
             seq.reserved = None
+            if seq.sketch is not None:
+                self._shrink(seq.sketch, self.length[seq.row])
 
     def longest_on_host(self, seq: Sequence) -> int:
         """Return the most slots that a lane on the host has in use."""
@@ -284,11 +286,14 @@ class KVStore:
 
     def shrink_staging(self, seq: Sequence, slots: int) -> None:
         """Give back what the staging buffers hold beyond ``slots`` of each lane."""
-        if seq.staging is None:
-            return
-        before = self.columns_held(seq.staging)
-        self.length[seq.staging.row].clamp_(max=slots)
-        self.release_columns(seq.staging, self.columns_held(seq.staging), before)
+        if seq.staging is not None:
+            self._shrink(seq.staging, torch.full((self.lanes.count,), slots))
+
+    def _shrink(self, row: LaneRow, slots: Tensor) -> None:
+        """Give back what a companion holds beyond ``slots`` [lanes] of each lane."""
+        before = self.columns_held(row)
+        self.length[row.row] = torch.minimum(self.length[row.row], slots)
+        self.release_columns(row, self.columns_held(row), before)
 
     def _companion_slots(self, seq: Sequence, count: int, staged: int) -> list[tuple[LaneRow, Tensor]]:
         """Return for each companion how many slots [lanes] int64 its lanes need when ``count`` tokens are added."""

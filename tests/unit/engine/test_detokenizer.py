@@ -45,7 +45,7 @@ def spoken(tokenizer: Any, ids: list[int], stop: tuple[str, ...] = (), min_token
             reply.finish_reason = FinishReason.STOP
         elif len(reply.output_ids) == len(ids):
             reply.finish_reason = FinishReason.LENGTH
-        texts.append(detokenizer.take(reply))
+        texts.append(detokenizer.take(reply, finished=reply.finish_reason is not None))
         if reply.finish_reason is not None:
             break
     return reply, texts
@@ -131,5 +131,5 @@ def test_an_end_token_gives_out_an_incomplete_character() -> None:
         reply.output_ids = ids[:count]
         assert not detokenizer.advance(reply)
         reply.finish_reason = FinishReason.STOP if count == 3 else None
-        text = detokenizer.take(reply)
+        text = detokenizer.take(reply, finished=reply.finish_reason is not None)
     assert (text, reply.text) == ("\N{REPLACEMENT CHARACTER}", "a\N{REPLACEMENT CHARACTER}")

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+import sys
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pytest
 from tests.driving import assert_empty, finish
@@ -144,10 +148,10 @@ def test_choosing_and_writing_fail_alone(where: str, monkeypatch: pytest.MonkeyP
     target = sampler if where == "_draw" else engine._detokenizer
     original = getattr(target, where)
 
-    def breaking(*given):
+    def breaking(*given, **named):
         if bad in given and len(bad.output_ids) >= 3:
             raise BrokenError
-        return original(*given)
+        return original(*given, **named)
 
     monkeypatch.setattr(target, where, breaking)
     finish(engine)
@@ -173,6 +177,135 @@ def test_ctrl_c_leaves_the_others_right() -> None:
     finish(engine)
     for n, request in enumerate(requests):
         assert request.output_ids == alone(prompt(30, n), PARAMS, STRATEGIES[n]), STRATEGIES[n]
+    assert_empty(engine)
+
+
+BOMBED = ("engine.py", "sampler.py", "detokenizer.py", "drafts.py", "request.py")
+
+
+@contextmanager
+def bomb(engine: Engine, at: int) -> Iterator[list[bool]]:
+    """Press Ctrl-C at the ``at``-th line that choosing and giving tokens passes; yields whether it went off."""
+    run, passed, went_off = engine._runner.run, itertools.count(), []
+
+    def on_line(frame, event, _):
+        inside = frame.f_code.co_filename.rsplit("/", 1)[-1] in BOMBED and frame.f_code.co_name not in (
+            "undo",
+            "_recover",
+        )
+        if not inside or went_off:
+            return None
+        if event == "line" and next(passed) == at:
+            went_off.append(True)
+            raise KeyboardInterrupt
+        return on_line
+
+    def traced(batch):
+        done = run(batch)
+        frame = sys._getframe(1)
+        frame.f_trace = on_line
+        sys.settrace(on_line)
+        return done
+
+    engine._runner.run = traced
+    try:
+        yield went_off
+    finally:
+        sys.settrace(None)
+        engine._runner.run = run
+
+
+@pytest.mark.parametrize("at", [*range(0, 180, 13), *range(180, 2000, 260)])
+def test_ctrl_c_between_a_token_and_its_acceptance_changes_nothing(at: int) -> None:
+    engine = new_engine(max_batched_tokens=512)
+    stopping = SamplingParams(max_tokens=10, ignore_eos=True, temperature=0.9, seed=5, stop=["zzz"])
+    jobs = [(prompt(12 + n, n), (DRAWN, stopping, PARAMS)[n % 3], STRATEGIES[n % 2]) for n in range(4)]
+    with bomb(engine, at) as went_off:
+        requests = [engine.add_request(*job) for job in jobs]
+        for request in requests:
+            request.unread = deque()
+        with pytest.raises(KeyboardInterrupt):
+            finish(engine)
+    finish(engine)
+    assert went_off
+    for request, job in zip(requests, jobs, strict=True):
+        assert request.output_ids == alone(*job), job[2]
+        assert [new.token_id for new in request.unread] == request.output_ids
+        assert len(request.token_times_s) == len(request.output_ids)
+        assert "".join(new.text for new in request.unread) == request.text
+    assert_empty(engine)
+
+
+def test_cancelling_frees_what_an_interrupted_end_has_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = new_engine()
+    request = engine.add_request(prompt(12, 1), SamplingParams(max_tokens=3, ignore_eos=True))
+    release, pressed = engine.scheduler.release, iter([True])
+
+    def interrupted(request):
+        if next(pressed, False):
+            raise KeyboardInterrupt
+        release(request)
+
+    monkeypatch.setattr(engine.scheduler, "release", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        finish(engine)
+    assert request.finish_reason is None and len(request.output_ids) == 2
+    engine.cancel(request)
+    assert request.finish_reason is FinishReason.CANCELLED and not engine.has_work
+    assert_empty(engine)
+
+
+def test_a_score_interrupted_is_the_same_score() -> None:
+    jobs = [ScoreJob(context=tuple(prompt(20, n)), continuation=tuple(prompt(6, 50 + n))) for n in range(3)]
+    wanted = score(new_engine(), jobs, "full")
+    engine = new_engine(isolate_failures=False)
+    with bomb(engine, 60), pytest.raises(KeyboardInterrupt):
+        score(engine, jobs, "full")
+    assert score(engine, jobs, "full") == wanted
+
+
+@pytest.mark.parametrize("running", [1, 3])
+@pytest.mark.parametrize("where", ["open", "adopt", "layout"])
+def test_who_cannot_be_started_ends_alone(running: int, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = new_engine()
+    good = [engine.add_request(prompt(30, n), DRAWN, "h2o(heavy=6, recent=5)") for n in range(running)]
+    while len(good[-1].output_ids) < 2:
+        engine.step()
+    caches = [request.seq for request in good]
+    bad = engine.add_request(prompt(30, 9), PARAMS, "full")
+
+    def breaking(*given):
+        raise BrokenError
+
+    target = engine.scheduler._prefix_cache if where == "adopt" else engine.store
+    with monkeypatch.context() as patch:
+        patch.setattr(target, where, breaking)
+        engine.step()
+    assert isinstance(bad.error, BrokenError) and bad.finish_reason is FinishReason.ERROR
+    assert [request.seq for request in good] == caches, "no other cache is made anew"
+    finish(engine)
+    assert [request.output_ids for request in good] == [
+        alone(prompt(30, n), DRAWN, "h2o(heavy=6, recent=5)") for n in range(running)
+    ]
+    assert_empty(engine)
+
+
+def test_a_cache_that_cannot_be_swapped_is_made_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = new_engine(kv_memory="1200KiB")
+    jobs = [(prompt(40, n), DRAWN, "h2o(heavy=24, recent=24)") for n in range(12)]
+    requests = [engine.add_request(*job) for job in jobs]
+
+    def breaking(seq):
+        raise BrokenError
+
+    monkeypatch.setattr(engine.scheduler._swapper, "try_swap_out", breaking)
+    for _ in range(6):
+        engine.step()
+    engine.scheduler._preempt(engine.scheduler.running[0])
+    finish(engine)
+    assert engine.scheduler.num_swaps == 0 and sum(request.num_preemptions for request in requests)
+    for request, job in zip(requests, jobs, strict=True):
+        assert request.error is None and request.output_ids == alone(*job)
     assert_empty(engine)
 
 
