@@ -1,8 +1,7 @@
-"""Values as users give them: numbers and lists of Python, numpy or torch; and how a message shows what is neither."""
+"""Values as users give them: numbers and lists of Python, numpy or torch."""
 
 from __future__ import annotations
 
-import reprlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -37,22 +36,3 @@ def listed(value: Any) -> list[Any] | None:
         return None
     one_row = len(getattr(value, "shape", ())) == 1 and hasattr(value, "tolist")
     return list(value.tolist() if one_row else value)
-
-
-def shown(value: object) -> str:
-    """Return a value in one short line, whatever its size."""
-    return " ".join(_SHORT.repr(value).split())
-
-
-class _Short(reprlib.Repr):
-    """Python refuses to print ints beyond some thousands of digits, and nobody wants to read them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.maxstring = self.maxother = 60
-
-    def repr_int(self, x: int, level: int) -> str:
-        return repr(x) if x.bit_length() <= 128 else f"a whole number of {x.bit_length()} bits"
-
-
-_SHORT = _Short()

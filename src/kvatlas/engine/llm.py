@@ -10,8 +10,8 @@ from typing import Any
 from rich.progress import Progress
 
 from kvatlas.core.errors import ConfigError
+from kvatlas.core.messages import shown
 from kvatlas.engine.engine import Engine
-from kvatlas.engine.given import shown
 from kvatlas.engine.params import SamplingParams
 from kvatlas.engine.prompts import Prompt, encode, split
 from kvatlas.engine.request import NewToken, Request, RequestOutput, output_of, raise_if_failed

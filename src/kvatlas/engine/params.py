@@ -7,8 +7,9 @@ from dataclasses import dataclass, fields
 from typing import Any, Self
 
 from kvatlas.core.errors import ConfigError
+from kvatlas.core.messages import shown
 from kvatlas.core.names import unknown_name
-from kvatlas.engine.given import is_whole, listed, plain, shown
+from kvatlas.engine.given import is_whole, listed, plain
 from kvatlas.engine.prompts import check_text, token_ids
 
 GREEDY_BELOW = 1e-5

@@ -11,7 +11,8 @@ from pathlib import PurePath
 from typing import Any
 
 from kvatlas.core.errors import ConfigError
-from kvatlas.engine.given import is_list, is_whole, listed, plain, shown
+from kvatlas.core.messages import shown
+from kvatlas.engine.given import is_list, is_whole, listed, plain
 
 Prompt = str | Iterable[int] | Mapping[str, Any] | Seq[Mapping[str, Any]]
 

@@ -15,8 +15,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from kvatlas.core.errors import ConfigError
+from kvatlas.core.messages import shown
 from kvatlas.engine.engine import Engine
-from kvatlas.engine.given import is_whole, shown
+from kvatlas.engine.given import is_whole
 from kvatlas.engine.params import SamplingParams
 from kvatlas.engine.prompts import token_ids
 from kvatlas.engine.request import ForcedOutput, Request, raise_if_failed

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kvatlas.core.errors import UnsupportedError
+from kvatlas.core.messages import told
 from kvatlas.core.names import unknown_name
 
 HOW_TO_INSTALL = "lm-eval is not installed; install it with: pip install 'kvatlas[eval]'"
@@ -34,7 +35,7 @@ def load_tasks(names: Sequence[str], include: Path | None) -> tuple[Any, dict[st
             tasks |= manager.load([name])["tasks"]
         except Exception as error:  # datasets, the hub's client and file systems raise anything here
             raise UnsupportedError(
-                f"the data of task {name!r} cannot be had ({_first_line(error)}); connect to the Hugging Face hub, "
+                f"the data of task {name!r} cannot be had ({told(error)}); connect to the Hugging Face hub, "
                 "fill its cache beforehand (HF_HOME), or name local files in a task file of your own (--include)"
             ) from error
     return manager, tasks
@@ -50,8 +51,3 @@ def lm_eval_version() -> str:
         return importlib.metadata.version("lm_eval")
     except importlib.metadata.PackageNotFoundError as error:
         raise UnsupportedError(HOW_TO_INSTALL) from error
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip()
-    return " ".join((text.splitlines()[0] if text else type(error).__name__).split())[:200]

@@ -19,6 +19,7 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from kvatlas.core.errors import CapacityError, CheckpointError, UnsupportedError
+from kvatlas.core.messages import told
 from kvatlas.models.quiet import quiet
 
 _TOKENIZER_FILES = ("*token*", "vocab*", "*.model")
@@ -46,8 +47,7 @@ def load_checkpoint(location: str, dtype: torch.dtype | None) -> tuple[PreTraine
 def explain(error: Exception) -> str:
     """Return the first line of a loading error, and what to do about it where that is known."""
     text = str(error).strip()
-    kind = type(error).__name__
-    if kind == "SafetensorError":
+    if type(error).__name__ == "SafetensorError":
         return f"a safetensors file is truncated or corrupt ({text}); download it again"
     if "ignore_mismatched_sizes" in text:
         return "weights have another shape than config.json says; download it again"
@@ -55,7 +55,7 @@ def explain(error: Exception) -> str:
         return "it is not a causal language model of transformers"
     if "couldn't connect to" in text:
         return "it is not in the hub's cache on this machine and the hub cannot be reached; give a folder"
-    return " ".join(f"{kind}: {text}".split())[:300]
+    return told(error)
 
 
 def refusal(what: str, error: Exception) -> CheckpointError | UnsupportedError:

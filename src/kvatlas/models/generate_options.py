@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from kvatlas.core.errors import ConfigError, UnsupportedError
+from kvatlas.core.messages import shown
 
 _OWN_CACHE = "the cache is kvatlas's own"
 _FORWARD = "logits are all that is returned of a forward"
@@ -136,5 +137,6 @@ def _check_positions(positions: Tensor, seen: Tensor) -> None:
 def _check(name: str, value: Any, off: object, reason: str) -> None:
     if value is None or (isinstance(value, bool | int | float | str) and value == off):
         return
-    shown = repr(value) if isinstance(value, bool | int | float | str | list | dict) else f"<{type(value).__name__}>"
-    raise UnsupportedError(f"{name}={shown} cannot be used while attached: {reason}; pass {name}={off!r}")
+    plain = isinstance(value, bool | int | float | str | list | dict)
+    text = shown(value) if plain else f"<{type(value).__name__}>"
+    raise UnsupportedError(f"{name}={text} cannot be used while attached: {reason}; pass {name}={off!r}")
