@@ -21,6 +21,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig, PreTrainedConfig, PreTrainedModel
 
 from kvatlas.core.errors import CapacityError, CheckpointError, UnsupportedError
+from kvatlas.core.messages import shown
 from kvatlas.core.units import format_bytes
 from kvatlas.models.checkpoint import explain
 from kvatlas.models.gguf_header import GgufHeader, GgufTensor
@@ -43,15 +44,54 @@ _SIZES = {
     ("ffn_down_exps.weight", 0): "expert_feed_forward_length",
     ("ffn_down_exps.weight", 2): "expert_count",
 }
-# What changes logits and not one shape: the key in the file, and the name in transformers' config.
+# What changes logits and not one shape: the key in the file, and its names in transformers' config.
 _SILENT = {
-    "attention.head_count": "num_attention_heads",
-    "attention.head_count_kv": "num_key_value_heads",
-    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
-    "attention.sliding_window": "sliding_window",
-    "attn_logit_softcapping": "attn_logit_softcapping",
-    "final_logit_softcapping": "final_logit_softcapping",
+    "attention.head_count": ("num_attention_heads",),
+    "attention.head_count_kv": ("num_key_value_heads",),
+    "attention.layer_norm_epsilon": ("layer_norm_epsilon", "layer_norm_eps", "norm_epsilon", "norm_eps"),
+    "attention.layer_norm_rms_epsilon": ("rms_norm_eps", "norm_eps"),
+    "attention.sliding_window": ("sliding_window",),
+    "attn_logit_softcapping": ("attn_logit_softcapping",),
+    "expert_count": ("num_experts", "num_local_experts"),
+    "expert_used_count": ("num_experts_per_tok",),
+    "expert_weights_norm": ("norm_topk_prob",),
+    "final_logit_softcapping": ("final_logit_softcapping",),
+    "shortconv.l_cache": ("conv_L_cache",),
+    "use_parallel_residual": ("use_parallel_residual",),
 }
+# What transformers does not read, and the values at which there is nothing to read.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "attention.causal": (True,),
+    "attention.clamp_kqv": (0,),
+    "attention.max_alibi_bias": (0,),
+    "embedding_scale": (0, 1),
+    "expert_group_count": (0, 1),
+    "expert_shared_count": (0,),
+    "expert_weights_scale": (0, 1),
+    "leading_dense_block_count": (0,),
+    "logit_scale": (0, 1),
+    "nextn_predict_layers": (0,),
+    "pooling_type": (0,),
+    "residual_scale": (0, 1),
+    "rope.scale_linear": (0, 1),
+    "rope.scaling.attn_factor": (0, 1),
+    "router_logit_softcapping": (0,),
+    "swin_norm": (False,),
+    "tensor_data_layout": ("Meta AI original pth",),
+}
+# What acts on shapes, which are compared, on no logits, or only where RoPE is scaled, which is refused.
+_HARMLESS = frozenset(
+    {
+        *_SIZES.values(),
+        "block_count",
+        "context_length",
+        "expert_shared_feed_forward_length",
+        "rope.scaling.factor",
+        "rope.scaling.finetuned",
+        "rope.scaling.original_context_length",
+        "rope.scaling.type",
+    }
+)
 
 
 def check_gguf(header: GgufHeader) -> None:
@@ -194,14 +234,13 @@ def _refusal(header: GgufHeader, error: Exception) -> UnsupportedError | Checkpo
 
 def _check_config(header: GgufHeader, config: PreTrainedConfig) -> None:
     """Refuse a file of which transformers ignores something that changes logits; Llama 3's RoPE is set right."""
-    for key, name in _SILENT.items():
-        said, made = header.setting(key), getattr(config, name, None)
-        if isinstance(said, int | float) and said and not _equal(said, made):
-            _refuse(header, f"{key} {said:g}", f"{name}={made}")
     ropes = _ropes(config)
-    said = header.setting("rope.freq_base")
-    if said is not None and not any(_equal(said, rope.get("rope_theta")) for rope in ropes):
-        _refuse(header, f"rope.freq_base {said:g}", f"rope_theta={[rope.get('rope_theta') for rope in ropes]}")
+    readings = _readings(config, ropes)
+    for key, said in header.settings.items():
+        if key in readings:
+            _check_reading(header, key, said, readings[key])
+        elif key not in _HARMLESS and said not in _NEUTRAL.get(key, ()):
+            _refuse(header, f"{key} {shown(said)}", "nothing")
     frequencies = next((tensor for tensor in header.tensors if tensor.name == _LLAMA3_FREQUENCIES), None)
     if frequencies is not None:
         config.rope_parameters = _llama3_rope(header, frequencies, ropes[0])
@@ -211,6 +250,33 @@ def _check_config(header: GgufHeader, config: PreTrainedConfig) -> None:
     )
     if scaled and all(rope.get("rope_type", "default") == "default" for rope in ropes):
         _refuse(header, f"rope.scaling.type {header.setting('rope.scaling.type')}", "RoPE without scaling")
+
+
+def _readings(config: PreTrainedConfig, ropes: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Return for each key that has a counterpart in transformers' config what stands there, by name; one is enough."""
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    rotated = int(head * (ropes[0].get("partial_rotary_factor") or 1))
+    scale = (getattr(config, "query_pre_attn_scalar", None) or head) ** -0.5
+    bases = {f"rope_theta[{index}]": rope.get("rope_theta") for index, rope in enumerate(ropes)}
+    return {
+        "attention.key_length": {"head_dim": head},
+        "attention.scale": {"the scale": scale},
+        "attention.value_length": {"head_dim": head},
+        "rope.dimension_count": {"rotary dimensions": rotated},
+        "rope.freq_base": bases,
+        "rope.freq_base_swa": bases,
+    } | {key: {name: getattr(config, name, None) for name in _present(config, names)} for key, names in _SILENT.items()}
+
+
+def _check_reading(header: GgufHeader, key: str, said: Any, made: dict[str, Any]) -> None:
+    is_set = isinstance(said, bool) or (isinstance(said, int | float) and said != 0)
+    if is_set and not any(_equal(said, value) for value in made.values()):
+        _refuse(header, f"{key} {said:g}", ", ".join(f"{name}={value}" for name, value in made.items()))
+
+
+def _present(config: PreTrainedConfig, names: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the names that a config has, or the first if it has none of them."""
+    return tuple(name for name in names if hasattr(config, name)) or names[:1]
 
 
 def _check_weights(header: GgufHeader, config: PreTrainedConfig) -> None:

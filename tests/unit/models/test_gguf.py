@@ -249,3 +249,57 @@ def test_a_header_that_lies_about_heads_takes_no_memory(tmp_path, monkeypatch, k
     with pytest.raises(KvatlasError, match=message) as error:
         load_gguf(read_header(path), torch.float32)
     assert "\n" not in str(error.value)
+
+
+UNREAD = {
+    "rope.scale_linear": 4.0,
+    "rope.scaling.attn_factor": 1.2,
+    "rope.dimension_count": 8,
+    "rope.freq_base_swa": 777.0,
+    "attention.scale": 0.5,
+    "attention.clamp_kqv": 8.0,
+    "attention.max_alibi_bias": 8.0,
+    "attention.causal": False,
+    "attention.key_length": 32,
+    "attention.value_length": 32,
+    "logit_scale": 0.25,
+    "embedding_scale": 12.0,
+    "residual_scale": 0.2,
+    "expert_count": 8,
+    "expert_used_count": 2,
+    "use_parallel_residual": True,
+    "of_tomorrow": "x" * 1000,
+}
+NEUTRAL = {
+    "rope.scale_linear": 1.0,
+    "rope.scaling.type": "none",
+    "rope.scaling.factor": 1.0,
+    "rope.scaling.original_context_length": 64,
+    "attention.scale": 0.25,
+    "attention.clamp_kqv": 0.0,
+    "attention.causal": True,
+    "attention.key_length": 16,
+    "attention.value_length": 16,
+    "logit_scale": 1.0,
+    "embedding_scale": 1.0,
+    "residual_scale": 0.0,
+    "expert_count": 0,
+    "expert_used_count": 0,
+    "tensor_data_layout": "Meta AI original pth",
+}
+
+
+@pytest.mark.parametrize("key", UNREAD)
+def test_keys_that_nobody_reads_are_refused_by_name(tmp_path, key):
+    family = "qwen2" if key == "rope.dimension_count" else "llama"  # where it is the size of a head
+    path = write_gguf(tmp_path / "tiny.gguf", model_of(family), metadata={key: UNREAD[key]})
+    with pytest.raises(KvatlasError, match=rf"says {key} .*; use the model's own checkpoint folder") as error:
+        load_model(path)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 400
+
+
+@torch.no_grad()
+def test_keys_at_values_that_change_nothing_are_read_over(tmp_path):
+    model = load_model(write_gguf(tmp_path / "tiny.gguf", model_of(), "F32", metadata=NEUTRAL)).adapter
+    model.restore()
+    torch.testing.assert_close(model.model(IDS).logits, model_of()(IDS).logits, rtol=1e-5, atol=1e-5)
