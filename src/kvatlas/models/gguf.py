@@ -12,6 +12,7 @@ import importlib.util
 import math
 import re
 from contextlib import redirect_stderr
+from functools import cache
 from io import StringIO
 from typing import Any
 
@@ -172,17 +173,26 @@ def load_gguf(header: GgufHeader, dtype: torch.dtype) -> PreTrainedModel:
 
 def _format(header: GgufHeader, tensor: GgufTensor) -> Any:
     """Return the format of a tensor in the words of the gguf package, if it can be unpacked."""
-    import gguf  # of the extra
-
-    try:
-        kind = gguf.GGMLQuantizationType(tensor.kind)
-        _, block_bytes = gguf.GGML_QUANT_SIZES[kind]
-        gguf.dequantize(np.zeros((1, block_bytes), np.uint8), kind)
-    except (ValueError, KeyError, NotImplementedError) as error:
+    kind = unpacked_kind(tensor.kind)
+    if kind is None:
         raise UnsupportedError(
             f"GGUF file {str(header.path)!r}: tensor {tensor.name!r} is of a format (number {tensor.kind}) that the "
             "gguf package does not unpack; quantize the model to another one, such as Q8_0"
-        ) from error
+        )
+    return kind
+
+
+@cache
+def unpacked_kind(number: int) -> Any | None:
+    """Return a format in the words of the gguf package; None if it does not unpack it, which is tried once."""
+    import gguf  # of the extra
+
+    try:
+        kind = gguf.GGMLQuantizationType(number)
+        _, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+        gguf.dequantize(np.zeros((1, block_bytes), np.uint8), kind)
+    except (ValueError, KeyError, NotImplementedError):
+        return None
     return kind
 
 
@@ -329,8 +339,8 @@ def _llama3_rope(header: GgufHeader, frequencies: GgufTensor, rope: dict[str, An
 
 
 def _end_tokens(header: GgufHeader, model: PreTrainedModel) -> None:
-    """Let a turn's end token end the output, too: transformers reads one end token only."""
-    ids = [header.metadata.get(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot")]
+    """Let the end of a turn or a message end the output, too: transformers reads one end token only."""
+    ids = [header.metadata.get(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot", "eom")]
     found = list(dict.fromkeys(index for index in ids if isinstance(index, int)))
     if len(found) > 1:
         model.generation_config.eos_token_id = found

@@ -3,7 +3,8 @@
 Byte-level vocabularies, which ``tokenizer.ggml.model`` calls ``gpt2``, are built here: transformers 5.23 splits text as
 GPT-2 did for every kind it does not know, SmolLM's among them, 5.17 does for all, and 5.17 takes the first token for
 the end token. The kind, named by ``tokenizer.ggml.pre``, says into which pieces text was cut before merges were
-learned. Other vocabularies are transformers' affair, but for the tokens around a text, which 5.17 forgets.
+learned. Other vocabularies are transformers' affair, but for the tokens around a text, which 5.17 forgets, and for the
+space before it, which every version writes whatever ``tokenizer.ggml.add_space_prefix`` says.
 """
 
 from __future__ import annotations
@@ -13,16 +14,17 @@ from contextlib import redirect_stderr
 from io import StringIO
 from typing import Any
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from kvatlas.core.errors import CheckpointError
+from kvatlas.core.errors import CheckpointError, UnsupportedError
 from kvatlas.models.checkpoint import explain
 from kvatlas.models.gguf_header import GgufHeader
 from kvatlas.models.quiet import quiet
 
 _LOG = logging.getLogger(__name__)
 
+_SPACE = "▁"  # of SentencePiece
 _CONTROL, _USER_DEFINED = 3, 4  # of tokenizer.ggml.token_type
 _LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -41,12 +43,15 @@ def gguf_tokenizer(header: GgufHeader) -> PreTrainedTokenizerBase | None:
 
     Raises:
         CheckpointError: the tokenizer cannot be read.
+        UnsupportedError: it begins texts in a way that is not known here.
     """
     if header.metadata.get("tokenizer.ggml.model", "none") in ("none", "no_vocab"):
         return None
     try:
         byte_level = header.metadata["tokenizer.ggml.model"] == "gpt2"
         return _byte_level(header) if byte_level else _of_transformers(header)
+    except UnsupportedError:
+        raise
     except Exception as error:  # tokenizers raises bare Exception, transformers anything.
         raise CheckpointError(f"the tokenizer of {str(header.path)!r} cannot be loaded: {explain(error)}") from error
 
@@ -82,11 +87,25 @@ def _of_transformers(header: GgufHeader) -> PreTrainedTokenizerBase:
         )
     for role, token in roles.items():
         setattr(tokenizer, role, token)
+    if _entry(header, "add_space_prefix") is False:
+        _begin_without_space(header, tokenizer.backend_tokenizer)
     ends = _document_ends(header, roles)
     if ends is not None:
         tokenizer.backend_tokenizer.post_processor = ends
     loaded: PreTrainedTokenizerBase = tokenizer
     return loaded
+
+
+def _begin_without_space(header: GgufHeader, backend: Tokenizer) -> None:
+    """Write a space where the text has one, and nowhere else."""
+    if not isinstance(backend.model, models.BPE):
+        raise UnsupportedError(
+            f"GGUF file {str(header.path)!r} has add_space_prefix=false and a vocabulary of kind "
+            f"{_entry(header, 'model')!r}, which is not known here; use the model's own checkpoint folder"
+        )
+    backend.normalizer = normalizers.Replace(" ", _SPACE)
+    backend.pre_tokenizer = None
+    backend.decoder = decoders.Sequence([decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
 
 
 def _entry(header: GgufHeader, key: str) -> Any:

@@ -6,6 +6,7 @@ import struct
 from collections import namedtuple
 from pathlib import Path
 
+import gguf
 import numpy as np
 import psutil
 import pytest
@@ -14,7 +15,7 @@ from tests.families import tiny_model
 from tests.gguf_files import SENTENCEPIECE, rounded, vocabulary, write_gguf
 
 from kvatlas.core.errors import CapacityError, CheckpointError, KvatlasError, UnsupportedError
-from kvatlas.models.gguf import load_gguf
+from kvatlas.models.gguf import check_gguf, load_gguf, own_dtype, unpacked_kind
 from kvatlas.models.gguf_header import read_header
 from kvatlas.models.gguf_tokenizer import gguf_tokenizer
 from kvatlas.models.loading import load_model, name_of
@@ -85,14 +86,30 @@ def test_a_sentencepiece_vocabulary(tmp_path, capfd):
     assert capfd.readouterr() == ("", "")
 
 
+def test_a_sentencepiece_vocabulary_whose_texts_begin_without_a_space(tmp_path):
+    said = {"/tokenizer.ggml.add_space_prefix": False}
+    path = write_gguf(tmp_path / "tiny.gguf", model_of(), pre=SENTENCEPIECE, metadata=said)
+    tokenizer = gguf_tokenizer(read_header(path))
+    for text, pieces in {
+        "hello world": ["hello", "▁world"],
+        " hello": ["▁hello"],
+        "<s>hello": ["<s>", "hello"],
+        "": [],
+    }.items():
+        ids = tokenizer(text)["input_ids"]
+        assert tokenizer.convert_ids_to_tokens(ids) == ["<s>", *pieces]
+        assert tokenizer.decode(ids[1:]) == text
+
+
 def test_an_unknown_splitter_is_said(tmp_path, caplog):
     assert gguf_tokenizer(read_header(write_gguf(tmp_path / "tiny.gguf", model_of(), pre="klingon"))) is not None
     assert "'klingon'" in caplog.text and len(caplog.records) == 1
 
 
 def test_a_turns_end_ends_the_output_too(tmp_path):
-    path = write_gguf(tmp_path / "tiny.gguf", model_of(), metadata={"/tokenizer.ggml.eot_token_id": 1})
-    assert load_model(path).adapter.model.generation_config.eos_token_id == [0, 1]
+    ends = {"/tokenizer.ggml.eot_token_id": 1, "/tokenizer.ggml.eom_token_id": 7}
+    path = write_gguf(tmp_path / "tiny.gguf", model_of(), metadata=ends)
+    assert load_model(path).adapter.model.generation_config.eos_token_id == [0, 1, 7]
 
 
 def llama3_divisors(factor: float, theta: float = 10000.0) -> np.ndarray:
@@ -216,6 +233,16 @@ def test_without_the_packages_that_read_it(file, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UnsupportedError, match=r"need gguf and accelerate; .*pip install 'kvatlas\[smollm2\]'"):
         load_model(file)
+
+
+def test_a_format_is_tried_once(tmp_path, monkeypatch):
+    tried, unpack = [], gguf.dequantize
+    monkeypatch.setattr(gguf, "dequantize", lambda blocks, kind: (tried.append(kind), unpack(blocks, kind))[1])
+    header = read_header(write_gguf(tmp_path / "tiny.gguf", model_of(), "Q8_0"))
+    unpacked_kind.cache_clear()
+    check_gguf(header)
+    assert own_dtype(header) is torch.float32
+    assert sorted(tried) == sorted(set(tried)) and len(tried) == 2
 
 
 LIES = {
