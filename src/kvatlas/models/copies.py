@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvatlas.core.folders import cache_folder
+from kvatlas.core.messages import told
 from kvatlas.core.units import format_bytes
 from kvatlas.models.checkpoint import load_checkpoint
 from kvatlas.models.gguf import load_gguf, unpacked_bytes
@@ -34,7 +34,7 @@ from kvatlas.models.quiet import quiet
 MANIFEST = "kvatlas-copy.json"
 
 _LOG = logging.getLogger(__name__)
-_FORMAT = 1  # of a copy; raise it when a file would be unpacked or its tokenizer be made in another way
+_FORMAT = 2  # of a copy; raise it when a file would be unpacked or its tokenizer be made in another way
 _OTHER_FILES_BYTES = 64 << 20  # of disk, for all but the weights
 _COPY_DTYPE = torch.float32  # in which every value of every quantized format is what the gguf package computes
 
@@ -119,10 +119,11 @@ def _keep(
         manifest = json.dumps(_manifest(header, digest, partial), indent=2)
         (partial / MANIFEST).write_text(manifest, encoding="utf-8")
         partial.rename(target)
-    except (OSError, SafetensorError) as error:
-        _warn_unkept(target, error)
-        shutil.rmtree(partial, ignore_errors=True)
+    except Exception as error:  # tokenizers raises bare Exception where the disk is full.
+        _warn_unkept(target, told(error))
         return False
+    finally:  # also after Ctrl-C; renamed if all went well
+        shutil.rmtree(partial, ignore_errors=True)
     return True
 
 

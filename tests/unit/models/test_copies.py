@@ -14,6 +14,7 @@ import pytest
 import torch
 from tests.families import tiny_model
 from tests.gguf_files import write_gguf
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvatlas.models import copies
 from kvatlas.models.copies import MANIFEST, load_kept
@@ -113,7 +114,7 @@ DAMAGE = {
     "config": lambda copy: (copy / "config.json").write_text("{}"),
     "no manifest": lambda copy: (copy / MANIFEST).unlink(),
     "cut manifest": lambda copy: (copy / MANIFEST).write_text('{"format"'),
-    "odd manifest": lambda copy: (copy / MANIFEST).write_text('{"format": 1, "source": {"sha256": null}, "files": 3}'),
+    "odd manifest": lambda copy: (copy / MANIFEST).write_text('{"format": 2, "source": {"sha256": null}, "files": 3}'),
     "nothing listed": lambda copy: edit_manifest(copy, files={}),
     "a list": lambda copy: (copy / MANIFEST).write_text("[]"),
     "a file": lambda copy: (shutil.rmtree(copy), copy.write_text("x")),
@@ -181,13 +182,33 @@ def test_a_full_disk_is_seen_before(cache, file, expected, monkeypatch, caplog):
     assert not [path for path in cache.iterdir() if path.is_dir()]
 
 
-def test_a_disk_that_fills_up_meanwhile(cache, file, expected, monkeypatch, caplog):
-    def full(*arguments, **options):
-        raise OSError(28, "No space left on device")
+WRITERS = {
+    "the weights": (PreTrainedModel, "save_pretrained"),
+    "the tokenizer": (PreTrainedTokenizerBase, "save_pretrained"),
+    "the manifest": (copies, "_manifest"),
+}
 
-    monkeypatch.setattr(copies, "_manifest", full)
+
+@pytest.mark.parametrize("kind", [OSError, Exception])  # tokenizers raises the latter
+@pytest.mark.parametrize("moment", ["the weights", "the tokenizer", "the manifest"])
+def test_a_disk_that_fills_up_meanwhile(cache, file, expected, monkeypatch, caplog, kind, moment):
+    def full(*arguments, **options):
+        raise kind("No space left on device (os error 28)")
+
+    monkeypatch.setattr(*WRITERS[moment], full)
     assert_loads(file, expected)
     assert len(caplog.records) == 1 and "No space left on device" in caplog.text
+    assert not [path for path in cache.iterdir() if path.is_dir()]
+
+
+@pytest.mark.parametrize("moment", ["the weights", "the tokenizer", "the manifest"])
+def test_an_interrupt_leaves_no_folder(cache, file, monkeypatch, moment):
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(*WRITERS[moment], interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        load_kept(read_header(file), torch.float32)
     assert not [path for path in cache.iterdir() if path.is_dir()]
 
 
