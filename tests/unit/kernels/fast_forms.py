@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 
@@ -15,7 +15,23 @@ Form = Callable[..., Any]
 FAST_FORMS = ["torch", "avx512, 1 thread", "avx2, 3 threads", "baseline, 2 threads"]
 
 
-def fast_form(name: str, torch_path: ModuleType, native: ModuleType, operation: str, patch: pytest.MonkeyPatch) -> Form:
+@dataclass(frozen=True)
+class NativeForm:
+    """The native form of an operation in one instruction set, on a number of threads, whatever others are in use."""
+
+    native: ModuleType
+    operation: str
+    kernel: Callable[..., int]
+    threads: int
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(self.native, "_kernel", lambda: self.kernel)
+            patch.setattr(self.native, "num_threads", lambda: self.threads)
+            return getattr(self.native, self.operation)(*arguments, **options)
+
+
+def fast_form(name: str, torch_path: ModuleType, native: ModuleType, operation: str) -> Form:
     """Return one of ``FAST_FORMS`` of an operation; skip the test where it does not run."""
     if name == "torch":
         return getattr(torch_path, operation)  # type: ignore[no-any-return]  # a module's attributes are untyped
@@ -25,7 +41,15 @@ def fast_form(name: str, torch_path: ModuleType, native: ModuleType, operation: 
     isa, threads = name.split(", ")
     if isa not in found.available:
         pytest.skip(f"this processor has no {isa}")
-    kernel = replace(found, isa=isa).function(f"kva_{operation}")
-    patch.setattr(native, "_kernel", lambda: kernel)
-    patch.setattr(native, "num_threads", lambda: int(threads[0]))
-    return getattr(native, operation)  # type: ignore[no-any-return]  # likewise
+    return NativeForm(native, operation, replace(found, isa=isa).function(f"kva_{operation}"), int(threads[0]))
+
+
+def running_forms(torch_path: ModuleType, native: ModuleType, operation: str) -> list[Form]:
+    """Return those of ``FAST_FORMS`` that run here.
+
+    A test that compares them all asks the reference once: it is slower than all of them together.
+    """
+    found = library()
+    available = () if isinstance(found, Missing) else found.available
+    names = [name for name in FAST_FORMS if name == "torch" or name.split(", ")[0] in available]
+    return [fast_form(name, torch_path, native, operation) for name in names]

@@ -140,8 +140,9 @@ def read(pool: Tensor, lanes: Lanes, h: int) -> Tensor:
     return pool[lanes.table[h].long()].flatten(0, 1)[:n]
 
 
-def close(got: Any, want: Any, *, atol: float = 2e-5, rtol: float = 2e-4) -> None:
-    torch.testing.assert_close(got, want, atol=atol, rtol=rtol)
+def close(got: Any, want: Any, *, atol: float = 2e-5, rtol: float = 2e-4, form: Any = None) -> None:
+    """Compare numbers; a failure names the form that gave them."""
+    torch.testing.assert_close(got, want, atol=atol, rtol=rtol, msg=lambda text: f"{form}: {text}" if form else text)
 
 
 def peak_bytes(call: Any) -> int:

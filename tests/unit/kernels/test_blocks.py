@@ -101,16 +101,16 @@ def test_tokens_of_a_step_go_where_its_lanes_lie_among_all(rows, lanes, format):
 def test_encoded_blocks_are_the_reference_byte_for_byte(format: Format, dims: tuple[int, int]) -> None:
     torch.manual_seed(sum(dims))
     pool, ids = make_pool(format, dims)
-    k, v = random_blocks(pool, 3)
+    k, v = random_blocks(pool, 2)
     clean = pool.memory.clone()
-    reference.encode_blocks(pool, ids[:3], k, v)
+    reference.encode_blocks(pool, ids[:2], k, v)
     want = pool.memory.clone()
     for form in forms():
         pool.memory.copy_(clean)
-        form.encode_blocks(pool, ids[:3], k, v)
+        form.encode_blocks(pool, ids[:2], k, v)
         assert torch.equal(pool.memory, want)
     for read in ("read_keys", "read_values"):
-        table = ids[:3].int()[torch.tensor([[2, 0], [1, 1]])]
+        table = ids[:2].int()[torch.tensor([[1, 0], [1, 1]])]
         wanted = getattr(reference, read)(pool, table, torch.float32)
         for form in forms():
             assert torch.equal(getattr(form, read)(pool, table, torch.float32), wanted)

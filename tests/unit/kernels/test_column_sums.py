@@ -1,11 +1,12 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
-from tests.unit.kernels.fast_forms import FAST_FORMS, Form, fast_form
+from tests.unit.kernels.fast_forms import FAST_FORMS, Form, NativeForm, fast_form, running_forms
 from tests.unit.kernels.lanes import Lanes, close, dense, make_lanes, peak_bytes
 from tests.unit.kernels.test_chunk_attention import LIMITS, chunk, make_lanes_of, split, stored
 
@@ -16,13 +17,14 @@ from kvatlas.kernels.column_sums import column_sums, native, reference, torch_pa
 from kvatlas.kernels.native import Missing, library
 
 FLOATS = [Format.FP32, Format.BF16, Format.FP16]
+FORMS = running_forms(torch_path, native, "column_sums")
 NO_LIMITS: dict[str, Any] = {"softcap": None, "window": None, "reach": None}
 
 
 @pytest.fixture(params=FAST_FORMS)
-def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Form:
+def form(request: pytest.FixtureRequest) -> Form:
     """A fast form of the operation."""
-    return fast_form(request.param, torch_path, native, "column_sums", monkeypatch)
+    return fast_form(request.param, torch_path, native, "column_sums")
 
 
 def sums(form: Form, own: tuple[torch.Tensor, ...], *lanes: Lanes, sinks: Any = None, **options: Any) -> Any:
@@ -36,21 +38,22 @@ def sums(form: Form, own: tuple[torch.Tensor, ...], *lanes: Lanes, sinks: Any = 
     return [*past_sums, own_sums]
 
 
-def check(form: Form, own: tuple[torch.Tensor, ...], *lanes: Lanes, **options: Any) -> None:
-    got = sums(form, own, *lanes, **options)
-    assert all(each.dtype == torch.float32 for each in got)
+def check(own: tuple[torch.Tensor, ...], *lanes: Lanes, forms: Sequence[Form] = FORMS, **options: Any) -> None:
+    """Compare forms with the reference, which is asked once."""
     loose = 5e-3 if own[0].dtype in (torch.bfloat16, torch.float16) else 5e-5
-    close(got, sums(reference.column_sums, own, *lanes, **options), atol=loose, rtol=loose)
+    wanted = sums(reference.column_sums, own, *lanes, **options)
+    for form in forms:
+        got = sums(form, own, *lanes, **options)
+        assert all(each.dtype == torch.float32 for each in got), form
+        close(got, wanted, atol=loose, rtol=loose, form=form)
 
 
 @pytest.mark.parametrize("tokens", [1, 7, 63])
 @pytest.mark.parametrize(("group", "head_dim"), [(1, 32), (3, 60), (16, 128)])
 @pytest.mark.parametrize("lengths", [(45, 45), (45, 16), (0, 33), (1, 1), (0, 0)])
-def test_agrees_with_the_reference(
-    form: Form, tokens: int, group: int, head_dim: int, lengths: tuple[int, int]
-) -> None:
+def test_agrees_with_the_reference(tokens: int, group: int, head_dim: int, lengths: tuple[int, int]) -> None:
     torch.manual_seed(tokens + group)
-    check(form, chunk(tokens, 2, group, head_dim, first=60), make_lanes(lengths, key_dim=head_dim, end=60))
+    check(chunk(tokens, 2, group, head_dim, first=60), make_lanes(lengths, key_dim=head_dim, end=60))
 
 
 @pytest.mark.parametrize("limits", LIMITS)
@@ -58,7 +61,6 @@ def test_agrees_with_the_reference(
 @pytest.mark.parametrize("with_sinks", [False, True])
 @pytest.mark.parametrize(("lengths", "dense_start"), [((45, 16), None), ((45, 45), 0)])
 def test_options_agree_with_the_reference(
-    form: Form,
     limits: dict[str, Any],
     softcap: float | None,
     with_sinks: bool,
@@ -69,25 +71,25 @@ def test_options_agree_with_the_reference(
     lanes = make_lanes(lengths, value_dim=20, dense_start=dense_start, end=45)
     sinks = torch.randn(6) if with_sinks else None
     own = chunk(19, 2, 3, 32, 20, first=45)
-    check(form, own, lanes, softcap=softcap, sinks=sinks, dense_start=dense_start, **limits)
+    check(own, lanes, softcap=softcap, sinks=sinks, dense_start=dense_start, **limits)
 
 
 @pytest.mark.parametrize("format", FLOATS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
-def test_formats_agree_with_the_reference(form: Form, format: Format, dtype: torch.dtype) -> None:
+def test_formats_agree_with_the_reference(format: Format, dtype: torch.dtype) -> None:
     torch.manual_seed(2)
     q, k, v, positions = chunk(9, 2, 2, 32, first=30)
     lanes = make_lanes((30, 17), format=format, end=30)
-    if form is native.column_sums and not native.covers(q.to(dtype)):
-        pytest.skip(f"the native form does not compute in {dtype}")
-    check(form, (q.to(dtype), k.to(dtype), v.to(dtype), positions), lanes)
+    own = q.to(dtype), k.to(dtype), v.to(dtype), positions
+    check(own, lanes, forms=[form for form in FORMS if native.covers(own[0]) or not isinstance(form, NativeForm)])
 
 
 @pytest.mark.parametrize("limits", LIMITS)
 def test_small_steps_split_queries_without_a_trace(limits: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiles, "STEP_BYTES", 1000)
     torch.manual_seed(3)
-    check(torch_path.column_sums, chunk(37, 2, 3, 32, first=45), make_lanes((45, 45), end=45), **limits)
+    own, lanes = chunk(37, 2, 3, 32, first=45), make_lanes((45, 45), end=45)
+    check(own, lanes, forms=[torch_path.column_sums], **limits)
 
 
 def test_a_slot_without_a_token_has_no_sum_even_if_it_holds_nan(form: Form) -> None:
@@ -97,7 +99,7 @@ def test_a_slot_without_a_token_has_no_sum_even_if_it_holds_nan(form: Form) -> N
     lanes.pos_pool[block, 2] = -1
     lanes.k_pool[block, 2] = lanes.v_pool[block, 2] = torch.nan
     own = chunk(5, 2, 2, 32, first=20)
-    check(form, own, lanes)
+    check(own, lanes, forms=[form])
     past, _ = sums(form, own, lanes)
     assert past[0, 10] == 0 and (past[1, 13:] == 0).all()
 
@@ -109,18 +111,18 @@ def test_queries_that_see_nothing_add_nothing(form: Form) -> None:
 
 @pytest.mark.parametrize("head_dim", [8, 33, 80, 256])
 @pytest.mark.parametrize("format", FLOATS)
-def test_head_dims_of_all_kinds(form: Form, head_dim: int, format: Format) -> None:
+def test_head_dims_of_all_kinds(head_dim: int, format: Format) -> None:
     torch.manual_seed(5)
     lanes = make_lanes((33, 70), key_dim=head_dim, format=format, block_size=16, end=70)
-    check(form, chunk(11, 2, 5, head_dim, first=70), lanes)
+    check(chunk(11, 2, 5, head_dim, first=70), lanes)
 
 
 @pytest.mark.parametrize("group", [1, 7])
 @pytest.mark.parametrize("block_size", [1, 4, 16, 32, 64, 100])
-def test_block_sizes_of_all_kinds(form: Form, group: int, block_size: int) -> None:
+def test_block_sizes_of_all_kinds(group: int, block_size: int) -> None:
     torch.manual_seed(6)
     lanes = make_lanes((131, 64, 5), block_size=block_size, format=Format.FP16, end=131)
-    check(form, chunk(13, 3, group, 32, first=131), lanes, window=70)
+    check(chunk(13, 3, group, 32, first=131), lanes, window=70)
 
 
 @pytest.mark.parametrize("format", [Format.INT8, Format.INT4, Format.INT2])
@@ -128,46 +130,44 @@ def test_block_sizes_of_all_kinds(form: Form, group: int, block_size: int) -> No
 @pytest.mark.parametrize("head_dim", [32, 60, 128])
 @pytest.mark.parametrize("limits", [{}, {"window": 30}])
 def test_encoded_formats_agree_with_the_reference(
-    form: Form, format: Format, dtype: torch.dtype, head_dim: int, limits: dict[str, Any]
+    format: Format, dtype: torch.dtype, head_dim: int, limits: dict[str, Any]
 ) -> None:
     torch.manual_seed(7)
     q, k, v, positions = chunk(9, 2, 2, head_dim, first=72)
     lanes = make_lanes((70, 33), key_dim=head_dim, format=format, block_size=32, end=72)
-    check(form, (q.to(dtype), k.to(dtype), v.to(dtype), positions), lanes, **limits)
+    check((q.to(dtype), k.to(dtype), v.to(dtype), positions), lanes, **limits)
 
 
 @pytest.mark.parametrize("format", [Format.FP16, Format.INT8, Format.INT4])
-def test_a_lane_of_two_parts(form: Form, format: Format) -> None:
+def test_a_lane_of_two_parts(format: Format) -> None:
     torch.manual_seed(8)
     first = make_lanes((64, 0, 33), format=format, block_size=32, end=150, hide_empty=True)
     first.pos_pool[first.table[0, 1], :20] = -1
     second = make_lanes((13, 24, 1), block_size=8, end=150)
-    check(form, chunk(7, 3, 4, 32, first=150), first, second, window=100)
+    check(chunk(7, 3, 4, 32, first=150), first, second, window=100)
 
 
 @pytest.mark.parametrize("head_dim", [32, 256])
 @pytest.mark.parametrize("limits", [{}, {"window": 300}, {"reach": (40, 200)}])
 @pytest.mark.parametrize("in_order", [False, True])
-def test_more_queries_and_keys_than_are_held_at_once(
-    form: Form, head_dim: int, limits: dict[str, Any], in_order: bool
-) -> None:
+def test_more_queries_and_keys_than_are_held_at_once(head_dim: int, limits: dict[str, Any], in_order: bool) -> None:
     torch.manual_seed(9)
     start = 0 if in_order else None
     lengths = (1100, 1100) if in_order else (1100, 650)
     lanes = make_lanes(lengths, key_dim=head_dim, block_size=32, dense_start=start, end=1100)
-    check(form, chunk(110, 2, 2, head_dim, first=1100), lanes, dense_start=start, **limits)
+    check(chunk(110, 2, 2, head_dim, first=1100), lanes, dense_start=start, **limits)
 
 
-def test_chunks_whose_positions_are_in_no_order(form: Form) -> None:
+def test_chunks_whose_positions_are_in_no_order() -> None:
     torch.manual_seed(10)
     q, k, v, positions = chunk(70, 2, 3, 32, first=45)
-    check(form, (q, k, v, positions[torch.randperm(70)]), make_lanes((45, 16), end=45), window=60)
+    check((q, k, v, positions[torch.randperm(70)]), make_lanes((45, 16), end=45), window=60)
 
 
 def test_columns_behind_the_length_have_no_sums(form: Form) -> None:
     torch.manual_seed(11)
     own, lanes = chunk(9, 2, 3, 32, first=45), make_lanes((45, 0), end=45, columns=9)
-    check(form, own, lanes)
+    check(own, lanes, forms=[form])
     past, _ = sums(form, own, lanes)
     assert past.shape == (2, 72) and (past[0, 45:] == 0).all() and (past[1] == 0).all()
 
@@ -209,7 +209,7 @@ def test_what_the_native_form_does_not_cover_goes_to_torch(dtype: torch.dtype, h
     q, k, v, positions = chunk(9, 2, 2, head_dim, first=30)
     own = q.to(dtype), k.to(dtype), v.to(dtype), positions
     assert not native.covers(own[0])
-    check(column_sums, own, make_lanes((30, 17), key_dim=head_dim, end=30))
+    check(own, make_lanes((30, 17), key_dim=head_dim, end=30), forms=[column_sums])
 
 
 @settings(max_examples=25, deadline=None)

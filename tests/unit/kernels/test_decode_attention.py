@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
-from tests.unit.kernels.fast_forms import FAST_FORMS, Form, fast_form
+from tests.unit.kernels.fast_forms import FAST_FORMS, Form, NativeForm, fast_form, running_forms
 from tests.unit.kernels.lanes import Lanes, close, make_lanes, read
 
 from kvatlas.core.errors import ConfigError
@@ -17,12 +18,13 @@ from kvatlas.kernels.visibility import slot_mask
 
 FLOATS = [Format.FP32, Format.BF16, Format.FP16]
 PACKED = [Format.INT4, Format.INT2]
+FORMS = running_forms(torch_path, native, "decode_attention")
 
 
 @pytest.fixture(params=FAST_FORMS)
-def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Form:
+def form(request: pytest.FixtureRequest) -> Form:
     """A fast form of the operation."""
-    return fast_form(request.param, torch_path, native, "decode_attention", monkeypatch)
+    return fast_form(request.param, torch_path, native, "decode_attention")
 
 
 def case(R: int, H: int, G: int, lengths: list[int], *, dtype: torch.dtype = torch.float32, **lane: Any) -> Any:
@@ -38,41 +40,40 @@ def batched(lanes: Lanes, R: int) -> Part:
     return replace(lanes.part, table=table.view(R, -1, table.shape[-1]), length=length.view(R, -1))
 
 
-def both(form: Form, q: torch.Tensor, parts: list[Part], **options: Any) -> tuple[Any, Any]:
-    options = {
-        "scale": q.shape[-1] ** -0.5,
-        "softcap": None,
-        "sinks": None,
-        "window": None,
-        "query_position": None,
-        "slots": None,
-        "need_mass": True,
-        "shared": None,
-    } | options
-    return form(q, parts, **options), reference.decode_attention(q, parts, **options)
+def answer(form: Form, q: torch.Tensor, parts: list[Part], **options: Any) -> Any:
+    """Return output and mass of a form."""
+    names = ("softcap", "sinks", "window", "query_position", "slots", "shared")
+    plain = dict.fromkeys(names) | {"scale": q.shape[-1] ** -0.5, "need_mass": True}
+    return form(q, parts, **plain | options)
 
 
-def agree(form: Form, q: torch.Tensor, parts: list[Part], **options: Any) -> None:
-    """Compare the form with the reference: loosely where the torch form does not round as the reference does."""
-    (out, mass), (want_out, want_mass) = both(form, q, parts, **options)
-    assert out.dtype == q.dtype and all(each.dtype == torch.float32 for each in mass)
+def reference_of(q: torch.Tensor, parts: list[Part], **options: Any) -> Any:
+    return answer(reference.decode_attention, q, parts, **options)
+
+
+def agree(q: torch.Tensor, parts: list[Part], forms: Sequence[Form] = FORMS, **options: Any) -> None:
+    """Compare forms with the reference: loosely where the torch form does not round as the reference does."""
+    want_out, want_mass = reference_of(q, parts, **options)
     packed = any(part.pool.layout.format.is_packed for part in parts)
-    loose = 0.0
-    if packed:
-        loose = 0.03 if form is torch_path.decode_attention else 2e-3
-    elif any(part.pool.layout.format is Format.INT8 for part in parts):
-        loose = 5e-5  # queries and weights of 16 bits
-    narrow = 1e-2 if q.dtype in (torch.bfloat16, torch.float16) else 0.0
-    close(mass, want_mass, atol=max(2e-5, 4 * loose), rtol=max(2e-4, loose))
-    close(out, want_out, atol=max(2e-5, narrow, 2 * loose), rtol=max(2e-4, narrow, loose))
+    for form in forms:
+        out, mass = answer(form, q, parts, **options)
+        assert out.dtype == q.dtype and all(each.dtype == torch.float32 for each in mass), form
+        loose = 0.0
+        if packed:
+            loose = 0.03 if form is torch_path.decode_attention else 2e-3
+        elif any(part.pool.layout.format is Format.INT8 for part in parts):
+            loose = 5e-5  # queries and weights of 16 bits
+        narrow = 1e-2 if q.dtype in (torch.bfloat16, torch.float16) else 0.0
+        close(mass, want_mass, atol=max(2e-5, 4 * loose), rtol=max(2e-4, loose), form=form)
+        close(out, want_out, atol=max(2e-5, narrow, 2 * loose), rtol=max(2e-4, narrow, loose), form=form)
 
 
 @pytest.mark.parametrize("head_dim", [32, 60, 128])
 @pytest.mark.parametrize("group", [1, 3, 16])
 @pytest.mark.parametrize("lengths", [[24, 24, 24, 24], [23, 24, 17, 1], [0, 5, 0, 31], [1, 1, 1, 1], [0, 0, 0, 0]])
-def test_agrees_with_the_reference(form: Form, head_dim: int, group: int, lengths: list[int]) -> None:
+def test_agrees_with_the_reference(head_dim: int, group: int, lengths: list[int]) -> None:
     q, parts, _ = case(2, 2, group, lengths, key_dim=head_dim)
-    agree(form, q, parts)
+    agree(q, parts)
 
 
 @pytest.mark.parametrize("softcap", [None, 3.0])
@@ -80,12 +81,12 @@ def test_agrees_with_the_reference(form: Form, head_dim: int, group: int, length
 @pytest.mark.parametrize("window", [None, 1, 9, 1000])
 @pytest.mark.parametrize("value_dim", [32, 20])
 def test_options_agree_with_the_reference(
-    form: Form, softcap: float | None, with_sinks: bool, window: int | None, value_dim: int
+    softcap: float | None, with_sinks: bool, window: int | None, value_dim: int
 ) -> None:
     q, parts, _ = case(3, 2, 4, [13, 0, 1, 24, 16, 7], value_dim=value_dim, end=40)
     position = torch.tensor([12, 40, 39]) if window else None
     sinks = torch.randn(8) if with_sinks else None
-    agree(form, q, parts, softcap=softcap, sinks=sinks, window=window, query_position=position)
+    agree(q, parts, softcap=softcap, sinks=sinks, window=window, query_position=position)
 
 
 @pytest.mark.parametrize("window", [1, 9, 20, 1000])
@@ -94,36 +95,31 @@ def test_a_window_over_slots_in_order(form: Form, window: int, start: int) -> No
     q, (part,), _ = case(2, 2, 3, [24, 17, 40, 1], dense_start=start)
     position = torch.tensor([start + 23, start + 39])
     options = {"window": window, "query_position": position}
-    (out, mass), want = both(form, q, [replace(part, dense_start=start)], **options)
-    close((out, mass), want)
-    close((out, mass), reference_of(q, [part], **options))
-
-
-def reference_of(q: torch.Tensor, parts: list[Part], **options: Any) -> Any:
-    return both(lambda *_, **__: None, q, parts, **options)[1]
+    in_order = replace(part, dense_start=start)
+    got = answer(form, q, [in_order], **options)
+    close(got, reference_of(q, [in_order], **options))
+    close(got, reference_of(q, [part], **options))
 
 
 @pytest.mark.parametrize("format", FLOATS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
-def test_float_formats_agree_with_the_reference(form: Form, format: Format, dtype: torch.dtype) -> None:
+def test_float_formats_agree_with_the_reference(format: Format, dtype: torch.dtype) -> None:
     q, parts, _ = case(2, 2, 2, [13, 9, 1, 24], dtype=dtype, format=format)
-    if form is native.decode_attention and not native.covers(q):
-        pytest.skip(f"the native form does not compute in {dtype}")
-    agree(form, q, parts)
+    agree(q, parts, [form for form in FORMS if native.covers(q) or not isinstance(form, NativeForm)])
 
 
 @pytest.mark.parametrize("head_dim", [8, 80, 96, 256])
 @pytest.mark.parametrize("format", FLOATS)
-def test_head_dims_of_all_kinds(form: Form, head_dim: int, format: Format) -> None:
+def test_head_dims_of_all_kinds(head_dim: int, format: Format) -> None:
     q, parts, _ = case(1, 2, 5, [33, 70], key_dim=head_dim, value_dim=head_dim // 2 + 1, format=format, block_size=16)
-    agree(form, q, parts)
+    agree(q, parts)
 
 
 @pytest.mark.parametrize("group", [1, 2, 4, 7, 8])
 @pytest.mark.parametrize("block_size", [1, 4, 16, 32, 64])
-def test_block_sizes_of_all_kinds(form: Form, group: int, block_size: int) -> None:
+def test_block_sizes_of_all_kinds(group: int, block_size: int) -> None:
     q, parts, _ = case(1, 3, group, [131, 64, 5], block_size=block_size, format=Format.FP16)
-    agree(form, q, parts)
+    agree(q, parts)
 
 
 @pytest.mark.parametrize("format", [Format.INT8, *PACKED])
@@ -131,25 +127,25 @@ def test_block_sizes_of_all_kinds(form: Form, group: int, block_size: int) -> No
 @pytest.mark.parametrize("group", [1, 4, 7])
 @pytest.mark.parametrize("window", [None, 20])
 def test_encoded_formats_agree_with_the_reference(
-    form: Form, format: Format, head_dim: int, group: int, window: int | None
+    format: Format, head_dim: int, group: int, window: int | None
 ) -> None:
     q, parts, _ = case(2, 2, group, [70, 0, 1, 64], key_dim=head_dim, format=format, block_size=32, end=72)
     position = torch.tensor([71, 69]) if window else None
-    agree(form, q, parts, window=window, query_position=position)
+    agree(q, parts, window=window, query_position=position)
 
 
 @pytest.mark.parametrize("format", [Format.FP16, Format.INT8, *PACKED])
-def test_a_lane_of_two_parts(form: Form, format: Format) -> None:
+def test_a_lane_of_two_parts(format: Format) -> None:
     q, first, _ = case(2, 2, 4, [64, 32, 0, 96], format=format, block_size=32, end=150, key_dim=64)
     second = batched(make_lanes([13, 0, 24, 1], block_size=8, end=150, key_dim=64), 2)
     options = {"sinks": torch.randn(8), "window": 100, "query_position": torch.tensor([140, 149])}
-    agree(form, q, [*first, second], **options)
-    agree(form, q, [second, *first])
+    agree(q, [*first, second], **options)
+    agree(q, [second, *first])
 
 
 @pytest.mark.parametrize("format", [*FLOATS, Format.INT8, *PACKED])
 @pytest.mark.parametrize("window", [None, 60])
-def test_chosen_slots(form: Form, format: Format, window: int | None) -> None:
+def test_chosen_slots(format: Format, window: int | None) -> None:
     lengths = [70, 40, 33, 128]
     q, (part,), _ = case(2, 2, 4, lengths, format=format, block_size=32, end=130)
     counts = torch.tensor([[45, 1], [0, 50]])
@@ -157,20 +153,20 @@ def test_chosen_slots(form: Form, format: Format, window: int | None) -> None:
     for lane, (n, count) in enumerate(zip(lengths, counts.flatten().tolist(), strict=True)):
         slots[lane // 2, lane % 2, :count] = torch.randperm(n)[: min(n, count)].int()
     position = torch.tensor([129, 120]) if window else None
-    agree(form, q, [replace(part, length=counts)], slots=slots, window=window, query_position=position)
+    agree(q, [replace(part, length=counts)], slots=slots, window=window, query_position=position)
 
 
-def test_lanes_of_very_different_lengths(form: Form) -> None:
+def test_lanes_of_very_different_lengths() -> None:
     """So that threads share the long one."""
     q, parts, _ = case(3, 2, 4, [1, 900, 3, 0, 40, 2000], block_size=32, format=Format.BF16)
-    agree(form, q, parts, sinks=torch.randn(8))
-    agree(form, q, parts, softcap=2.0, window=300, query_position=torch.tensor([1200, 7, 3000]))
+    agree(q, parts, sinks=torch.randn(8))
+    agree(q, parts, softcap=2.0, window=300, query_position=torch.tensor([1200, 7, 3000]))
 
 
-def test_large_scores_do_not_overflow(form: Form) -> None:
+def test_large_scores_do_not_overflow() -> None:
     q, parts, _ = case(1, 2, 4, [40, 7])
-    agree(form, q * 300, parts)
-    agree(form, q * 300, parts, softcap=30.0)
+    agree(q * 300, parts)
+    agree(q * 300, parts, softcap=30.0)
 
 
 @pytest.mark.parametrize("buffer_bytes", [1, 3000, 9000])
@@ -179,9 +175,9 @@ def test_small_buffers_split_lanes_and_columns_without_a_trace(
 ) -> None:
     monkeypatch.setattr(torch_path, "CPU_BUFFER_BYTES", buffer_bytes)
     q, parts, _ = case(2, 2, 3, [39, 40, 17, 0], end=50)
-    form = torch_path.decode_attention
-    agree(form, q, parts, sinks=torch.randn(6), window=20, query_position=torch.tensor([50, 45]))
-    agree(form, q, parts, softcap=2.0)
+    forms = [torch_path.decode_attention]
+    agree(q, parts, forms, sinks=torch.randn(6), window=20, query_position=torch.tensor([50, 45]))
+    agree(q, parts, forms, softcap=2.0)
 
 
 def test_reference_is_plain_attention_on_a_dense_case() -> None:
@@ -197,7 +193,7 @@ def test_reference_is_plain_attention_on_a_dense_case() -> None:
 @pytest.mark.parametrize("format", PACKED)
 def test_rounding_in_the_reference_of_packed_formats_stays_small(format: Format) -> None:
     q, parts, _ = case(1, 2, 4, [96, 64], format=format, block_size=32, key_dim=64)
-    rounded, plain = reference_of(q, parts)[0], both(torch_path.decode_attention, q, parts)[0][0]
+    rounded, plain = reference_of(q, parts)[0], answer(torch_path.decode_attention, q, parts)[0]
     assert (rounded - plain).norm() / plain.norm() < 0.02
 
 
@@ -214,10 +210,9 @@ def test_masks_are_built_once_for_layers_that_share_them(window: int | None, mon
     monkeypatch.setattr(torch_path, "slot_mask", counting)
     shared: dict[Any, Any] = {}
     options = {"window": window, "query_position": position}
-    form = torch_path.decode_attention
-    first, want = both(form, q, parts, shared=shared, **options)
-    close(first, want)
-    close(both(form, q, parts, shared=shared, **options)[0], first, atol=0, rtol=0)
+    first = answer(torch_path.decode_attention, q, parts, shared=shared, **options)
+    close(first, reference_of(q, parts, **options))
+    close(answer(torch_path.decode_attention, q, parts, shared=shared, **options), first, atol=0, rtol=0)
     assert len(built) == 1
 
 
@@ -237,40 +232,40 @@ def test_slots_without_a_token_are_hidden_even_if_they_hold_nan(form: Form, form
         else:
             lanes.k_pool[block, slot % 8] = lanes.v_pool[block, slot % 8] = torch.nan
     parts = [replace(part, hide_empty=True)]
-    agree(form, q, parts)
-    _, (mass,) = both(form, q, parts)[0]
+    agree(q, parts, [form])
+    _, (mass,) = answer(form, q, parts)
     assert (mass[0, 1, [0, 3, 9]] == 0).all()
 
 
 @pytest.mark.parametrize("format", PACKED)
-def test_empty_slots_of_packed_blocks_are_hidden(form: Form, format: Format) -> None:
+def test_empty_slots_of_packed_blocks_are_hidden(format: Format) -> None:
     q, (part,), lanes = case(1, 2, 2, [64, 40], format=format, block_size=32)
     for slot in (0, 3, 33):
         block = lanes.table[1, slot // 32]
         lanes.pos_pool[block, slot % 32] = -1
         part.pool.value_params[block, :, :, slot % 32] = torch.nan
-    agree(form, q, [replace(part, hide_empty=True)])
+    agree(q, [replace(part, hide_empty=True)])
 
 
-def test_a_block_of_which_nothing_is_visible(form: Form) -> None:
+def test_a_block_of_which_nothing_is_visible() -> None:
     q, (part,), lanes = case(1, 2, 2, [24, 16])
     lanes.pos_pool[lanes.table.long()] = -1
     lanes.pos_pool[lanes.table[0, 1].long(), 4] = 7
-    agree(form, q, [replace(part, hide_empty=True)])
+    agree(q, [replace(part, hide_empty=True)])
 
 
 def test_a_table_without_columns_gives_zeros(form: Form) -> None:
     q, (part,), _ = case(2, 2, 3, [0, 0, 0, 0])
-    (out, (mass,)), _ = both(form, q, [replace(part, table=part.table[..., :0])])
+    out, (mass,) = answer(form, q, [replace(part, table=part.table[..., :0])])
     assert out.shape == (2, 6, 32) and (out == 0).all()
     assert mass.shape == (2, 2, 0)
 
 
 def test_unused_table_entries_do_not_matter(form: Form) -> None:
     q, (part,), lanes = case(1, 3, 2, [16, 3, 0])
-    before = both(form, q, [part])[0]
+    before = answer(form, q, [part])
     part.table[0, 1, 1] = part.table[0, 2, 0] = lanes.table[0, 0]
-    close(both(form, q, [part])[0], before, atol=0, rtol=0)
+    close(answer(form, q, [part]), before, atol=0, rtol=0)
 
 
 def test_strided_arguments(form: Form) -> None:
@@ -279,7 +274,7 @@ def test_strided_arguments(form: Form) -> None:
     wide_q = torch.cat([torch.full_like(q, torch.nan), q], dim=1)[:, 6:]
     wide_table = torch.cat([part.table, torch.full_like(part.table, 1 << 30)], dim=-1)[..., : part.table.shape[-1]]
     wide_length = part.length.repeat_interleave(2, dim=1)[:, ::2]
-    got, _ = both(form, wide_q, [replace(part, table=wide_table, length=wide_length)])
+    got = answer(form, wide_q, [replace(part, table=wide_table, length=wide_length)])
     close(got, reference_of(q, [part]))
 
 
