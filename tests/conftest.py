@@ -6,8 +6,12 @@ What is calibrated for test models is kept in a folder of the run, not in the us
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Iterator
 
 import pytest
+
+from kvatlas.strategies import plugins, registry
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -15,3 +19,18 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache_folder(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["KVATLAS_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture
+def own_stages(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What a test registers, and the files it names, are forgotten after it."""
+    registry._load()
+    known, modules = dict(registry._STAGES), set(sys.modules)
+    monkeypatch.setenv(plugins.VARIABLE, "")
+    yield
+    registry._STAGES.clear()
+    registry._STAGES.update(known)
+    registry._forget_plans()
+    for name in set(sys.modules) - modules:
+        if name.endswith(".py"):  # files are modules called by their paths
+            del sys.modules[name]

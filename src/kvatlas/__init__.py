@@ -6,9 +6,27 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from kvatlas.core.plan import Traits as Traits
+    from kvatlas.core.views import LaneView as LaneView
+    from kvatlas.core.vocabulary import Saves as Saves
     from kvatlas.engine.attach import attach as attach, detach as detach
     from kvatlas.engine.llm import LLM as LLM
     from kvatlas.engine.params import SamplingParams as SamplingParams
+    from kvatlas.strategies.registry import register as register
+    from kvatlas.strategies.stage import (
+        Attend as Attend,
+        Budget as Budget,
+        Encode as Encode,
+        Keep as Keep,
+        Limits as Limits,
+        Place as Place,
+        Reach as Reach,
+        Received as Received,
+        Stage as Stage,
+        StageInfo as StageInfo,
+        check_share as check_share,
+        tokens_of as tokens_of,
+    )
     from kvatlas.strategies.strategy import Strategy as Strategy
 
 __version__ = "0.1.0"
@@ -20,9 +38,17 @@ _LAZY = {
     "Strategy": "kvatlas.strategies.strategy",
     "attach": "kvatlas.engine.attach",
     "detach": "kvatlas.engine.attach",
+    # what a strategy of one's own is made of
+    **dict.fromkeys(("Stage", "Keep", "Budget", "Encode", "Place", "Attend"), "kvatlas.strategies.stage"),
+    **dict.fromkeys(("Limits", "Reach", "Received", "check_share", "tokens_of"), "kvatlas.strategies.stage"),
+    "LaneView": "kvatlas.core.views",
+    "Saves": "kvatlas.core.vocabulary",
+    "StageInfo": "kvatlas.strategies.stage",
+    "Traits": "kvatlas.core.plan",
+    "register": "kvatlas.strategies.registry",
 }
 
-__all__ = ["LLM", "SamplingParams", "Strategy", "__version__", "attach", "detach"]
+__all__ = ["__version__", *_LAZY]
 
 
 def __getattr__(name: str) -> Any:
