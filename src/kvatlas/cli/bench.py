@@ -13,10 +13,11 @@ from rich.console import Console
 
 from kvatlas.cli.characterize import MOST_THREADS
 from kvatlas.cli.command import App, refuse_idle
-from kvatlas.cli.options import examples, whole_numbers
+from kvatlas.cli.options import Plugins, examples, whole_numbers
 from kvatlas.core.errors import ConfigError
 from kvatlas.core.names import unknown_name
 from kvatlas.core.vocabulary import Format
+from kvatlas.strategies.plugins import load_files
 
 DEFAULT_PEERS = Path("out/peers")
 DEFAULT_ENGINE_RESULTS = Path("out/bench/engine.jsonl")
@@ -130,6 +131,7 @@ def engine(
     strategy: Annotated[
         list[str] | None, typer.Option(metavar="S", help="Of our engine; may be repeated. Default: full.")
     ] = None,
+    plugins: Plugins = None,
     linear_weights: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME", help="Of our engine: auto, off, fp32, fp16, bf16, int8; may be repeated."),
@@ -152,6 +154,7 @@ def engine(
     Engines take turns case by case. Ctrl-C loses nothing: the same command continues. A peer that is not installed is
     skipped with the command that installs it.
     """
+    load_files(plugins or ())
     if not peers:
         refuse_idle(context, ["peer"], "--no-peers is given too; leave one of them out")
     rounds = repeats if repeats is not None else 1 if quick else 3
@@ -210,6 +213,7 @@ def overhead(
     prompt_tokens: Annotated[int, typer.Option(help="Of each sequence.")] = 256,
     steps: Annotated[int, typer.Option(help="Decode steps that count.")] = 32,
     strategy: Annotated[str, typer.Option(metavar="S", help="See 'kvatlas strategies'.")] = "full",
+    plugins: Plugins = None,
     linear_weights: Annotated[
         str, typer.Option(metavar="NAME", help="Of small linears: auto, off, fp32, fp16, bf16, int8.")
     ] = "auto",
@@ -217,6 +221,7 @@ def overhead(
     quick: _Quick = False,
 ) -> None:
     """How much of a decode step is scheduling, strategy and Python, by part; the rest is the model and kernels."""
+    load_files(plugins or ())
     batches = whole_numbers(batch)
     _check(threads, "threads", 1, most=MOST_THREADS)
     for name, number in (("prompt_tokens", prompt_tokens), ("steps", steps), *(("batch", each) for each in batches)):

@@ -15,12 +15,13 @@ from rich.console import Console
 
 from kvatlas.cli import study_options as opt
 from kvatlas.cli.command import given, option, refuse_idle
-from kvatlas.cli.options import DEFAULT_RECORDS, DEFAULT_REPORT, Records, examples
+from kvatlas.cli.options import DEFAULT_RECORDS, DEFAULT_REPORT, Plugins, Records, examples
 from kvatlas.core.errors import ConfigError
 from kvatlas.core.folders import missing_folders
 from kvatlas.core.names import unknown_name
 from kvatlas.records.opening import remove_database
 from kvatlas.records.store import RecordStore
+from kvatlas.strategies.plugins import load_files
 from kvatlas.strategies.strategy import Strategy
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ def characterize(
     ] = False,
     records: Records = DEFAULT_RECORDS,
     strategies: opt.Strategies = None,
+    plugins: Plugins = None,
     repeats: opt.Repeats = None,
     seed: opt.Seed = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads of torch; default: torch's own choice.")] = None,
@@ -117,6 +119,7 @@ def characterize(
 
     Finished points are kept: after an interrupt, the same command continues where it was.
     """
+    load_files(plugins or ())
     for strategy in strategies or ():  # a typo is found before torch is loaded
         Strategy.parse(strategy)
     from kvatlas.experiments.study import StudyFile, dump_study, read_study

@@ -18,9 +18,11 @@ from kvatlas.cli.options import (
     KvMemory,
     LinearWeights,
     Model,
+    Plugins,
     Records,
     examples,
 )
+from kvatlas.strategies.plugins import load_files
 from kvatlas.strategies.strategy import Strategy
 
 if TYPE_CHECKING:
@@ -48,6 +50,7 @@ def evaluate(
         list[str] | None,
         typer.Option("--strategy", metavar="S", help="Strategy to compare; may be repeated. Default: full."),
     ] = None,
+    plugins: Plugins = None,
     limit: Annotated[int | None, typer.Option(help="Questions of each task; default: all.")] = None,
     fewshot: Annotated[int | None, typer.Option(help="Worked examples per question; default: the task's own.")] = None,
     include: Annotated[
@@ -69,6 +72,7 @@ def evaluate(
 
     The cache is cut after the question; each choice is scored by what is left. Needs pip install 'kvatlas[eval]'.
     """
+    load_files(plugins or ())
     for strategy in strategies or ():  # a typo is found before torch is loaded
         Strategy.parse(strategy)
     from kvatlas.evaluation.run import Evaluation, check_evaluation, evaluate as run

@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kvatlas.cli.options import Device, DType, HostMemory, KvMemory, LinearWeights, Link, Model, examples
+from kvatlas.cli.command import refuse_idle
+from kvatlas.cli.options import Device, DType, HostMemory, KvMemory, LinearWeights, Link, Model, Plugins, examples
 from kvatlas.cli.texts import read_text
 from kvatlas.core.errors import ConfigError
 from kvatlas.core.units import format_bytes, format_seconds
+from kvatlas.strategies.plugins import load_files
 from kvatlas.strategies.strategy import Strategy
 
 if TYPE_CHECKING:
@@ -35,12 +37,14 @@ def add_to(app: typer.Typer) -> None:
 
 
 def generate(
+    context: typer.Context,
     prompts: Annotated[list[str] | None, typer.Argument(metavar="PROMPT", help="Texts to continue.")] = None,
     prompt_file: Annotated[
         Path | None, typer.Option(metavar="FILE", help="One more prompt: this file's text; - is the standard input.")
     ] = None,
     model: Model = None,
     strategy: Annotated[str, typer.Option(metavar="S", help="See 'kvatlas strategies'.")] = "full",
+    plugins: Plugins = None,
     kv_memory: KvMemory = "512MiB",
     host_memory: HostMemory = "1GiB",
     link: Link = None,
@@ -58,6 +62,7 @@ def generate(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per prompt.")] = False,
 ) -> None:
     """Continue prompts; tokens, times and cache bytes follow on the standard error."""
+    load_files(plugins or ())
     texts = _texts(prompts or [], prompt_file)
     parsed = Strategy.parse(strategy)
     from kvatlas.engine.llm import LLM
@@ -73,11 +78,8 @@ def generate(
         seed=seed,
         stop=tuple(stop or ()),
     )
-    drawing = {"--top-k": top_k != 0, "--top-p": top_p != 1, "--seed": seed is not None}
-    if temperature == 0 and (idle := [name for name, given in drawing.items() if given]):
-        raise ConfigError(
-            f"{', '.join(idle)} would do nothing: the temperature is 0, which is greedy; add --temperature"
-        )
+    if temperature == 0:
+        refuse_idle(context, ["top_k", "top_p", "seed"], "the temperature is 0, which is greedy; add --temperature")
     weights = {"dtype": dtype, "device": device, "linear_weights": linear_weights}
     llm = LLM(model, parsed, kv_memory, **weights, host_memory=host_memory, link=link)
     ids = [llm.encode(text) for text in texts]

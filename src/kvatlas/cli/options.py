@@ -35,6 +35,10 @@ LinearWeights = Annotated[
         "fp32 (no copy), or fp16, bf16, int8, which round.",
     ),
 ]
+Plugins = Annotated[
+    list[Path] | None,
+    typer.Option("--plugin", metavar="FILE", help="Python file with strategies of your own; may be repeated."),
+]
 Records = Annotated[Path, typer.Option(metavar="FILE", help="The records file (DuckDB).")]
 
 

@@ -11,8 +11,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from kvatlas.cli.options import examples
+from kvatlas.cli.options import Plugins, examples
 from kvatlas.core.vocabulary import Axis
+from kvatlas.strategies.plugins import load_files
 from kvatlas.strategies.recipes import RECIPES
 from kvatlas.strategies.registry import stages
 from kvatlas.strategies.stage import Stage
@@ -24,11 +25,14 @@ def add_to(app: typer.Typer) -> None:
     app.command("strategies", epilog=examples("kvatlas strategies", "kvatlas strategies --json"))(strategies)
 
 
-def strategies(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+def strategies(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False, plugins: Plugins = None
+) -> None:
     """List all strategies: parameters with defaults, axis, paper, what they save and need.
 
     Stages of different axes are joined by |, as in 'h2o(heavy=0.1, recent=0.1) | bf16'.
     """
+    load_files(plugins or ())
     order = list(Axis)
     found = [facts(stage) for stage in sorted(stages().values(), key=lambda stage: order.index(stage.axis))]
     found += [recipe_facts(name) for name in RECIPES if name not in stages()]

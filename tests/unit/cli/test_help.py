@@ -11,12 +11,12 @@ from kvatlas.experiments.experiment import Settings
 
 # A script that uses an option today must run tomorrow: change this list only together with the changelog.
 OPTIONS = {
-    "strategies": "--json",
+    "strategies": "--json --plugin",
     "info": "",
-    "generate": "--prompt-file --model --strategy --kv-memory --host-memory --link --dtype --device "
+    "generate": "--prompt-file --model --strategy --plugin --kv-memory --host-memory --link --dtype --device "
     "--linear-weights --max-tokens --min-tokens --temperature --top-k --top-p --seed --stop --stream --no-stream "
     "--json",
-    "characterize": "--preset --config --dump-config --records --strategy --repeats --seed --threads --list "
+    "characterize": "--preset --config --dump-config --records --strategy --plugin --repeats --seed --threads --list "
     "--time-limit --no-time-limit --repeat-limit --speed-model --quality-model --dtype --device --linear-weights "
     "--kv-memory --host-memory --link --max-batched-tokens --prompt-tokens --prompt-model "
     "--breakdown-prompt-tokens --breakdown-output-tokens --breakdown-link --breakdown-model "
@@ -30,13 +30,13 @@ OPTIONS = {
     "--requests --time-scale --length-scale --max-prompt-tokens --seed --slo-ttft --slo-tpot --vocabulary "
     "--served-model-name --api-key --timeout --model-name --dtype --device --linear-weights --kv-memory --host-memory "
     "--max-batched-tokens --threads",
-    "evaluate": "--task --model --strategy --limit --fewshot --include --held-back --records --kv-memory --host-memory "
-    "--max-batched-tokens --dtype --device --linear-weights --seed",
+    "evaluate": "--task --model --strategy --plugin --limit --fewshot --include --held-back --records --kv-memory "
+    "--host-memory --max-batched-tokens --dtype --device --linear-weights --seed",
     "report": "--records --out",
     "bench kernels": "--ops --formats --contexts --batch --threads --repeats --quick",
-    "bench engine": "--model --cases --peer --peers --no-peers --strategy --linear-weights --max-batched-tokens "
-    "--threads --repeats --timeout --folder --results --fresh --quick",
-    "bench overhead": "--model --batch --prompt-tokens --steps --strategy --linear-weights --threads --quick",
+    "bench engine": "--model --cases --peer --peers --no-peers --strategy --plugin --linear-weights "
+    "--max-batched-tokens --threads --repeats --timeout --folder --results --fresh --quick",
+    "bench overhead": "--model --batch --prompt-tokens --steps --strategy --plugin --linear-weights --threads --quick",
 }
 ARGUMENTS = {"generate": ["PROMPT"], "characterize": ["EXPERIMENT"], "drive": ["URL"]}
 
