@@ -65,9 +65,10 @@ def choose(relative_RHGS: Tensor, alpha: float, most_R: Tensor) -> Choice:
 
     How many: those within ``alpha`` of a query head's best, averaged over all query heads of the layer, rounded up; at
     most ``most_R`` [R], but never so few that a query head would miss its own best slot. What a sequence is given
-    depends on its scores alone, not on who shares the batch: equal scores go to the earlier slot.
+    depends on its scores alone, not on who shares the batch: equal scores go to the earlier slot, and NaN counts as
+    -inf, which is also what pads.
     """
-    relative_RHGS = relative_RHGS.nan_to_num(nan=-torch.inf)
+    relative_RHGS = relative_RHGS.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
     important = (relative_RHGS > -alpha).sum(dim=-1).float().mean(dim=(1, 2)).ceil().long()
     best = _for_any_head(relative_RHGS)
     favourites = best.isposinf().sum(dim=-1).amax(dim=-1)

@@ -67,6 +67,12 @@ def test_scores_that_are_no_numbers_spoil_nobody() -> None:
     assert chosen(below, 2.0, [3, 3])[0] == chosen(below[:1], 2.0, [3])[0]
 
 
+def test_what_pads_is_never_chosen_before_scores_that_are_no_numbers() -> None:
+    below = torch.zeros(1, 2, 2, 9)
+    below[:, 1] = torch.nan
+    assert chosen(padded(below, 20), 2.0, [9]) == chosen(below, 2.0, [9]) == [[[*range(5)]] * 2]
+
+
 @given(st.integers(0, 10**6), st.sampled_from([1, 2, 5]), st.integers(1, 20))
 def test_what_is_evicted_does_not_depend_on_where_slots_lie(seed: int, levels: int, count: int) -> None:
     """Attention underflows to zero for many tokens at once; of equal tokens the older goes first."""
