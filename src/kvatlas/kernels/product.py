@@ -7,7 +7,8 @@ so `available` tries them once and callers keep torch's linear where they are mi
 oneDNN compiles a kernel of about 0.6 MiB for each number of rows and keeps a thousand of them, in no book of ours. The
 rows of a prompt's chunk may be any number, so products are made of pieces: powers of two from 64 rows on are oneDNN's,
 and what is left, fewer than 64 rows, is torch's linear, which keeps nothing. A number just below a power is padded.
-Shapes: M rows, K inputs, N outputs; x [..., M, K], weight [N, K], bias [N] or None, result [..., M, N].
+Shapes: K inputs, N outputs; x [..., K], whose rows are all but the last dimension, weight [N, K], bias [N] or None,
+result [..., N].
 """
 
 from __future__ import annotations
@@ -101,15 +102,15 @@ def _in_pieces(x: Tensor, weight: Tensor, fast: Piece, plain: Piece, other: Tens
     """Return the result of ``fast`` over pieces of the rows, and of ``plain`` over the rest.
 
     Args:
-        x: [..., M, K].
+        x: [..., K].
         weight: [N, K].
         fast: oneDNN's product of rows [n, K] and, where it takes one, ``other`` [n, N].
         plain: the same for any number of rows.
-        other: [..., M, N], or None.
+        other: [..., N], or None.
     """
-    sizes, rows = pieces(x.shape[:-1].numel()), x.flatten(0, -2)
-    others = rows.new_empty(len(rows), 0) if other is None else other.flatten(0, -2)
-    shape = (*x.shape[:-1], len(weight))
+    count, shape = x.shape[:-1].numel(), (*x.shape[:-1], len(weight))
+    sizes, rows = pieces(count) if weight.numel() else [], x.reshape(count, x.shape[-1])
+    others = rows.new_empty(count, 0) if other is None else other.reshape(count, len(weight))
     if sizes == [len(rows)]:
         return fast(rows, others).view(shape)
     result = rows.new_empty(len(rows), len(weight))

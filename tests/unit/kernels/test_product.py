@@ -12,7 +12,9 @@ pytestmark = pytest.mark.skipif(not product.available(), reason="this torch has 
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("shape", [(1, 33, 5), (2, 40, 64), (130, 257), (1, 509, 6), (450, 3), (1, 0, 8)])
+@pytest.mark.parametrize(
+    "shape", [(1, 33, 5), (2, 40, 64), (130, 257), (1, 509, 6), (450, 3), (1, 0, 8), (7,), (0,), (90, 0), (2, 0)]
+)
 @pytest.mark.parametrize("bias", [True, False])
 def test_products_are_those_of_torch(shape, bias):
     torch.manual_seed(0)
