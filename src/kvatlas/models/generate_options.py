@@ -62,12 +62,12 @@ def check_call(model: PreTrainedModel, options: Mapping[str, Any]) -> Generation
 
     Raises:
         UnsupportedError: an option that is switched on cannot be honoured.
-        ConfigError: the mask does not fit the prompts.
+        ConfigError: the prompts are empty, or mask or positions do not fit them.
     """
     for name, (off, reason) in _CALL.items():
         _check(name, options.get(name), off, reason)
     named = {name: value for name, value in options.items() if name != "generation_config"}
-    _check_mask(options)
+    _check_prompts(options)
     config: GenerationConfig = model._prepare_generation_config(options.get("generation_config"), **named)[0]
     for name, (off, reason) in _CONFIG.items():
         _check(name, getattr(config, name, None), off, reason)
@@ -115,9 +115,11 @@ def unpadded(ids: Tensor, mask: Tensor | None, positions: Tensor | None) -> list
     return rows
 
 
-def _check_mask(options: Mapping[str, Any]) -> None:
-    """Refuse a mask of another shape than the prompts: transformers would count positions by it."""
+def _check_prompts(options: Mapping[str, Any]) -> None:
+    """Refuse prompts without a token, and a mask of another shape: transformers would count positions by it."""
     mask, ids = options.get("attention_mask"), options.get("inputs", options.get("input_ids"))
+    if isinstance(ids, Tensor) and not ids.numel():
+        raise ConfigError(f"the prompt is empty: input_ids has shape {list(ids.shape)}; give at least one token")
     if isinstance(mask, Tensor) and isinstance(ids, Tensor) and mask.shape != ids.shape:
         raise ConfigError(
             f"attention_mask has shape {list(mask.shape)} for input_ids of shape {list(ids.shape)}; give it that shape"
@@ -126,7 +128,7 @@ def _check_mask(options: Mapping[str, Any]) -> None:
 
 def _check_positions(positions: Tensor, seen: Tensor) -> None:
     usual = seen.cumsum(-1) - 1
-    fits = positions.shape[-1] == seen.shape[1] and positions.shape[-2] in (1, len(seen))
+    fits = positions.ndim > 1 and positions.shape[-1] == seen.shape[1] and positions.shape[-2] in (1, len(seen))
     if not fits or not bool(((positions == usual) | (seen == 0)).all()):
         raise UnsupportedError(
             "position_ids that do not count the tokens of each row from 0 cannot be used while attached: "

@@ -256,6 +256,7 @@ HONOURED: dict[str, Callable[[], dict[str, Any]]] = {
 LOST: dict[str, tuple[Callable[[], dict[str, Any]], tuple[str, ...]]] = {
     "shifted positions": (lambda: {"position_ids": torch.arange(3, 12)[None]}, ("position_ids", "from 0")),
     "restarting positions": (lambda: {"position_ids": torch.arange(9)[None] % 5}, ("position_ids", "from 0")),
+    "positions of one dimension": (lambda: {"position_ids": torch.arange(9)}, ("position_ids", "from 0")),
     "positions of no row": (lambda: {"position_ids": torch.arange(9).expand(5, 9)}, ("position_ids", "from 0")),
     "mask that is too long": (lambda: {"attention_mask": torch.ones(2, 12)}, ("attention_mask", "[2, 12]", "[2, 9]")),
     "mask that is too short": (lambda: {"attention_mask": torch.ones(2, 4)}, ("attention_mask", "[2, 4]")),
@@ -288,6 +289,14 @@ def test_arguments_that_are_honoured(name: str) -> None:
 def test_arguments_that_would_be_lost(name: str) -> None:
     options, parts = LOST[name]
     assert_refused(outcome(attached(), **BASE | options()), *parts)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("masked", [True, False])
+def test_an_empty_prompt_is_called_empty(rows: int, masked: bool) -> None:
+    empty = torch.empty(rows, 0, dtype=torch.int64)
+    with pytest.raises(ConfigError, match="the prompt is empty"):
+        attached().generate(empty, attention_mask=torch.ones_like(empty) if masked else None, **BASE)
 
 
 def test_a_streamer_sees_the_same() -> None:
