@@ -61,7 +61,7 @@ def attach(
     """
     parsed = Strategy.parse(strategy)
     with running_eagerly():
-        adapter = adapt(unwrapped(model), linear_weights=linear_weights)
+        adapter = adapt(unwrapped(model, "attach()"), linear_weights=linear_weights)
         try:
             loaded = LoadedModel(adapter=adapter, tokenizer=None, name=adapter.shape.name)
             engine = Engine(loaded, kv_memory=kv_memory, **engine_options)
@@ -84,7 +84,7 @@ def detach(model: Any) -> None:
         ConfigError: ``model`` is no causal LM of transformers.
         UnsupportedError: it is a copy that was made while the original was attached.
     """
-    adapter = adapter_of(unwrapped(model))
+    adapter = adapter_of(unwrapped(model, "detach()"))
     if adapter is not None:
         adapter.restore()
 

@@ -23,8 +23,12 @@ _NOT_IN_PLACE = {
 _SHARDED = ("FullyShardedDataParallel", "DeepSpeedEngine", "InferenceEngine")
 
 
-def unwrapped(model: Any) -> PreTrainedModel:
+def unwrapped(model: Any, caller: str) -> PreTrainedModel:
     """Return the model that a wrapper, or a wrapper around a wrapper, runs; a model as it is.
+
+    Args:
+        model: of any kind.
+        caller: the function that was given it, as errors name it.
 
     Raises:
         ConfigError: it is no causal LM of transformers, nor anything known around one.
@@ -32,7 +36,7 @@ def unwrapped(model: Any) -> PreTrainedModel:
     """
     inner = model
     while not isinstance(inner, PreTrainedModel):
-        inner = _inside(inner)
+        inner = _inside(inner, caller)
     _check_adapters(inner)  # also those that transformers' add_adapter() puts in
     if not inner.can_generate():
         raise ConfigError(
@@ -41,7 +45,7 @@ def unwrapped(model: Any) -> PreTrainedModel:
     return inner
 
 
-def _inside(wrapper: Any) -> Any:
+def _inside(wrapper: Any, caller: str) -> Any:
     """Return what is inside of the outermost wrapper."""
     kind = type(wrapper)
     if any(each.__name__ in _SHARDED for each in kind.__mro__):
@@ -62,7 +66,7 @@ def _inside(wrapper: Any) -> Any:
             if isinstance(inner, nn.Module):
                 return inner
     raise ConfigError(
-        f"attach() takes a causal LM of transformers or a known wrapper around one, got {kind.__name__}; "
+        f"{caller} takes a causal LM of transformers or a known wrapper around one, got {kind.__name__}; "
         "give the model that AutoModelForCausalLM.from_pretrained returns"
     )
 

@@ -196,6 +196,7 @@ def test_what_cannot_be_attached(wrapper: Callable[[], Any], kind: type[Exceptio
         with pytest.raises(kind) as refusal:
             call(given)
         assert "\n" not in str(refusal.value) and all(part in str(refusal.value) for part in parts), refusal.value
+        assert "takes" not in str(refusal.value) or f"{call.__name__}() takes" in str(refusal.value)
 
 
 # Getting free again
