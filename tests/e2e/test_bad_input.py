@@ -64,7 +64,7 @@ def test_strategies_that_do_not_exist(command, strategy, parts):
         (["generate", "hi", "--json", "--temperature", -1], ["temperature", "from 0 to", "got -1.0"]),
         (["generate", "hi", "--top-p", 1.5], ["top_p", "above 0 and at most 1", "got 1.5"]),
         (["generate", "hi", "--seed", 3], ["--seed", "temperature is 0", "--temperature"]),
-        (["generate", "hi", "--top-k", 5, "--top-p", 0.9], ["--top-k, --top-p", "greedy", "--temperature"]),
+        (["generate", "hi", "--top-k", 5, "--top-p", 0.9], ["--top-k and --top-p", "greedy", "--temperature"]),
         (["generate", "hi", "--kv-memory", "100TiB"], ["100 TiB", "lower --kv-memory"]),
         (["generate", "hi", "--kv-memory", "much"], ["'much'", "write it like 512MiB"]),
         (["generate", "one two three " * 3000], ["prompt of", "shorten the prompt"]),

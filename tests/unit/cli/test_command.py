@@ -54,6 +54,7 @@ def test_help_shows_every_text_as_it_is_written(name, monkeypatch):
         (["drive", "http://h", "--name", "n", "--arrivals", "poisson", "--time-scale", 3], "--time-scale would do"),
         (["drive", "http://h", "--name", "n", "--arrivals", "poisson", "--length-scale", 3], "--length-scale would do"),
         (["drive", "http://h", "--name", "n", "--arrivals", "poisson", "--max-prompt-tokens", 3], "it belongs to"),
+        (["generate", "hi", "--top-k", 0, "--seed", 3], "--top-k and --seed would do nothing: the temperature is 0"),
         (["bench", "kernels", "--ops", "linear", "--formats", "int4"], "--formats would do nothing"),
         (["bench", "kernels", "--ops", "blocks", "--contexts", 64], "--contexts would do nothing"),
         (["bench", "kernels", "--ops", "decod"], "unknown operation 'decod'; did you mean 'decode'"),
