@@ -43,17 +43,15 @@ CHUNK_TOKENS = 2048
 
 def arithmetic(model: LoadedModel, strategy: str, prompt_tokens: int) -> float:
     """Return the bytes of keys and values that the formats need for what a strategy keeps of a prompt."""
-    parsed, shape, own = Strategy.parse(strategy), model.adapter.shape, Format.BF16
-    kept = parsed.keep.kept_of_prompt(prompt_tokens) or prompt_tokens
-    loose, encode = kept, parsed.encode
-    if parsed.packed is not None and encode is not None:
-        loose = encode.residual + (kept - encode.residual) % GROUP
     total = 0.0
-    for layer in shape.layers:
-        for count, format in ((loose, parsed.stored(own)), (kept - loose, parsed.packed)):
-            if format is not None:
-                layout = layout_of(layer, format, GROUP, ())
-                total += layer.num_kv_heads * count * layout.kv_bytes / GROUP
+    for layer in Strategy.parse(strategy).plan(model.adapter.shape, Format.BF16).layers:
+        loose = kept = layer.limits(prompt_tokens).after_prompt or prompt_tokens
+        if layer.store.old is not None:
+            loose = layer.store.residual + (kept - layer.store.residual) % GROUP
+        for count, stored in ((loose, layer.store.own), (kept - loose, layer.store.old)):
+            if stored is not None:
+                layout = layout_of(layer.shape, stored.format, GROUP, ())
+                total += layer.shape.num_kv_heads * count * layout.kv_bytes / GROUP
     return total
 
 

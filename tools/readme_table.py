@@ -31,9 +31,9 @@ _MOMENTS = {
     Moment.AFTER_STEP: "after each decode step",
 }
 _NEEDS = {
-    Need.COLUMN_SUMS: "attention sums",
-    Need.ROTATION: "calibrated rotations",
-    Need.KEY_BOUNDS: "bounds of keys",
+    "received": "attention received",
+    Need.ROTATION.value: "calibrated rotations",
+    Need.KEY_BOUNDS.value: "bounds of keys",
 }
 
 
@@ -92,9 +92,9 @@ def _row(stage: type[Stage]) -> tuple[str, ...]:
         stage.axis.value,
         info.summary,
         ", ".join(saved.value for saved in info.saves) or "-",
-        "equal to the full cache's" if info.lossless else "may differ",
-        ", ".join(_MOMENTS.get(moment, moment.value) for moment in Moment if moment in info.moments) or "-",
-        ", ".join(_NEEDS.get(need, need.value) for need in Need if need in info.needs) or "-",
+        "equal to the full cache's" if info.traits.exact else "may differ",
+        ", ".join(_MOMENTS.get(moment, moment.value) for moment in Moment if moment in stage().moments) or "-",
+        ", ".join(_NEEDS.get(need, need) for need in stage().asks_for) or "-",
         _linked(info.paper),
     )
 

@@ -13,8 +13,7 @@ from tests.fuzz.values import value
 from torch import Tensor
 
 from kvatlas.core.errors import KvatlasError
-from kvatlas.core.views import LayerView
-from kvatlas.core.vocabulary import Moment
+from kvatlas.core.views import LaneView
 from kvatlas.engine.engine import Engine
 from kvatlas.engine.params import SamplingParams
 from kvatlas.engine.request import FinishReason, ForcedOutput, Request
@@ -49,17 +48,13 @@ class Faulty(StreamingLLM):
     """
 
     name: ClassVar[str] = "faulty"
-    info: ClassVar[StageInfo] = StageInfo(
-        summary="fails",
-        paper="none",
-        moments=frozenset({Moment.AFTER_CHUNK, Moment.AFTER_PREFILL, Moment.AFTER_STEP}),
-    )
+    info: ClassVar[StageInfo] = StageInfo(summary="fails", paper="none")
 
     fault: str = "raise"
     first: int = 1
     lasting: bool = True
 
-    def scores(self, view: LayerView) -> Tensor:
+    def scores(self, view: LaneView) -> Tensor:
         """Return scores, or something else when it is time."""
         calls[str(self)] += 1
         good = super().scores(view)

@@ -14,14 +14,16 @@ from tests.invariants.test_storage import MIXED, WINDOW_LANES
 
 from kvatlas.core.errors import ConfigError, UnsupportedError
 from kvatlas.core.layout import GROUP
+from kvatlas.core.plan import uniform_cache
 from kvatlas.core.shapes import ModelShape
 from kvatlas.core.vocabulary import Format, Sidecar
 from kvatlas.kernels.blocks import read_keys, read_values
-from kvatlas.storage.eviction import close_holes, evict_one, keep_only, lane_view
+from kvatlas.storage.eviction import close_holes, cut, lane_slots, open_holes
 from kvatlas.storage.link import Link
 from kvatlas.storage.sequence import Sequence, Slots
 from kvatlas.storage.store import KVStore
 from kvatlas.storage.swap import Swapper
+from kvatlas.strategies.strategy import Strategy
 
 SIDECARS = (Sidecar.POSITIONS, Sidecar.COLUMN_SUMS)
 LANES = [lane for lane in range(4) if lane not in WINDOW_LANES]
@@ -41,9 +43,9 @@ def write(store: KVStore, seq: Sequence, slots: Slots, first: int) -> None:
 
 def check_contents(store: KVStore, seq: Sequence, tolerance: float) -> None:
     for group in seq.layout.groups:
-        slots = lane_view(store, [seq], group, [0])
-        live, positions = slots.live_BHS[0], slots.view.positions_BHS[0]
-        parts = [(seq.encoded, seq.layout.old_of(group.blocks)), (seq, group.blocks)]
+        slots = lane_slots(store, [seq], group)
+        live, positions = slots.live[0], slots.positions[0]
+        parts = [(seq.encoded, group.old), (seq, group.blocks)]
         keys, values = [], []
         for row, blocks in parts:
             if row is not None and blocks is not None:
@@ -54,8 +56,8 @@ def check_contents(store: KVStore, seq: Sequence, tolerance: float) -> None:
         k, v = torch.cat(keys, dim=1)[live], torch.cat(values, dim=1)[live]
         number = positions[live].float()[:, None] / SPAN
         assert ((k - number).abs() <= tolerance).all() and ((v + number).abs() <= 2e-3).all()
-        assert slots.view.column_sums_BHS is not None
-        assert (slots.view.column_sums_BHS[0][live] == positions[live]).all()
+        assert torch.equal(slots.read("keys")[0][live], k) and torch.equal(slots.read("values")[0][live], v)
+        assert slots.sums is not None and (slots.sums[0][live] == positions[live]).all()
 
 
 def check_blocks(store: KVStore, seq: Sequence) -> None:
@@ -75,8 +77,8 @@ def test_random_schedules(data: st.DataObject, residual: int, packed: Format) ->
     store = KVStore(MIXED, Format.FP32, 1 << 20, block_size=GROUP, host_bytes=1 << 20)
     store.arena._memory.view(torch.float32).fill_(torch.nan)
     swapper = Swapper(store, Link())
-    seq = store.open(store.layout(Format.FP16, SIDECARS, packed=packed))
-    seq.residual = residual
+    seq = store.open(store.layout(uniform_cache(MIXED, Format.FP16, GROUP, SIDECARS, packed=packed, residual=residual)))
+    seq.encodes = True
     held: list[set[int]] = [set() for _ in range(store.lanes.count)]
     merged = False
     for _ in range(data.draw(st.integers(1, 14))):
@@ -104,7 +106,7 @@ def test_random_schedules(data: st.DataObject, residual: int, packed: Format) ->
             merged = True
         elif action == "cut":
             close_holes(store, seq)
-            cut(store, seq, held, data.draw(st.integers(0, 10**6)))
+            forget(store, seq, held, data.draw(st.integers(0, 10**6)))
             merged = True
         else:
             swapped = swapper.try_swap_out(seq)
@@ -125,35 +127,33 @@ def evict(store: KVStore, seq: Sequence, held: list[set[int]], seed: int) -> Non
     """Evict a random token of each lane that has one."""
     generator = torch.Generator().manual_seed(seed)
     for group in seq.layout.groups:
-        slots = lane_view(store, [seq], group, [0])
-        if not slots.live_BHS.shape[-1]:
+        slots = lane_slots(store, [seq], group)
+        if not slots.live.shape[-1]:
             continue
-        scores = torch.rand(slots.live_BHS.shape, generator=generator).masked_fill(~slots.live_BHS, -1.0)
-        victims = scores.argmax(dim=-1).masked_fill(~slots.live_BHS.any(dim=-1), -1)
-        for lane, victim, positions in zip(
-            group.lanes.tolist(), victims[0].tolist(), slots.view.positions_BHS[0], strict=True
-        ):
+        scores = torch.rand(slots.live.shape, generator=generator).masked_fill(~slots.live, -1.0)
+        victims = scores.argmax(dim=-1).masked_fill(~slots.live.any(dim=-1), -1)
+        for lane, victim, positions in zip(group.lanes.tolist(), victims[0].tolist(), slots.positions[0], strict=True):
             if victim >= 0:
                 held[lane].remove(int(positions[victim]))
-        evict_one(store, [seq], group, victims, slots.num_old)
+        open_holes(store, [seq], group, victims, slots.num_old)
 
 
-def cut(store: KVStore, seq: Sequence, held: list[set[int]], seed: int) -> None:
+def forget(store: KVStore, seq: Sequence, held: list[set[int]], seed: int) -> None:
     """Keep a random part of each lane."""
     generator = torch.Generator().manual_seed(seed)
     for group in seq.layout.groups:
-        slots = lane_view(store, [seq], group, [0])
-        kept = slots.live_BHS[0] & (torch.rand(slots.live_BHS.shape[1:], generator=generator) < 0.6)
+        slots = lane_slots(store, [seq], group)
+        kept = slots.live[0] & (torch.rand(slots.live.shape[1:], generator=generator) < 0.6)
         order = kept.logical_not().int().sort(dim=1, stable=True).indices
-        for lane, mask, positions in zip(group.lanes.tolist(), kept, slots.view.positions_BHS[0], strict=True):
+        for lane, mask, positions in zip(group.lanes.tolist(), kept, slots.positions[0], strict=True):
             held[lane] = set(positions[mask].tolist())
-        keep_only(store, seq, group, order, kept.sum(dim=1), slots.num_old)
+        cut(store, [seq], group, order[None], kept.sum(dim=1)[None], slots.num_old)
 
 
 def test_half_empty_blocks_are_merged() -> None:
     store = KVStore(MIXED, Format.FP32, 1 << 20, block_size=GROUP)
-    seq = store.open(store.layout(Format.FP16, SIDECARS, packed=Format.INT2))
-    seq.residual = 0
+    seq = store.open(store.layout(uniform_cache(MIXED, Format.FP16, GROUP, SIDECARS, packed=Format.INT2)))
+    seq.encodes = True
     assert store.try_extend(seq, 4 * GROUP)
     write(store, seq, store.append(seq, 4 * GROUP), 0)
     assert store.try_extend(seq, 1)  # encodes what was stored
@@ -161,7 +161,8 @@ def test_half_empty_blocks_are_merged() -> None:
     before = store.allocated_bytes(seq)
     group = seq.layout.groups[0]
     kept = torch.cat([torch.arange(16), torch.arange(40, 50), torch.arange(96, 128)]).expand(len(group.lanes), -1)
-    keep_only(store, seq, group, kept, torch.full((len(group.lanes),), kept.shape[1]), num_old=4 * GROUP)
+    count = torch.full((1, len(group.lanes)), kept.shape[1])
+    cut(store, [seq], group, kept[None], count, num_old=4 * GROUP)
     assert [int(store.length[seq.encoded.row, lane]) for lane in LANES[:2]] == [2 * GROUP, 2 * GROUP]
     assert store.allocated_bytes(seq) < before
     assert kept_positions(store, seq)[0] == kept[0].tolist()
@@ -169,8 +170,8 @@ def test_half_empty_blocks_are_merged() -> None:
 
 def test_full_pool_refuses_and_loses_nothing() -> None:
     store = KVStore(MIXED, Format.FP32, 64 << 10, block_size=GROUP)
-    seq = store.open(store.layout(Format.FP16, SIDECARS, packed=Format.INT4))
-    seq.residual = 0
+    seq = store.open(store.layout(uniform_cache(MIXED, Format.FP16, GROUP, SIDECARS, packed=Format.INT4)))
+    seq.encodes = True
     while store.try_extend(seq, 16):
         write(store, seq, store.append(seq, 16), seq.seen - 16)
     assert kept_positions(store, seq) == [list(range(seq.seen))] * store.lanes.count
@@ -179,11 +180,12 @@ def test_full_pool_refuses_and_loses_nothing() -> None:
 
 
 def test_what_cannot_be_packed_is_refused() -> None:
-    small = KVStore(MIXED, Format.FP32, 1 << 20, block_size=16)
     with pytest.raises(ConfigError, match="block size of 16"):
-        small.layout(Format.FP16, SIDECARS, packed=Format.INT4)
+        uniform_cache(MIXED, Format.FP16, 16, SIDECARS, packed=Format.INT4)
+    with pytest.raises(ConfigError, match="block size of 16"):
+        Strategy.parse("kivi").plan(MIXED, Format.FP32, block_size=16)
     windowed = ModelShape(
         name="w", layers=(MIXED.layers[1],), hidden_size=8, vocab_size=50, max_positions=999, num_parameters=1
     )
     with pytest.raises(UnsupportedError, match="sliding window"):
-        KVStore(windowed, Format.FP32, 1 << 20).layout(Format.FP16, SIDECARS, packed=Format.INT4)
+        Strategy.parse("kivi").plan(windowed, Format.FP32)

@@ -14,12 +14,10 @@ from tests.driving import assert_empty, check, finish, loaded
 from tests.families import tiny_model, token_ids
 
 from kvatlas.core.errors import CapacityError
-from kvatlas.core.vocabulary import Moment
 from kvatlas.engine.engine import Engine
 from kvatlas.engine.llm import LLM
 from kvatlas.engine.params import SamplingParams
 from kvatlas.engine.request import Request
-from kvatlas.engine.scheduler import layout_under
 from kvatlas.models.loading import LoadedModel
 from kvatlas.strategies.strategy import Strategy
 
@@ -89,7 +87,7 @@ def test_bounds_hold_and_are_tight(data, family, prompt, outputs, chunk, block_s
         enable_prefix_caching=False,
     )  # fmt: skip
     request = engine.add_request(IDS[:prompt], params(outputs), data.draw(strategies_for(family)))
-    bound, layout = request.footprint, layout_under(engine.store, request.strategy)
+    bound, layout = request.footprint, engine.store.layout(request.plan.cache)
     rows = [row for row in (layout, layout.staging, layout.staging, layout.sketch) if row is not None]
     one_block_per_lane = sum(len(group.lanes) * group.blocks.block_bytes for row in rows for group in row.groups)
     windowed = any(layer.window for layer in model(family).adapter.shape.layers)
@@ -109,11 +107,11 @@ def test_bounds_hold_and_are_tight(data, family, prompt, outputs, chunk, block_s
         engine.step()
     assert last <= bound.final_bytes
     assert request.peak_bytes <= bound.peak_bytes and engine.peak_host_bytes <= bound.host_bytes
-    bounded = Moment.AFTER_CHUNK in request.strategy.moments or windowed
+    bounded = any(layer.keep.streams for layer in request.plan.layers) or windowed
     assert engine.peak_host_bytes >= bound.host_bytes - slack or bounded
     assert prompt_peak >= bound.prefill_peak_bytes - slack or (
         # chunks of a bounded prompt fill the bound only if one begins when the cache is full
-        Moment.AFTER_CHUNK in request.strategy.moments or windowed
+        any(layer.keep.streams for layer in request.plan.layers) or windowed
     )
     assert request.peak_bytes >= bound.final_bytes - slack
     assert_empty(engine)

@@ -185,7 +185,7 @@ def sessions_compete(data: st.DataObject, family: str, count: int) -> None:
             talk = data.draw(st.sampled_from(free))
             talk.note()
             talk.ask(engine, IDS[start : start + length], data.draw(st.integers(1, 6)))
-        elif action == "fork" and (whole := [talk for talk in free if talk.request.strategy.lossless]):
+        elif action == "fork" and (whole := [talk for talk in free if talk.request.plan.forkable]):
             talk = data.draw(st.sampled_from(whole))
             talk.note()
             child = Talk(talk.strategy, engine.fork_request(talk.request), list(talk.turns), list(talk.answers))

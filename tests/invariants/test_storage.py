@@ -28,16 +28,17 @@ from hypothesis.stateful import (
 from torch import Tensor
 
 from kvatlas.core.layout import GRANULE
+from kvatlas.core.plan import CachePlan, uniform_cache
 from kvatlas.core.shapes import LayerShape, ModelShape
 from kvatlas.core.vocabulary import Format, Sidecar
 from kvatlas.storage.arena import Arena
 from kvatlas.storage.eviction import (
     close_holes,
     compact_windows,
+    cut,
     drop_passed_windows,
-    evict_one,
-    keep_slots,
-    lane_view,
+    lane_slots,
+    open_holes,
 )
 from kvatlas.storage.lanes import LaneGroup
 from kvatlas.storage.link import Link
@@ -68,6 +69,10 @@ PLACES = [((), 0.0), ((), 0.0), ((0, 1, 3), 0.0), ((1,), 0.0), ((1, 3), 0.5), ((
 """Layers on the host, and the share of the sketch."""
 
 
+def planned(format: Format | None, sidecars: tuple[Sidecar, ...], place: tuple[tuple[int, ...], float]) -> CachePlan:
+    return uniform_cache(MIXED, format or Format.FP32, BLOCK, sidecars, host_layers=place[0], sketch_share=place[1])
+
+
 @dataclass(eq=False)
 class Model:
     """What a sequence must hold: for each lane, position -> the number its key and value are made of."""
@@ -81,6 +86,11 @@ class Model:
     def fixed(self) -> bool:
         """Whether its tokens never move, because partial keys lie beside them."""
         return self.seq.sketch is not None
+
+    @property
+    def plain(self) -> bool:
+        """Whether nothing but positions lies beside its keys and values."""
+        return self.seq.layout.groups[0].blocks.layout.sidecars == PLAIN
 
 
 class StoreMachine(RuleBasedStateMachine):
@@ -97,6 +107,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.models: list[Model] = []
         self.swapped: list[tuple[Model, SwappedSequence, object]] = []
         self.numbers = counter(1)
+        self.published: dict[bytes, list[Tensor]] = {}
         self.poison()
 
     # Operations
@@ -104,7 +115,7 @@ class StoreMachine(RuleBasedStateMachine):
     @rule(target=live, format=st.sampled_from([None, Format.FP16]), sums=st.booleans(), place=st.sampled_from(PLACES))
     def open(self, format: Format | None, sums: bool, place: tuple[tuple[int, ...], float]) -> Model:
         place = place if self.store.host is not None else ((), 0.0)
-        seq = self.store.open(self.store.layout(format, SUMS if sums else PLAIN, *place))
+        seq = self.store.open(self.store.layout(planned(format, SUMS if sums else PLAIN, place)))
         model = Model(seq, [], [{} for _ in range(self.store.lanes.count)])
         self.models.append(model)
         return model
@@ -143,7 +154,7 @@ class StoreMachine(RuleBasedStateMachine):
                 if victims[-1] >= 0:
                     position = int(self.slot(model, group, lane, torch.tensor(victims[-1]))[2])
                     del model.lanes[lane][position]
-            evict_one(self.store, [model.seq], group, torch.tensor([victims]), num_old=0)
+            open_holes(self.store, [model.seq], group, torch.tensor([victims]), num_old=0)
         model.cut = True
 
     @rule(model=live)
@@ -152,7 +163,8 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(model=live, data=st.data())
     def keep_slots(self, model: Model, data: st.DataObject) -> None:
-        if model.fixed or model.seq.shared:
+        """Cut lanes; blocks that the prefix cache has as well are left to it, whatever room there is."""
+        if model.fixed or self.has_partners(model):
             return
         close_holes(self.store, model.seq)
         for group in model.seq.layout.groups:
@@ -164,7 +176,8 @@ class StoreMachine(RuleBasedStateMachine):
                 kept[row, : len(slots)] = torch.tensor(slots, dtype=torch.int64)
                 positions = set(self.slot(model, group, lane, kept[row, : len(slots)])[2].tolist())
                 model.lanes[lane] = {p: n for p, n in model.lanes[lane].items() if p in positions}
-            keep_slots(self.store, model.seq, group, kept, torch.tensor([len(slots) for slots in chosen]))
+            count = torch.tensor([[len(slots) for slots in chosen]])
+            cut(self.store, [model.seq], group, kept[None], count, prefixes=self.cache)
         model.cut = True
 
     @rule(model=live)
@@ -183,7 +196,7 @@ class StoreMachine(RuleBasedStateMachine):
         if model.fixed or model.seq.shared:
             return
         close_holes(self.store, model.seq)
-        compact_windows(self.store, model.seq)
+        compact_windows(self.store, model.seq, torch.ones(self.store.lanes.count, dtype=torch.bool))
         for lane in WINDOW_LANES:
             if len(model.lanes[lane]) >= WINDOW + BLOCK:  # else it is not worth the copy
                 seen, model.cut = len(model.tokens), True
@@ -199,14 +212,14 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(model=live)
     def publish(self, model: Model) -> None:
-        if not model.cut and not model.fixed and model.seq.layout.key[1] == PLAIN:
+        if not model.cut and not model.fixed and model.plain:
             self.cache.publish(model.seq, model.tokens, "", 0)
 
     @rule(model=live, tokens=st.lists(st.integers(0, 1), min_size=1, max_size=12))
     def adopt(self, model: Model, tokens: list[int]) -> None:
-        if model.tokens or model.fixed or model.seq.shared or model.seq.layout.key[1] != PLAIN:
+        if model.tokens or model.fixed or model.seq.shared or not model.plain:
             return
-        adopted = self.cache.adopt(model.seq, tokens, "")
+        adopted = self.cache.adopt(model.seq, tokens, "", most=len(tokens) - 1)
         assert adopted % BLOCK == 0 and adopted < len(tokens)
         model.tokens = tokens[:adopted]
         for lane in range(len(model.lanes)):
@@ -226,17 +239,19 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(model=live)
     def look(self, model: Model) -> None:
-        """What a strategy is shown: the tokens that are there, and of these the ones a later query can see."""
+        """What is read of lanes: the tokens that are there, and what lies beside them."""
         for group in model.seq.layout.groups:
             if not bool((self.store.length[model.seq.row, group.lanes] > 0).any()):
                 continue
-            slots = lane_view(self.store, [model.seq], group, [0])
-            view, live = slots.view, slots.live_BHS
+            slots = lane_slots(self.store, [model.seq], group)
             for row, lane in enumerate(group.lanes.tolist()):
-                assert sorted(view.positions_BHS[0, row][live[0, row]].tolist()) == sorted(model.lanes[lane])
-                window = WINDOW if lane in WINDOW_LANES else 10**6
-                visible = [p for p in sorted(model.lanes[lane]) if p > len(model.tokens) - window]
-                assert sorted(view.positions_BHS[0, row][view.valid_BHS[0, row]].tolist()) == visible
+                live = slots.live[0, row]
+                held = model.lanes[lane]
+                assert sorted(slots.positions[0, row][live].tolist()) == sorted(held)
+                numbers = [held[position] for position in slots.positions[0, row][live].tolist()]
+                assert slots.read("keys")[0, row][live][:, 0].tolist() == numbers
+                assert slots.read("values")[0, row][live][:, 0].tolist() == [-number for number in numbers]
+                assert slots.sums is None or slots.sums[0, row][live].tolist() == numbers
 
     @rule(target=live, model=consumes(live))
     def swap_out(self, model: Model) -> Model | MultipleResults:
@@ -265,9 +280,9 @@ class StoreMachine(RuleBasedStateMachine):
             return multiple()
         place = data.draw(st.integers(0, len(self.swapped) - 1))
         model, out, state = self.swapped[place]
-        before, taken, host_bytes = self.books(), list(self.store._free_rows), out.host_bytes
+        before, taken, host_bytes = self.books(), list(self.store.tables.free_rows), out.host_bytes
         if self.swapper.try_swap_in(out) is None:
-            assert (self.books(), self.store._free_rows, out.host_bytes) == (before, taken, host_bytes)
+            assert (self.books(), self.store.tables.free_rows, out.host_bytes) == (before, taken, host_bytes)
             return multiple()
         assert self.state(self.rows(model)) == state, "lengths, holes and blocks per lane"
         if model.seq.staging is not None:
@@ -311,8 +326,21 @@ class StoreMachine(RuleBasedStateMachine):
                 waiting = sum(out.host_bytes for _, out, _ in self.swapped) if arena is self.store.host else 0
                 held = sum(self.store.allocated_bytes(model.seq, arena) for model in self.models)
                 assert books.used == held + waiting
-        if unshared and not any(model.seq.layout.host_layers for model in self.models):
+        if unshared and not any(model.seq.layout.plan.host_layers for model in self.models):
             assert self.store.books().used_kv == sum(self.store.kv_bytes(model.seq) for model in self.models)
+
+    @invariant()
+    def what_is_published_stays(self) -> None:
+        """Whoever cuts, evicts or goes on must leave the prefix cache what it has."""
+        for digest, entry in self.cache._entries.items():
+            held = [
+                part[entry.ids[group.lanes].long()].clone()
+                for group in entry.layout.groups
+                for part in (group.blocks.positions, group.blocks.pool.keys, group.blocks.pool.values)
+            ]
+            was = self.published.setdefault(digest, held)
+            assert all(torch.equal(one, other) for one, other in zip(held, was, strict=True))
+        self.published = {digest: self.published[digest] for digest in self.cache._entries}
 
     @invariant()
     def tables_point_into_their_pools(self) -> None:
@@ -368,6 +396,22 @@ class StoreMachine(RuleBasedStateMachine):
         assert short in self.arenas, "somebody must be asked to give way"
         assert (self.books(), self.rows(model)) == before
         return False
+
+    def has_partners(self, model: Model) -> bool:
+        """Whether another sequence owns some block of a sequence, too."""
+        return any(
+            bool((group.blocks.arena.num_owners(group.blocks, ids) > 1 + self.cached(group, ids)).any())
+            for group, ids in self.store.ids_between(model.seq, *self.span(model.seq))
+        )
+
+    def cached(self, group: LaneGroup, ids: Tensor) -> Tensor:
+        """Return for each block of a group how many entries of the prefix cache own it."""
+        owners = torch.zeros(len(ids), dtype=torch.int64)
+        for entry in self.cache._entries.values():
+            for other in entry.layout.groups:
+                if other.blocks is group.blocks:
+                    owners += torch.isin(ids, entry.ids[other.lanes]).long()
+        return owners
 
     def scribble(self, model: Model) -> None:
         """Use the staging buffers, as a step would; nobody else may feel it."""

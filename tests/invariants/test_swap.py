@@ -10,7 +10,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
-from tests.invariants.test_storage import BLOCK, MIXED, PLACES, PLAIN, SUMS, Model, StoreMachine
+from tests.invariants.test_storage import BLOCK, MIXED, PLACES, PLAIN, SUMS, Model, StoreMachine, planned
 
 from kvatlas.core.vocabulary import Format
 from kvatlas.storage.link import Link
@@ -54,6 +54,7 @@ class Driven(StoreMachine):
         }
         acts[operation]()
         self.holds_what_the_model_holds()
+        self.what_is_published_stays()
         self.books_balance()
         self.tables_point_into_their_pools()
         self.poison()
@@ -112,7 +113,7 @@ def bits(kv: KVStore, row) -> list[torch.Tensor]:
 def test_every_bit_comes_back(format: Format | None, place: tuple[tuple[int, ...], float], tokens: int) -> None:
     kv, link = store(200_000), Link()
     swapper = Swapper(kv, link)
-    seq = kv.open(kv.layout(format, SUMS, *place))
+    seq = kv.open(kv.layout(planned(format, SUMS, place)))
     assert kv.try_extend(seq, tokens, staged=tokens)
     kv.append(seq, tokens)
     seq.sketch_columns[1] = torch.tensor([[3, 1]])
@@ -123,8 +124,8 @@ def test_every_bit_comes_back(format: Format | None, place: tuple[tuple[int, ...
     length, device = kv.length[seq.row].tolist(), kv.allocated_bytes(seq)
     out = swapper.try_swap_out(seq)
     assert out is not None and kv.books().used == 0 and kv.host.books().used == out.host_bytes
-    assert len(kv._free_rows) == len(kv.table)
-    other = kv.open(kv.layout(None, PLAIN))
+    assert len(kv.tables.free_rows) == len(kv.table)
+    other = kv.open(kv.layout(planned(None, PLAIN, ((), 0.0))))
     assert kv.try_extend(other, 4 * BLOCK)
     kv.append(other, 4 * BLOCK)
     noise(kv, [other])
@@ -148,7 +149,7 @@ def test_every_bit_comes_back(format: Format | None, place: tuple[tuple[int, ...
 
 def test_without_a_host_nothing_is_swapped() -> None:
     kv = store(0)
-    seq = kv.open(kv.layout(None, PLAIN))
+    seq = kv.open(kv.layout(planned(None, PLAIN, ((), 0.0))))
     assert kv.try_extend(seq, 5)
     kv.append(seq, 5)
     assert Swapper(kv, Link()).try_swap_out(seq) is None
@@ -158,7 +159,7 @@ def test_without_a_host_nothing_is_swapped() -> None:
 def test_a_swapped_fork_leaves_the_other_alone() -> None:
     kv = store(200_000)
     swapper = Swapper(kv, Link())
-    seq = kv.open(kv.layout(None, PLAIN, (0, 1, 3)))
+    seq = kv.open(kv.layout(planned(None, PLAIN, ((0, 1, 3), 0.0))))
     assert kv.try_extend(seq, 7, staged=7)
     kv.append(seq, 7)
     noise(kv, [seq])

@@ -14,6 +14,7 @@ from tests.driving import Job, assert_empty, drive, loaded, relative_error
 from tests.families import tiny_model, token_ids
 from tests.retold import InfiniGen
 
+from kvatlas.core.vocabulary import Axis
 from kvatlas.engine import forward
 from kvatlas.engine.engine import Engine
 from kvatlas.engine.speculation import Choice, make_speculator
@@ -59,7 +60,7 @@ def job(strategy: str, prompt_tokens: int) -> Job:
 
 @cache
 def told(strategy: str, prompt_tokens: int, kv_heads: int = GROUPED) -> tuple[InfiniGen, list[torch.Tensor]]:
-    attend = Strategy.parse(strategy).attend
+    (attend,) = Strategy.parse(strategy).on(Axis.ATTEND)
     assert isinstance(attend, Speculate)
     retelling = InfiniGen(
         prompt_tokens, model(kv_heads).adapter.model, matrices(kv_heads), attend.alpha, attend.cap, attend.partial,

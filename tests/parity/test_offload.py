@@ -14,7 +14,6 @@ from tests.families import FAMILIES, tiny_model, token_ids
 from transformers import CONFIG_MAPPING
 
 import kvatlas
-from kvatlas.core.vocabulary import Sidecar
 from kvatlas.engine.engine import Engine
 from kvatlas.engine.llm import LLM
 from kvatlas.engine.params import SamplingParams
@@ -22,6 +21,7 @@ from kvatlas.models import clone
 from kvatlas.models.loading import LoadedModel
 from kvatlas.models.probe import _causal_class
 from kvatlas.models.quiet import quiet
+from kvatlas.strategies.strategy import Strategy
 
 OUTPUT_TOKENS = 8
 TOLERANCE = 1e-4
@@ -182,7 +182,7 @@ def test_what_a_step_moves(prefetch: bool) -> None:
             fetched = engine.link.to_device.num_bytes - before
             assert 0 < fetched <= request.footprint.moved_bytes_per_step
             if family == "llama":
-                blocks = engine.store.layout(None, request.strategy.sidecars).groups[0].blocks
+                blocks = engine.store.layout(engine.plan(Strategy.parse("full")).cache).groups[0].blocks
                 assert fetched == len(layers) * 2 * blocks.block_bytes * -(-(cached + 1) // 4)
                 new = sum(layer.num_kv_heads * (layer.key_dim + layer.value_dim) * 4 for layer in layers)
                 assert engine.link.to_host.num_bytes - stored == new
@@ -197,7 +197,7 @@ def test_what_a_chunk_moves(strategy: str) -> None:
     for past in (0, 8, 16):
         moves, moved = engine.link.to_device.moves, engine.link.to_device.num_bytes
         engine.step()
-        blocks = engine.store.layout(None, (Sidecar.POSITIONS,)).groups[0].blocks
+        blocks = engine.store.layout(engine.plan(Strategy.parse("full")).cache).groups[0].blocks
         assert engine.link.to_device.num_bytes - moved == layers * 2 * blocks.block_bytes * past // 4
         assert engine.link.to_device.moves - moves == (layers if past else 0)
 

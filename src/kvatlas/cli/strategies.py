@@ -48,14 +48,15 @@ def facts(stage: type[Stage]) -> dict[str, Any]:
     return {
         "name": stage.name,
         "sentence": str(stage()),
-        "parameters": {field.name: field.default for field in dataclasses.fields(stage)},
+        "parameters": {field.name: getattr(stage(), field.name) for field in stage.parameters()},
         "axis": stage.axis.value,
         "summary": info.summary,
         "paper": info.paper,
         "saves": [saved.value for saved in info.saves],
-        "lossless": info.lossless,
-        "needs": sorted(need.value for need in info.needs),
-        "moments": sorted(moment.value for moment in info.moments),
+        "lossless": info.traits.exact,
+        "traits": dataclasses.asdict(info.traits),
+        "needs": stage().asks_for,
+        "moments": sorted(moment.value for moment in stage().moments),
     }
 
 
@@ -72,9 +73,10 @@ def recipe_facts(name: str) -> dict[str, Any]:
         "summary": f"{recipe.label}: {'; '.join(stage.info.summary for stage in parts)}",
         "paper": recipe.paper,
         "saves": sorted({saved.value for stage in strategy.stages for saved in stage.info.saves}),
-        "lossless": strategy.lossless,
-        "needs": sorted(need.value for need in strategy.needs),
-        "moments": sorted(moment.value for moment in strategy.moments),
+        "lossless": strategy.traits.exact,
+        "traits": dataclasses.asdict(strategy.traits),
+        "needs": sorted({need for stage in parts for need in stage.asks_for}),
+        "moments": sorted({moment.value for stage in parts for moment in stage.moments}),
     }
 
 

@@ -97,16 +97,17 @@ class BlockLayout:
     @cached_property
     def block_bytes(self) -> int:
         """Bytes of one block with its sidecars, rounded up to a cache line."""
-        end = self._sidecar_start + sum(self.sidecar_size(sidecar) for sidecar in self.sidecars)
+        end = self.sidecar_start + sum(self.sidecar_size(sidecar) for sidecar in self.sidecars)
         return _rounded(end, GRANULE)
 
     def sidecar_offset(self, sidecar: Sidecar) -> int:
         """Return where a sidecar starts inside the block, bytes."""
         before = self.sidecars[: self.sidecars.index(sidecar)]
-        return self._sidecar_start + sum(self.sidecar_size(each) for each in before)
+        return self.sidecar_start + sum(self.sidecar_size(each) for each in before)
 
     @property
-    def _sidecar_start(self) -> int:
+    def sidecar_start(self) -> int:
+        """Where the sidecars start inside the block, bytes: what is before depends on keys and values alone."""
         return _rounded(self.kv_bytes, SIDECAR_SLOT_BYTES)
 
     def sidecar_size(self, sidecar: Sidecar) -> int:

@@ -1,11 +1,12 @@
 """What a stage sees of the cache. Built by storage, read by strategies, changed by nobody.
 
-Shapes: B sequences of one strategy, H lanes (the KV heads of one layer, or of all layers where a moment spans
-them), S slots padded to the longest lane.
+Shapes: B sequences whose strategies are of one kind, H lanes (KV heads of whole layers, layer by layer), S slots padded
+to the longest lane, D elements of a key or a value.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -13,21 +14,58 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-@dataclass(frozen=True, kw_only=True)
-class LayerView:
-    """Cached tokens of B sequences.
+@dataclass(kw_only=True)
+class LaneView:
+    """Cached tokens of B sequences in some layers.
 
     Args:
+        layer_H: int64, the layer of each lane.
+        heads: lanes of one layer; every layer here has as many, and all of them are here.
+        num_layers: layers of the model.
         positions_BHS: int32, position of the token in each slot; meaningless where not valid.
         valid_BHS: bool, whether the slot holds a token that a later query may see.
         seen_B: int64, tokens that each sequence has processed; the newest has position ``seen - 1``.
+        prompt_B: int64, tokens up to the end of the prompt that fractions refer to.
         recent_B: int64, newest tokens that the strategy protects, as ``Keep.recent_tokens`` answered.
-        column_sums_BHS: float32, attention received so far, summed over all queries and the query heads of the
-            GQA group; present where the strategy declares ``Need.COLUMN_SUMS``.
+        sums_BHS: float32, attention received, as ``Keep.received`` asked; None if it asks for none.
+        read: returns keys and values [B, H, S, D] of all slots.
+        has_read: whether keys or values were asked for.
     """
 
+    layer_H: Tensor
+    heads: int
+    num_layers: int
     positions_BHS: Tensor
     valid_BHS: Tensor
     seen_B: Tensor
+    prompt_B: Tensor
     recent_B: Tensor
-    column_sums_BHS: Tensor | None = None
+    sums_BHS: Tensor | None
+    read: Callable[[str], Tensor]
+    has_read: bool = False
+
+    @property
+    def received(self) -> Tensor:
+        """Attention received, float32 [B, H, S]."""
+        assert self.sums_BHS is not None, "only a stage that declares 'received' may ask for it"
+        return self.sums_BHS
+
+    @property
+    def newest(self) -> Tensor:
+        """Whether a token is among the newest that the strategy protects, bool [B, H, S]."""
+        return self.positions_BHS >= (self.seen_B - self.recent_B)[:, None, None]
+
+    def keys(self) -> Tensor:
+        """Return the keys as a query meets them, rotated, float32 [B, H, S, Dk]; read when asked for."""
+        self.has_read = True
+        return self.read("keys")
+
+    def values(self) -> Tensor:
+        """Return the values, float32 [B, H, S, Dv]; read when asked for."""
+        self.has_read = True
+        return self.read("values")
+
+    def by_layer(self, each_BHS: Tensor) -> Tensor:
+        """Return a tensor [B, H, S] as [B, L, heads, S]: layers apart from their heads."""
+        sequences, lanes, slots = each_BHS.shape
+        return each_BHS.view(sequences, lanes // self.heads, self.heads, slots)

@@ -6,32 +6,28 @@ from enum import StrEnum
 
 
 class Axis(StrEnum):
-    """The question a stage answers. A strategy has at most one stage per axis."""
+    """The question a stage answers. A layer has at most one stage per axis."""
 
     KEEP = "keep"
+    BUDGET = "budget"
     ENCODE = "encode"
     PLACE = "place"
     ATTEND = "attend"
-    WHEN = "when"
-    BUDGET = "budget"
 
 
 class Moment(StrEnum):
-    """A point in the life of a request at which a stage may act."""
+    """A point in the life of a request at which a stage acts."""
 
     BEFORE_LAYER = "before_layer"
     SELECT = "select"
-    AFTER_LAYER = "after_layer"
     AFTER_CHUNK = "after_chunk"
     AFTER_PREFILL = "after_prefill"
     AFTER_STEP = "after_step"
-    ON_PRESSURE = "on_pressure"
 
 
 class Need(StrEnum):
     """Something that must be computed for a stage while queries and keys are at hand; gone later."""
 
-    COLUMN_SUMS = "column_sums"
     ROTATION = "rotation"
     KEY_BOUNDS = "key_bounds"
 

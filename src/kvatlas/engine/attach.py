@@ -11,11 +11,10 @@ from torch import Tensor
 from kvatlas.core.errors import CapacityError
 from kvatlas.core.units import format_bytes
 from kvatlas.engine.engine import Engine
-from kvatlas.engine.eviction import residual, staged_slots
+from kvatlas.engine.eviction import residual_holds, staged_slots
 from kvatlas.engine.params import SamplingParams
 from kvatlas.engine.request import Request
 from kvatlas.engine.runner import Batch, Runner, renewed_at
-from kvatlas.engine.scheduler import layout_under
 from kvatlas.models.bridge import GenerateBridge
 from kvatlas.models.linear import LinearChoice
 from kvatlas.models.loading import LoadedModel, adapt
@@ -162,7 +161,7 @@ class _Rows:
             id=f"row-{len(self._requests)}",
             tokens=prompt,
             params=SamplingParams(),
-            strategy=self._strategy,
+            plan=self._engine.plan(self._strategy),
             footprint=self._engine.checked_footprint(self._strategy, len(prompt), 1),
             arrival_s=self._engine.clock(),
             prefill_spans=[(0, len(prompt))],
@@ -172,8 +171,8 @@ class _Rows:
     def _process(self, request: Request) -> Tensor:
         """Process the prompt of a row in chunks, on a sequence of its own, and return the logits after it [1, V]."""
         store, logits = self._engine.store, torch.empty(0)
-        request.seq = store.open(layout_under(store, self._strategy))
-        request.seq.residual = residual(self._strategy, in_prompt=True)
+        request.seq = store.open(store.layout(request.plan.cache))
+        request.seq.encodes = residual_holds(request.plan, in_prompt=True)
         while (end := request.prefill_end) is not None:
             count = min(end - request.computed, self._engine.max_batched_tokens)
             self._extend(request, count)

@@ -17,7 +17,7 @@ from kvatlas.core.footprint import Footprint
 from kvatlas.core.layout import DEFAULT_BLOCK_SIZE
 from kvatlas.core.timeline import Event, Timeline
 from kvatlas.core.units import format_bytes, parse_bytes, parse_tier_bytes
-from kvatlas.core.vocabulary import Format, Moment, Need
+from kvatlas.core.vocabulary import Format, Need
 from kvatlas.engine.detokenizer import Detokenizer
 from kvatlas.engine.drafts import Draft
 from kvatlas.engine.forward import Transport
@@ -27,18 +27,17 @@ from kvatlas.engine.prompts import token_ids
 from kvatlas.engine.request import FinishReason, NewToken, Request
 from kvatlas.engine.runner import Batch, Runner
 from kvatlas.engine.sampler import sample
-from kvatlas.engine.scheduler import Scheduler, layout_under
+from kvatlas.engine.scheduler import Scheduler
 from kvatlas.engine.speculation import Account, make_speculator
 from kvatlas.models.loading import LoadedModel
 from kvatlas.storage.link import Link, LinkRate
 from kvatlas.storage.prefix_cache import PrefixCache
 from kvatlas.storage.store import KVStore
 from kvatlas.storage.swap import Swapper
-from kvatlas.strategies.footprint import footprint
+from kvatlas.strategies.plan import Plan
 from kvatlas.strategies.strategy import Strategy
 
 _LOG = logging.getLogger(__name__)
-_SERVED = frozenset({Moment.BEFORE_LAYER, Moment.SELECT, Moment.AFTER_CHUNK, Moment.AFTER_PREFILL, Moment.AFTER_STEP})
 _FORMATS = {torch.float32: Format.FP32, torch.bfloat16: Format.BF16, torch.float16: Format.FP16}
 
 
@@ -110,7 +109,7 @@ class Engine:
             max_batched_tokens,
             Swapper(self.store, self.transport.link),
         )
-        self._runner = Runner(model.adapter, self.store, self.transport, self.scheduler.publish_prefix)
+        self._runner = Runner(model.adapter, self.store, self.transport, self.scheduler.publish_prefix, prefix_cache)
         self._detokenizer = Detokenizer(model.tokenizer)
         self._end_ids = _end_ids(model)
         self.peak_used_bytes = self.peak_host_bytes = self.peak_running = 0
@@ -149,27 +148,20 @@ class Engine:
         """Make ready what a strategy needs beside memory.
 
         Raises:
-            UnsupportedError: a stage acts at a moment that this engine does not serve, or the model cannot serve it.
+            UnsupportedError: the model cannot serve it.
             CapacityError: it places keys and values on the host, and there is no host tier.
         """
-        if unserved := strategy.moments - _SERVED:
-            raise UnsupportedError(
-                f"{strategy} acts {', '.join(sorted(unserved))}, which this engine does not serve yet"
-            )
-        layout_under(self.store, strategy)
+        self.store.layout(self.plan(strategy).cache)
         if Need.ROTATION in strategy.needs and self.transport.speculator is None:
             self.transport.speculator = make_speculator(self.model)
 
+    def plan(self, strategy: Strategy) -> Plan:
+        """Return what a strategy means for this engine's model."""
+        return strategy.plan(self.store.lanes.shape, self.format, self.store.block_size)
+
     def footprint(self, strategy: Strategy, prompt_tokens: int, output_tokens: int) -> Footprint:
         """Return the bounds on one request's bytes in this engine."""
-        bounds = partial(
-            footprint,
-            strategy,
-            self.store.lanes.shape,
-            chunk_tokens=self.max_batched_tokens,
-            format=self.format,
-            block_size=self.store.block_size,
-        )
+        bounds = partial(self.plan(strategy).footprint, chunk_tokens=self.max_batched_tokens)
         bound = bounds(prompt_tokens=prompt_tokens, output_tokens=output_tokens)
         total = prompt_tokens + output_tokens
         renewed = self.model.adapter.renewed_at(prompt_tokens, total)
@@ -191,7 +183,7 @@ class Engine:
         Raises:
             ConfigError: the prompt is empty or holds a token id outside the vocabulary, or the strategy is not
                 understood.
-            UnsupportedError: a stage acts at a moment that this engine does not serve, or the model cannot serve it.
+            UnsupportedError: the model cannot serve it.
             CapacityError: the request could never fit, even alone.
         """
         params = SamplingParams() if params is None else params
@@ -204,7 +196,7 @@ class Engine:
             id=request_id or next(self._ids),
             tokens=ids,
             params=params,
-            strategy=parsed,
+            plan=self.plan(parsed),
             footprint=self.checked_footprint(parsed, len(ids), params.max_tokens),
             arrival_s=self.clock() if arrival_s is None else arrival_s,
             prefill_spans=[(0, len(ids))],
@@ -234,12 +226,12 @@ class Engine:
         """Return a copy of a finished request that a session holds; blocks are shared until one of the two writes.
 
         Raises:
-            UnsupportedError: the strategy evicts, so that each copy would need its own history.
+            UnsupportedError: the strategy drops tokens, or keeps more than blocks that two can share.
         """
-        if not request.strategy.lossless:
+        if not request.plan.forkable:
             raise UnsupportedError(
                 f"a conversation under {request.strategy} cannot be forked, because its cache depends on its history; "
-                "fork one under a lossless strategy such as 'full'"
+                "fork one under a strategy that keeps every token as it was written, such as 'full' or 'int8'"
             )
         copy = replace(
             request,
@@ -388,7 +380,7 @@ class Engine:
                 f"prompt of {prompt_tokens} tokens + max_tokens {output_tokens} exceeds the {longest} positions of "
                 f"{self.model.name}; shorten the prompt or lower max_tokens"
             )
-        layout = layout_under(self.store, strategy)
+        layout = self.store.layout(self.plan(strategy).cache)
         tiers = [(bound.peak_bytes, self.store.arena, "pool", "--kv-memory")]
         if self.store.host is not None:
             tiers.append((bound.host_bytes, self.store.host, "host tier", "--host-memory"))

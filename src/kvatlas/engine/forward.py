@@ -1,6 +1,6 @@
 """One forward over a packed batch: where each token's keys and values go, and what each query reads.
 
-A step's batch is a row of *segments*: chunks of prompts first, then groups of decode steps that share a strategy.
+A step's batch is a row of *segments*: chunks of prompts first, then groups of decode steps of one kind of strategy.
 Attention of a chunk runs per sequence; a decode group is one call over all its sequences and heads.
 
 Shapes: T packed tokens, n tokens of a chunk, R sequences of a group, H KV heads, C table columns.
@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from kvatlas.core.timeline import EventKind, Timeline
-from kvatlas.core.vocabulary import Need
 from kvatlas.engine.segments import Chunk, DecodeGroup, GroupLayer, sequence_of
 from kvatlas.engine.selection import choose_pages
 from kvatlas.engine.sources import Blocks, old_blocks
@@ -101,9 +100,11 @@ class ForwardPass:
         """Choose and fetch what the next layer will read, for groups whose strategy speculates."""
         speculator, target = self._transport.speculator, layer + 1
         for group in self._groups:
-            visitors, attend = group.visitors, group.strategy.attend
-            if visitors is None or attend is None or not visitors.reads_host(target):
+            visitors = group.visitors
+            if visitors is None or not visitors.chooses or not visitors.reads_host(target):
                 continue
+            attend = group.plan.layers[target].attend
+            assert attend is not None
             assert speculator is not None
             with self._staging.noted(EventKind.SPECULATE, target):
                 query = foresee(target, slice(group.start, group.start + len(group.requests)))
@@ -137,7 +138,7 @@ class ForwardPass:
         return out[None]
 
     def _attend_chunk(self, call: AttentionCall, chunk: Chunk, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        seq, strategy = sequence_of(chunk.request), chunk.request.strategy
+        seq, keep = sequence_of(chunk.request), chunk.request.plan.layers[call.layer].keep
         lanes = self._store.lanes.slices[call.layer]
         past = chunk.past_length[lanes]
         source = self._source(call, seq, chunk.visitors, chunk.table[lanes][None])
@@ -146,7 +147,7 @@ class ForwardPass:
         k, v = self._write(call, home, block, offset, k, v, source.visiting)
         if home.pool.key_bounds is not None:
             bound_blocks(home, *self._touched(chunk, lanes))
-        reach = strategy.keep.reach(chunk.request.prompt_tokens)
+        reach = keep.reach(chunk.request.prompt_tokens)
         limits = _Limits(
             scale=call.scale,
             softcap=call.softcap,
@@ -155,8 +156,8 @@ class ForwardPass:
         )
         parts = self._past_parts(call, chunk, Blocks.of(source.blocks, source.table[0], past.to(q.device), past))
         out, lse = chunk_attention(q, k, v, chunk.positions, parts, sinks=call.sinks, **limits)
-        if Need.COLUMN_SUMS in strategy.needs:
-            self._add_column_sums(call, chunk, source, q, k, lse, limits)
+        if keep.received is not None:
+            self._add_column_sums(call, chunk, source, q, k, lse, limits, keep.received.queries)
         if seq.sketch is not None and source.visiting:
             self._extend_sketch(call, chunk, source, q, k)
         return out
@@ -191,9 +192,7 @@ class ForwardPass:
     def _old(self, call: AttentionCall, segment: Chunk | DecodeGroup) -> Blocks | None:
         """Return the encoded blocks of a layer, [H, C] for a chunk; None if there are none."""
         seq = sequence_of(segment.request) if isinstance(segment, Chunk) else segment.seqs[0]
-        found = old_blocks(
-            seq.layout.old_of(seq.layout.of_layer(call.layer)), segment.old, self._store.lanes.slices[call.layer]
-        )
+        found = old_blocks(seq.layout.old_of_layer(call.layer), segment.old, self._store.lanes.slices[call.layer])
         return found.first() if found is not None and isinstance(segment, Chunk) else found
 
     def _source(self, call: AttentionCall, seq: Sequence, visitors: Visitors | None, table: Tensor) -> _Source:
@@ -204,11 +203,18 @@ class ForwardPass:
         return _Source(blocks=blocks, table=stage.to(blocks.device), visiting=True)
 
     def _add_column_sums(
-        self, call: AttentionCall, chunk: Chunk, source: _Source, q: Tensor, k: Tensor, lse: Tensor, limits: _Limits
+        self,
+        call: AttentionCall,
+        chunk: Chunk,
+        source: _Source,
+        q: Tensor,
+        k: Tensor,
+        lse: Tensor,
+        limits: _Limits,
+        observed: int | None,
     ) -> None:
-        """Add to each cached token the attention that the chunk's observed queries pay it."""
+        """Add to each cached token what the chunk's queries pay it that are among the prompt's last ``observed``."""
         prompt_tokens, seq = chunk.request.prompt_tokens, sequence_of(chunk.request)
-        observed = chunk.request.strategy.keep.observed_queries(prompt_tokens)
         first = 0 if observed is None else max(0, prompt_tokens - observed - int(chunk.positions[0]))
         home, lanes = seq.layout.of_layer(call.layer), self._store.lanes.slices[call.layer]
         sums = home.column_sums
@@ -259,7 +265,7 @@ class ForwardPass:
         sketch.write(seq, past, k.transpose(0, 1))
 
     def _attend_group(self, call: AttentionCall, group: DecodeGroup, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        seq, strategy, here = group.seqs[0], group.strategy, group.layers[call.layer]
+        seq, plan, here = group.seqs[0], group.plan.layers[call.layer], group.layers[call.layer]
         home = seq.layout.of_layer(call.layer)
         source = self._source(call, seq, group.visitors, here.table)
         new = None
@@ -280,12 +286,13 @@ class ForwardPass:
         read = None
         if home.pool.key_bounds is not None:
             self._bound_keys(call, home, here)
-            pages = strategy.pages(call.layer, self._store.lanes.shape.layers[call.layer], self._store.block_size)
+            pages = plan.pages(self._store.block_size)
             read = None if pages is None else choose_pages(q, own, pages, here.slot)
         old = None if group.old is None else self._old(call, group)
         last = own.part() if read is None else read
-        parts = [last] if old is None else [old.part(hide_empty=strategy.evicts), last]
-        need_mass = home.column_sums is not None and strategy.keep.observed_queries(1) is None
+        parts = [last] if old is None else [old.part(hide_empty=plan.evicts), last]
+        received = plan.keep.received
+        need_mass = received is not None and received.in_decode
         alike: object = call.window if group.dense else call.layer
         out, masses = decode_attention(
             q, parts, scale=call.scale, softcap=call.softcap, sinks=call.sinks,
@@ -295,9 +302,10 @@ class ForwardPass:
         )  # fmt: skip
         if masses is not None:
             where = replace(own, blocks=home, table=here.table[..., :columns])
-            self._credit(call, source.visiting, where, masses[-1], self._held_blocks(alike, group, where))
+            fresh = received is not None and received.queries is not None and self._stores(call.layer)
+            self._credit(call, source.visiting, where, masses[-1], self._held_blocks(alike, group, where), fresh=fresh)
             if old is not None:
-                old.add_to_sums(masses[0], old.held())
+                old.add_to_sums(masses[0], old.held(), fresh=fresh)
         if choice is not None:
             self._follow_up(call, group, choice, q, k)
         return out
@@ -306,10 +314,12 @@ class ForwardPass:
         """Return how many blocks hold the chosen tokens of a lane and the new one."""
         return int(count.max()) // self._store.block_size + 1
 
-    def _credit(self, call: AttentionCall, on_host: bool, where: Blocks, amounts: Tensor, held: Tensor) -> None:
-        """Add the attention that a step paid to the column sums at home."""
+    def _credit(
+        self, call: AttentionCall, on_host: bool, where: Blocks, amounts: Tensor, held: Tensor, *, fresh: bool
+    ) -> None:
+        """Add the attention that a step paid to the column sums at home, or put it in their place."""
         num_bytes = amounts.numel() * amounts.itemsize
-        self._at_home(call, on_host, lambda: where.add_to_sums(amounts, held), num_bytes)
+        self._at_home(call, on_host, lambda: where.add_to_sums(amounts, held, fresh=fresh), num_bytes)
 
     def _follow_up(self, call: AttentionCall, group: DecodeGroup, choice: Choice, q: Tensor, k: Tensor) -> None:
         """Give the sketch the new token's key; account for the choice, if anybody asks."""

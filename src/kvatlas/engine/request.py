@@ -14,6 +14,7 @@ from kvatlas.core.footprint import Footprint
 from kvatlas.engine.params import SamplingParams
 from kvatlas.storage.sequence import Sequence
 from kvatlas.storage.swap import SwappedSequence
+from kvatlas.strategies.plan import Plan
 from kvatlas.strategies.strategy import Strategy
 
 
@@ -53,7 +54,7 @@ class Request:
         id: unique name.
         tokens: prompt and output, as far as known.
         params: sampling and ending.
-        strategy: what manages its cache.
+        plan: what manages its cache, resolved for the model.
         footprint: bounds on its bytes.
         arrival_s: when it arrived, on the engine's clock.
         prefill_spans: ranges [start, end) of ``tokens`` that are prompts.
@@ -66,7 +67,7 @@ class Request:
     id: str
     tokens: list[int]
     params: SamplingParams
-    strategy: Strategy
+    plan: Plan
     footprint: Footprint
     arrival_s: float
     prefill_spans: list[tuple[int, int]]
@@ -84,6 +85,11 @@ class Request:
     peak_bytes: int = 0
     forced: ForcedOutput | None = None
     error: Exception | None = None
+
+    @property
+    def strategy(self) -> Strategy:
+        """What manages its cache, as the user wrote it."""
+        return self.plan.strategy
 
     @property
     def computed(self) -> int:

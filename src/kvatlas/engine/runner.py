@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 
 from kvatlas.core.timeline import EventKind
-from kvatlas.engine.eviction import after_decode_step, after_prompt_chunk, end_prompt
+from kvatlas.core.vocabulary import Moment
+from kvatlas.engine.eviction import Evictor, end_prompt
 from kvatlas.engine.forward import ForwardPass, Transport
 from kvatlas.engine.request import Request
 from kvatlas.engine.segments import Chunk, DecodeGroup, make_chunk, make_group, sequence_of
 from kvatlas.models.adapter import Adapter
 from kvatlas.storage.eviction import drop_passed_windows
+from kvatlas.storage.prefix_cache import PrefixCache
 from kvatlas.storage.store import KVStore
 
 
@@ -50,6 +52,7 @@ class Runner:
         store: where keys and values lie.
         transport: how what lies on the host is read.
         publish: called with a request and the tokens it had before a chunk, while all the chunk's blocks are there.
+        prefixes: the prefix cache, if there is one.
     """
 
     def __init__(
@@ -58,11 +61,13 @@ class Runner:
         store: KVStore,
         transport: Transport,
         publish: Callable[[Request, int], None] | None = None,
+        prefixes: PrefixCache | None = None,
     ) -> None:
         self._adapter = adapter
         self._store = store
         self._transport = transport
         self._publish = publish
+        self._evictor = Evictor(store, prefixes)
 
     def run(self, batch: Batch) -> tuple[list[Request], Tensor]:
         """Return the requests whose next token is due, and their logits [B, V].
@@ -139,26 +144,25 @@ class Runner:
         if self._publish is not None:  # before windows let go of blocks that others could share
             for chunk in chunks:
                 self._publish(chunk.request, chunk.request.computed - chunk.count)
-        for chunk in chunks:
-            after_prompt_chunk(self._store, chunk.request, span_done=chunk.request.ends_prefill_span)
-        for group in groups:
-            after_decode_step(self._store, group.requests)
+        prompts = [chunk.request for chunk in chunks if chunk.request.ends_prefill_span]
+        self._evictor.act(Moment.AFTER_CHUNK, [chunk.request for chunk in chunks if chunk.request not in prompts])
+        self._evictor.act(Moment.AFTER_PREFILL, prompts)
+        self._evictor.act(Moment.AFTER_STEP, [request for group in groups for request in group.requests])
         if self._store.lanes.windows:
             for request in [chunk.request for chunk in chunks] + [r for group in groups for r in group.requests]:
                 assert request.seq is not None
                 drop_passed_windows(self._store, request.seq)
-        for chunk in chunks:
-            if chunk.request.ends_prefill_span:
-                end_prompt(self._store, chunk.request)
+        for request in prompts:
+            end_prompt(self._store, request)
 
 
 def _grouped(store: KVStore, requests: Seq[Request]) -> list[list[Request]]:
-    """Return decode steps by strategy, those of similar cache length together so that little is padded."""
+    """Return decode steps by kind of strategy, those of similar cache length together so that little is padded."""
     groups: dict[Hashable, list[Request]] = {}
     rows = [request.seq.row for request in requests if request.seq is not None]
     longest = store.length[rows].amax(dim=1).tolist() if rows else []
     for request, slots in zip(requests, longest, strict=True):
-        groups.setdefault((request.strategy, (slots // store.block_size).bit_length()), []).append(request)
+        groups.setdefault((request.plan.kind, (slots // store.block_size).bit_length()), []).append(request)
     return list(groups.values())
 
 

@@ -14,32 +14,19 @@ from collections import deque
 from collections.abc import Iterator, Sequence as Seq
 from contextlib import contextmanager
 
-from kvatlas.engine.eviction import residual, staged_slots
+from kvatlas.engine.eviction import residual_holds, staged_slots
 from kvatlas.engine.request import Request
 from kvatlas.engine.runner import Batch, renewed_at
 from kvatlas.models.adapter import Adapter
 from kvatlas.storage.arena import Arena
 from kvatlas.storage.eviction import close_holes
-from kvatlas.storage.lanes import LaneGroup, SequenceLayout
+from kvatlas.storage.lanes import LaneGroup
 from kvatlas.storage.prefix_cache import PrefixCache
 from kvatlas.storage.sequence import Sequence
 from kvatlas.storage.store import KVStore
 from kvatlas.storage.swap import SwappedSequence, Swapper
-from kvatlas.strategies.strategy import Strategy
 
 _LOG = logging.getLogger(__name__)
-
-
-def layout_under(store: KVStore, strategy: Strategy) -> SequenceLayout:
-    """Return the lane layout of a strategy's sequences.
-
-    Raises:
-        CapacityError: it places keys and values on the host, and there is no host tier.
-        ConfigError, UnsupportedError: blocks of this size, or those of this model, cannot be packed.
-    """
-    host_layers = strategy.host_layers(store.lanes.shape)
-    sketch_share = strategy.sketch_share if host_layers else 0.0
-    return store.layout(strategy.stored(store.format), strategy.sidecars, host_layers, sketch_share, strategy.packed)
 
 
 class Scheduler:
@@ -151,7 +138,7 @@ class Scheduler:
     def _chunk(self, request: Request, limit: int, protect: list[Request]) -> int:
         """Return how many prompt tokens a request runs in this step, with room made for them; 0: it must wait."""
         assert request.seq is not None and request.prefill_end is not None
-        request.seq.residual = residual(request.strategy, in_prompt=True)
+        request.seq.encodes = residual_holds(request.plan, in_prompt=True)
         close_holes(self._store, request.seq)  # before room is counted: a closed hole may free a block
         count = self._within_footprint(request, min(request.prefill_end - request.computed, limit))
         return count if self._make_room(request, count, protect) else 0
@@ -176,8 +163,14 @@ class Scheduler:
 
     def publish_prefix(self, request: Request, before: int) -> None:
         """Share the blocks that the last chunk filled; ``before`` tokens were known already."""
-        if self._prefix_cache is not None and request.seq is not None and self.is_one_prompt(request):
-            self._prefix_cache.publish(request.seq, request.tokens, self._salt(request), before)
+        seq, plan = request.seq, request.plan
+        if self._prefix_cache is None or seq is None or not plan.traits.prompt_shareable:
+            return
+        past_prompt = request.computed > request.prefill_spans[0][1]
+        if self._changes_regime(request) or (past_prompt and not plan.traits.recomputable):
+            return
+        done = 0 if before == request.adopted_tokens else before  # what was copied may be exchanged for what was lent
+        self._prefix_cache.publish(seq, request.tokens, self._salt(request), done, cuts=plan.evicts)
 
     def _decode_steps(self) -> list[Request]:
         """Return the running requests that decode; those that cannot get a slot have been preempted."""
@@ -250,10 +243,17 @@ class Scheduler:
 
     def _open(self, request: Request) -> None:
         """Give a request a sequence, with what the prefix cache has of its first prompt."""
-        request.seq = self._store.open(layout_under(self._store, request.strategy))
-        if self._prefix_cache is not None and request.strategy.lossless:
+        request.seq = self._store.open(self._store.layout(request.plan.cache))
+        plan = request.plan
+        if self._prefix_cache is not None and plan.traits.prompt_shareable:
             tokens = request.tokens[: request.prefill_spans[0][1]]
-            request.adopted_tokens = self._prefix_cache.adopt(request.seq, tokens, self._salt(request))
+            request.adopted_tokens = self._prefix_cache.adopt(
+                request.seq,
+                tokens,
+                self._salt(request),
+                most=len(tokens) - plan.unshared_tokens(),
+                cuts=plan.evicts,
+            )
 
     def _renew(self, request: Request) -> bool:
         """Give up a cache that the family computes anew for the next token; return whether it does so."""
@@ -406,10 +406,13 @@ class Scheduler:
     def is_one_prompt(self, request: Request) -> bool:
         """Whether all tokens so far, processed as one prompt, give the cache that prompts and steps gave.
 
-        So it is if nothing is evicted and the RoPE is the same at every length on the way.
+        So it is if steps see what prompts see, nothing is dropped, and the RoPE is the same at every length on the way.
         """
+        return request.plan.traits.recomputable and not self._changes_regime(request)
+
+    def _changes_regime(self, request: Request) -> bool:
         regime = self._adapter.rope_regime
-        return request.strategy.lossless and regime(request.prefill_spans[0][1]) == regime(len(request.tokens))
+        return regime(request.prefill_spans[0][1]) != regime(len(request.tokens))
 
     def _salt(self, request: Request) -> str:
         """What must be equal, beside tokens and layout, for two prefixes to be computed alike."""

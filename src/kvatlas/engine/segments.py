@@ -1,4 +1,4 @@
-"""The parts of a batch: chunks of prompts, and groups of decode steps that share a strategy.
+"""The parts of a batch: chunks of prompts, and groups of decode steps whose strategies are of one kind.
 
 Shapes: T packed tokens, R sequences of a group, C table columns.
 """
@@ -17,7 +17,7 @@ from kvatlas.engine.speculation import Choice
 from kvatlas.engine.staging import Visitors
 from kvatlas.storage.sequence import Sequence, Slots
 from kvatlas.storage.store import KVStore
-from kvatlas.strategies.strategy import Strategy
+from kvatlas.strategies.plan import Plan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +67,9 @@ class GroupLayer(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class DecodeGroup:
-    """One new token for each of R requests of one strategy, from row ``start`` of the batch on.
+    """One new token for each of R requests of one kind of strategy, from row ``start`` of the batch on.
+
+    ``plan`` is the first one's; the others differ in budgets at most.
 
     ``layers`` are tables, lengths (the new tokens included) and the new slots, cut by layers once for a step;
     ``host_length`` [R, lanes] is all lengths, on the CPU. ``visitors`` are the blocks on the host, or None; ``old``
@@ -75,7 +77,7 @@ class DecodeGroup:
     all are. ``shared`` and ``held`` are what layers whose lanes are equal compute once.
     """
 
-    strategy: Strategy
+    plan: Plan
     requests: list[Request]
     start: int
     positions: Tensor
@@ -95,13 +97,10 @@ class DecodeGroup:
         return [sequence_of(request) for request in self.requests]
 
 
-def _visitors(
-    store: KVStore, strategy: Strategy, seqs: Seq[Sequence], length: Tensor, chooses: bool
-) -> Visitors | None:
-    place = strategy.place
-    if place is None or not seqs[0].layout.host_layers:
+def _visitors(store: KVStore, plan: Plan, seqs: Seq[Sequence], length: Tensor, chooses: bool) -> Visitors | None:
+    if not plan.cache.host_layers:
         return None
-    return Visitors(store, seqs, length, ahead=place.fetches_ahead, chooses=chooses)
+    return Visitors(store, seqs, length, ahead=plan.fetches_ahead, chooses=chooses)
 
 
 def make_chunk(store: KVStore, request: Request, count: int, start: int) -> Chunk:
@@ -124,15 +123,15 @@ def make_chunk(store: KVStore, request: Request, count: int, start: int) -> Chun
         past_length=past_length,
         slots=slots,
         dense_starts=dense_starts,
-        visitors=_visitors(store, request.strategy, [seq], past_length[None], chooses=False),
+        visitors=_visitors(store, request.plan, [seq], past_length[None], chooses=False),
         old=old,
     )
 
 
 def make_group(store: KVStore, requests: list[Request], start: int) -> DecodeGroup:
-    """Take a slot for the next token of each request; all are of one strategy."""
+    """Take a slot for the next token of each request; all their strategies are of one kind."""
     seqs = [sequence_of(request) for request in requests]
-    device, strategy = store.arena.device, requests[0].strategy
+    device, plan = store.arena.device, requests[0].plan
     slots = _on_device(store.append_step(seqs), device)
     rows = torch.tensor([seq.row for seq in seqs])
     length = store.length[rows]
@@ -142,7 +141,7 @@ def make_group(store: KVStore, requests: list[Request], start: int) -> DecodeGro
     table = store.table[rows, :, : max(columns)].to(device)
     cut = (table, length.to(device), length, slots.index, slots.block, slots.offset)
     return DecodeGroup(
-        strategy=strategy,
+        plan=plan,
         requests=requests,
         start=start,
         positions=torch.tensor([seq.seen - 1 for seq in seqs], device=device),
@@ -150,7 +149,7 @@ def make_group(store: KVStore, requests: list[Request], start: int) -> DecodeGro
         columns=columns,
         layers=[GroupLayer(*parts) for parts in zip(*map(store.lanes.split, cut), strict=True)],
         dense=all(seq.dense for seq in seqs) or (old is None and _alike(store, length)),
-        visitors=_visitors(store, strategy, seqs, length, chooses=strategy.attend is not None),
+        visitors=_visitors(store, plan, seqs, length, chooses=plan.chooses),
         old=old,
     )
 

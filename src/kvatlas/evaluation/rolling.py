@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Iterable, Sequence as Seq
 from dataclasses import dataclass
 
 from kvatlas.core.errors import ConfigError, UnsupportedError
+from kvatlas.core.vocabulary import Axis
 from kvatlas.engine.engine import Engine
 from kvatlas.engine.scoring import ScoreJob, score
 from kvatlas.strategies.strategy import Strategy
@@ -111,8 +111,8 @@ def refuse_fractions(strategy: Strategy) -> None:
     Raises:
         UnsupportedError: with the parameter and what to write instead.
     """
-    keep = strategy.keep
-    for field in dataclasses.fields(keep):
+    pairs = [(keep, field) for keep in strategy.on(Axis.KEEP) for field in keep.parameters()]
+    for keep, field in pairs:
         value = getattr(keep, field.name)
         if isinstance(value, float):
             raise UnsupportedError(

@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor
 
 from kvatlas.storage.arena import Arena, BlockClass, copy_blocks
 from kvatlas.storage.sequence import LaneRow
+from kvatlas.storage.tables import Tables
 
 
-def empty_a_slab(arena: Arena, taker: BlockClass, table: Tensor, rows: Iterable[LaneRow]) -> bool:
+def empty_a_slab(arena: Arena, taker: BlockClass, tables: Tables, rows: Iterable[LaneRow]) -> bool:
     """Empty one slab of another class than ``taker``; False, and nothing changed, where none can be.
 
     Blocks that several own, or that the prefix cache holds, stay where they are.
@@ -22,7 +22,7 @@ def empty_a_slab(arena: Arena, taker: BlockClass, table: Tensor, rows: Iterable[
     Args:
         arena: whose slabs.
         taker: the class that is short of blocks.
-        table: [rows, lanes, C] int32, rewritten where it names a moved block.
+        tables: rewritten where they name a moved block.
         rows: all rows that hold blocks.
     """
     for blocks in arena.classes():
@@ -34,12 +34,12 @@ def empty_a_slab(arena: Arena, taker: BlockClass, table: Tensor, rows: Iterable[
         owned = (refs > 0).sum(dim=1).masked_fill(~movable, blocks.per_slab + 1)
         slab = int(slabs[owned.argmin()])
         if 0 < int(owned.min()) <= blocks.per_slab:
-            _move(blocks, slab, table, rows)
+            _move(blocks, slab, tables, rows)
             return True
     return False
 
 
-def _move(blocks: BlockClass, slab: int, table: Tensor, rows: Iterable[LaneRow]) -> None:
+def _move(blocks: BlockClass, slab: int, tables: Tables, rows: Iterable[LaneRow]) -> None:
     """Move all owned blocks of a slab to free places of others; there are enough."""
     first = slab * blocks.per_slab
     old = first + (blocks.refs[first : first + blocks.per_slab] > 0).nonzero().flatten()
@@ -54,6 +54,4 @@ def _move(blocks: BlockClass, slab: int, table: Tensor, rows: Iterable[LaneRow])
     for row in rows:
         for group in row.layout.groups:
             if group.blocks is blocks:
-                part = table[row.row, group.lanes]
-                place = torch.searchsorted(old_ids, part).clamp(max=len(old_ids) - 1)
-                table[row.row, group.lanes] = torch.where(old_ids[place] == part, new_ids[place], part)
+                tables.rename(row.row, group.lanes, old_ids, new_ids)

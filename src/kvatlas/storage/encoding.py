@@ -39,15 +39,16 @@ def encode_front(store: KVStore, seq: Sequence, columns: Tensor, granted: Seq[tu
     if not seq.dense:
         _sort_by_position(store, seq, columns > 0)
     for group, new in granted:
-        home = seq.layout.home_of(group.blocks)
-        old = store.lane_ids(seq, group.lanes, torch.zeros_like(columns), columns)[:, None]
+        home = group.home
+        assert home is not None
+        old = store.tables.ids_between(seq.row, group.lanes, torch.zeros_like(columns), columns)[:, None]
         keys, values = read_keys(home.pool, old, torch.float32), read_values(home.pool, old, torch.float32)
         encode_blocks(group.blocks.pool, new.long().to(home.device), keys, values)
         source, target = old[:, 0].long().to(home.device), new.long().to(home.device)
         for pool, filled in _sidecars(home, group.blocks):
             filled[target] = pool[source]
     store.put(seq.encoded, columns, list(granted))
-    store.length[seq.encoded.row] += columns * store.block_size
+    store.tables.append_columns(seq.encoded.row, columns)
     store.cut_front(seq, columns)
 
 
@@ -91,9 +92,7 @@ def _merge_pairs(store: KVStore, seq: Sequence, group: LaneGroup) -> bool:
         first, second = table[pair].view(-1, 2).unbind(dim=1)
         _merge(blocks, first.long().to(blocks.device), second.long().to(blocks.device))
     blocks.arena.release(blocks, table[gone])
-    order = gone.int().sort(dim=1, stable=True).indices
-    store.table[row, group.lanes, :most] = table.gather(1, order)
-    store.length[row, group.lanes] -= gone.sum(dim=1) * size
+    store.tables.take_out(row, group.lanes, gone)
     return True
 
 

@@ -1,23 +1,27 @@
 """What storage does when a strategy has answered: cut lanes to chosen slots, open holes, drop passed windows.
 
-Shapes: R sequences, H lanes of one group or layer, S slots padded to the longest lane.
+Shapes: R sequences of one layout, H lanes of one group, S slots padded to the longest lane, n slots kept.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from kvatlas.core.views import LayerView
+from kvatlas.kernels.blocks import read_keys, read_values
+from kvatlas.storage.arena import BlockClass
 from kvatlas.storage.bounds import bound_blocks
 from kvatlas.storage.encoding import empty_slots, move_slots
 from kvatlas.storage.lanes import LaneGroup
 from kvatlas.storage.sequence import Sequence
 from kvatlas.storage.store import KVStore
+
+if TYPE_CHECKING:
+    from kvatlas.storage.prefix_cache import PrefixCache
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,47 +29,48 @@ class LaneSlots:
     """The slots of some lanes, encoded blocks first, then the sequence's own.
 
     Args:
-        view: what a stage may see.
-        live_BHS: which slots hold a token; the view's ``valid`` ones a later query can still see through the window.
-        num_old: S of the encoded blocks.
+        positions: int32 [R, H, S].
+        live: bool [R, H, S], which slots hold a token.
+        sums: float32 [R, H, S], attention received; None where it is not stored.
+        num_old: how many of the S are encoded.
+        tables: the blocks of both parts, and their tables [R, H, C].
     """
 
-    view: LayerView
-    live_BHS: Tensor
-    num_old: int
-
-
-def lane_view(store: KVStore, seqs: Seq[Sequence], group: LaneGroup, recent: Seq[int]) -> LaneSlots:
-    """Return the slots of ``group``'s lanes; all sequences have one layout."""
-    parts = [_read(store, [seq.row for seq in seqs], group)]
-    old, encoded = seqs[0].layout.old_of(group.blocks), [seq.encoded for seq in seqs]
-    if old is not None:
-        rows = [row.row for row in encoded if row is not None]
-        parts.insert(0, _read(store, rows, LaneGroup(blocks=old, lanes=group.lanes)))
-    positions = torch.cat([part.positions for part in parts], dim=-1)
-    live = torch.cat([part.live for part in parts], dim=-1)
-    sums = [part.sums for part in parts if part.sums is not None]
-    seen = torch.tensor([seq.seen for seq in seqs], device=positions.device)
-    oldest = seen[:, None] - store.lanes.window_of_lane[group.lanes].to(positions.device)
-    view = LayerView(
-        positions_BHS=positions,
-        valid_BHS=live & (positions > oldest[..., None]),
-        seen_B=seen,
-        recent_B=torch.tensor(recent, device=positions.device),
-        column_sums_BHS=torch.cat(sums, dim=-1) if sums else None,
-    )
-    return LaneSlots(view=view, live_BHS=live, num_old=0 if old is None else parts[0].live.shape[-1])
-
-
-class _Slots(NamedTuple):
     positions: Tensor
     live: Tensor
     sums: Tensor | None
+    num_old: int
+    tables: list[tuple[BlockClass, Tensor]]
+
+    def read(self, what: str) -> Tensor:
+        """Return ``"keys"`` or ``"values"`` of all slots, float32 [R, H, S, D]; garbage where none is live."""
+        reader = {"keys": read_keys, "values": read_values}[what]
+        parts = [reader(blocks.pool, table.to(blocks.device), torch.float32) for blocks, table in self.tables]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-2)
 
 
-def _read(store: KVStore, rows: Seq[int], group: LaneGroup) -> _Slots:
-    """Return positions, liveness and column sums [R, H, S] of the slots in some rows of the tables."""
-    row, lanes, size, blocks = torch.tensor(rows), group.lanes, store.block_size, group.blocks
+def lane_slots(store: KVStore, seqs: Seq[Sequence], group: LaneGroup) -> LaneSlots:
+    """Return the slots of a group's lanes."""
+    rows = [([seq.row for seq in seqs], group.blocks)]
+    if group.old is not None:
+        rows.insert(0, ([seq.encoded.row for seq in seqs if seq.encoded is not None], group.old))
+    parts = [_slots(store, numbers, group.lanes, blocks) for numbers, blocks in rows]
+    if len(parts) == 1:
+        return parts[0]
+    old, own = parts
+    sums = None if old.sums is None or own.sums is None else torch.cat([old.sums, own.sums], dim=-1)
+    return LaneSlots(
+        positions=torch.cat([old.positions, own.positions], dim=-1),
+        live=torch.cat([old.live, own.live], dim=-1),
+        sums=sums,
+        num_old=old.live.shape[-1],
+        tables=old.tables + own.tables,
+    )
+
+
+def _slots(store: KVStore, rows: Seq[int], lanes: Tensor, blocks: BlockClass) -> LaneSlots:
+    """Return the slots of some rows of the tables."""
+    row, size = torch.tensor(rows), store.block_size
     length, hole = store.length[row][:, lanes], store.hole[row][:, lanes]
     columns = -(-int(length.max()) // size)
     table = store.table[row[:, None], lanes[None, :], :columns]
@@ -74,16 +79,16 @@ def _read(store: KVStore, rows: Seq[int], group: LaneGroup) -> _Slots:
     positions = blocks.positions.index_select(0, flat).view(shape)
     sums = None if blocks.column_sums is None else blocks.column_sums.index_select(0, flat).view(shape)
     live = ((slot < length[..., None]) & (slot != hole[..., None])).to(blocks.device) & (positions >= 0)
-    return _Slots(positions, live, sums)
+    return LaneSlots(positions=positions, live=live, sums=sums, num_old=0, tables=[(blocks, table)])
 
 
-def evict_one(store: KVStore, seqs: Seq[Sequence], group: LaneGroup, victims: Tensor, num_old: int) -> None:
-    """Evict slot ``victims`` [R, H] int64 of each lane (-1: none), numbered as `lane_view` does.
+def open_holes(store: KVStore, seqs: Seq[Sequence], group: LaneGroup, victims: Tensor, num_old: int) -> None:
+    """Evict slot ``victims`` [R, H] int64 of each lane (-1: none), numbered as `lane_slots` does.
 
     A slot of the sequence's own is a hole, which the next token overwrites; one of an encoded block stays empty.
     """
     rows, victims = torch.tensor([seq.row for seq in seqs]), victims.cpu()
-    store.hole[rows[:, None], group.lanes[None, :]] = (victims - num_old).clamp(min=-1)
+    store.tables.open_holes(rows, group.lanes, (victims - num_old).clamp(min=-1))
     for seq in seqs:
         seq.dense = False
     if num_old:
@@ -92,27 +97,106 @@ def evict_one(store: KVStore, seqs: Seq[Sequence], group: LaneGroup, victims: Te
             _empty(store, seq, group, slots)
 
 
-def keep_only(store: KVStore, seq: Sequence, group: LaneGroup, kept: Tensor, count: Tensor, num_old: int) -> None:
-    """Cut each lane to the slots ``kept`` [H, n] int64, ascending, numbered as `lane_view` does; see `keep_slots`."""
-    used = torch.arange(kept.shape[1]) < count[:, None]
+def cut(
+    store: KVStore,
+    seqs: Seq[Sequence],
+    group: LaneGroup,
+    kept: Tensor,
+    count: Tensor,
+    num_old: int = 0,
+    prefixes: PrefixCache | None = None,
+) -> None:
+    """Cut each lane to some of its slots and free the blocks behind.
+
+    Where the prefix cache has the blocks as well, they are left to it, and what is kept moves to new ones (copy on
+    cut); where there is no room for those, the cache gives the blocks up.
+
+    Args:
+        store: holds the tables.
+        seqs: whose lanes; they have no hole, and no other sequence owns a block of theirs.
+        group: which lanes.
+        kept: [R, H, n] int64, ascending, numbered as `lane_slots` does, on the CPU.
+        count: [R, H] int64, how many of each lane's are meant.
+        num_old: how many slots of `lane_slots` are encoded: those that go leave an empty slot.
+        prefixes: the prefix cache, if there is one.
+    """
     if num_old:
-        old = used & (kept < num_old)
-        emptied = torch.ones(len(kept), num_old, dtype=torch.bool)
-        lane = torch.arange(len(kept))[:, None].expand_as(kept)
-        emptied[lane[old], kept[old]] = False
-        _empty(store, seq, group, emptied)
-        order = (used & ~old).logical_not().int().sort(dim=1, stable=True).indices
-        kept, count = kept.gather(1, order) - num_old, (used & ~old).sum(dim=1)
-    keep_slots(store, seq, group, kept, count)
+        for index, seq in enumerate(seqs):
+            _cut_encoded(store, seq, group, kept[index], count[index], num_old)
+        used = torch.arange(kept.shape[-1]) < count[..., None]
+        own = used & (kept >= num_old)
+        order = own.logical_not().int().sort(dim=-1, stable=True).indices
+        kept, count = kept.gather(-1, order) - num_old, own.sum(dim=-1)
+    _keep_slots(store, seqs, group, kept, count, prefixes)
+
+
+def _cut_encoded(store: KVStore, seq: Sequence, group: LaneGroup, kept: Tensor, count: Tensor, num_old: int) -> None:
+    """Forget the tokens of encoded blocks that are not kept."""
+    old = (torch.arange(kept.shape[-1]) < count[:, None]) & (kept < num_old)
+    emptied = torch.ones(len(kept), num_old, dtype=torch.bool)
+    lane = torch.arange(len(kept))[:, None].expand_as(kept)
+    emptied[lane[old], kept[old]] = False
+    _empty(store, seq, group, emptied)
 
 
 def _empty(store: KVStore, seq: Sequence, group: LaneGroup, emptied: Tensor) -> None:
     """Forget tokens of encoded blocks; ``emptied`` [H, S] may name slots behind a lane's end."""
-    old = seq.layout.old_of(group.blocks)
-    assert old is not None and seq.encoded is not None
+    assert group.old is not None and seq.encoded is not None
     length = store.length[seq.encoded.row, group.lanes]
     own = emptied & (torch.arange(emptied.shape[1]) < length[:, None])
-    empty_slots(store, seq, LaneGroup(blocks=old, lanes=group.lanes), own)
+    empty_slots(store, seq, LaneGroup(blocks=group.old, lanes=group.lanes), own)
+
+
+def _keep_slots(
+    store: KVStore,
+    seqs: Seq[Sequence],
+    group: LaneGroup,
+    kept: Tensor,
+    count: Tensor,
+    prefixes: PrefixCache | None,
+) -> None:
+    rows, size = torch.tensor([seq.row for seq in seqs]), store.block_size
+    table = None
+    if any(seq.shared for seq in seqs) and store.has_other_owners(rows, group):
+        assert prefixes is not None, "cutting shared blocks would change another owner's tokens"
+        table = _new_table(store, group, count, prefixes)
+        if table is None:
+            for seq in seqs:
+                prefixes.withdraw(seq)
+            assert not store.has_other_owners(rows, group), "another sequence has blocks that are to be cut"
+    used = torch.arange(kept.shape[-1]) < count[..., None]
+    row = rows[:, None, None].expand_as(kept)[used]
+    lanes = group.lanes[None, :, None].expand_as(kept)[used]
+    slot = torch.arange(kept.shape[-1]).expand_as(kept)[used]
+    source = store.table[row, lanes, kept[used] // size].long(), kept[used] % size
+    if table is None:
+        where = store.table[row, lanes, slot // size]
+    else:
+        column = (torch.arange(kept.shape[-1]) // size).clamp(max=table.shape[-1] - 1)
+        where = table.gather(-1, column.expand_as(kept))[used]
+    move_slots(group.blocks, source, (where.long(), slot % size))
+    if table is None:
+        store.shorten(rows, group, count)
+    else:
+        store.shorten(rows, group, torch.zeros_like(count))
+        store.tables.exchange(rows, group.lanes, table, count)
+    for seq in seqs:
+        seq.dense = False
+        _bound_anew(store, seq, group)
+
+
+def _new_table(store: KVStore, group: LaneGroup, count: Tensor, prefixes: PrefixCache) -> Tensor | None:
+    """Return new blocks [R, H, C] for ``count`` [R, H] slots of each lane; None if there is no room for them."""
+    columns = -(-count // store.block_size)
+    number = int(columns.sum())
+    granted = store.try_allocate([(group, number)])
+    if granted is None and prefixes.reclaim(number * group.blocks.block_bytes, group.blocks.arena):
+        granted = store.try_allocate([(group, number)])
+    if granted is None:
+        return None
+    table = torch.zeros((*count.shape, max(1, int(columns.max()))), dtype=torch.int32)
+    table[torch.arange(table.shape[-1]) < columns[..., None]] = granted[0][1]
+    return table
 
 
 def close_holes(store: KVStore, seq: Sequence) -> None:
@@ -125,29 +209,9 @@ def close_holes(store: KVStore, seq: Sequence) -> None:
         source = _locate(store.table[row], lanes, last, size)
         target = _locate(store.table[row], lanes, store.hole[row, lanes], size)
         move_slots(group.blocks, source, target)
-        store.length[row, lanes] = last
-        _bound_anew(store, seq, LaneGroup(blocks=group.blocks, lanes=lanes))
-    store.hole[row] = -1
-    _trim(store, seq, before)
-
-
-def keep_slots(store: KVStore, seq: Sequence, group: LaneGroup, kept: Tensor, count: Tensor) -> None:
-    """Cut each lane of ``group`` to the slots ``kept`` [H, n] int64, ascending, and free the blocks behind.
-
-    Only the first ``count`` [H] int64 entries of each lane are used. The caller owns all blocks alone.
-    """
-    assert not seq.shared, "cutting shared blocks would change another owner's tokens"
-    before = store.columns_held(seq)
-    used = torch.arange(kept.shape[1]) < count[:, None]
-    lanes = group.lanes[:, None].expand_as(kept)[used]
-    slot = torch.arange(kept.shape[1]).expand_as(kept)[used]
-    source = _locate(store.table[seq.row], lanes, kept[used], store.block_size)
-    target = _locate(store.table[seq.row], lanes, slot, store.block_size)
-    move_slots(group.blocks, source, target)
-    store.length[seq.row, group.lanes] = count
-    _bound_anew(store, seq, group)
-    seq.dense = False
-    _trim(store, seq, before)
+        store.tables.close_holes(row, lanes)
+        _bound_anew(store, seq, group.only(lanes))
+    store.release_columns(seq, store.columns_held(seq), before)
 
 
 def drop_passed_windows(store: KVStore, seq: Sequence) -> None:
@@ -158,30 +222,34 @@ def drop_passed_windows(store: KVStore, seq: Sequence) -> None:
         passed = (seq.seen - window + 1 - seq.starts[window]) // store.block_size
         if passed <= 0:
             continue
-        low = torch.zeros(store.lanes.count, dtype=torch.int64)
-        high = low.clone()
-        high[lanes] = passed
-        store.release_columns(seq, low, high)
-        store.table[seq.row, lanes] = store.table[seq.row, lanes].roll(-passed, dims=1)
-        store.length[seq.row, lanes] -= passed * store.block_size
+        columns = store.no_columns()
+        columns[lanes] = passed
+        store.cut_front(seq, columns)
         seq.starts[window] += passed * store.block_size
 
 
-def compact_windows(store: KVStore, seq: Sequence) -> None:
+def compact_windows(store: KVStore, seq: Sequence, due: Tensor, prefixes: PrefixCache | None = None) -> None:
     """Cut lanes of sliding-window layers to what a later query can see, where slots are in any order and no hole is.
 
     Waits until a lane holds a whole block too many, as `drop_passed_windows` does where slots are in order.
+
+    Args:
+        store: holds the tables.
+        seq: a sequence that was cut.
+        due: bool [lanes], which to look at.
+        prefixes: the prefix cache, if there is one.
     """
     for group in seq.layout.groups:
-        windows = store.lanes.window_of_lane[group.lanes]
-        lanes = group.lanes[store.length[seq.row, group.lanes] >= windows + store.block_size]
+        windows = store.lanes.window_of_lane
+        full = due & (store.length[seq.row] >= windows + store.block_size)
+        lanes = group.lanes[full[group.lanes]]
         if not len(lanes):
             continue
-        windowed = LaneGroup(blocks=group.blocks, lanes=lanes)
-        slots = lane_view(store, [seq], windowed, [0])
-        visible = slots.view.valid_BHS[0, :, slots.num_old :].cpu()  # lanes with a window are never encoded
-        kept = visible.logical_not().sort(dim=-1, stable=True).indices
-        keep_slots(store, seq, windowed, kept, visible.sum(dim=-1))
+        windowed = group.only(lanes)
+        slots = lane_slots(store, [seq], windowed)  # lanes with a window are never encoded
+        visible = slots.live & (slots.positions > (seq.seen - windows[lanes]).to(slots.live.device)[:, None])
+        kept = visible.cpu().logical_not().sort(dim=-1, stable=True).indices
+        cut(store, [seq], windowed, kept, visible.sum(dim=-1).cpu(), prefixes=prefixes)
 
 
 def _locate(table: Tensor, lanes: Tensor, slot: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
@@ -196,8 +264,3 @@ def _bound_anew(store: KVStore, seq: Sequence, group: LaneGroup) -> None:
     first = torch.arange(-(-int(length.max()) // size)) * size
     used = (length[:, None] - first).clamp(min=0, max=size)
     bound_blocks(group.blocks, store.table[seq.row, group.lanes, : len(first)], used)
-
-
-def _trim(store: KVStore, seq: Sequence, before: Tensor) -> None:
-    """Free blocks behind the lengths; ``before`` [lanes] is how many each lane held."""
-    store.release_columns(seq, store.columns_held(seq), before)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from kvatlas.core.layout import layout_of, sketch_layout_of, staging_buffers
+from kvatlas.core.plan import CachePlan
 from kvatlas.core.shapes import ModelShape
-from kvatlas.core.vocabulary import Format, Sidecar
+from kvatlas.core.vocabulary import Tier
 
 if TYPE_CHECKING:
     from kvatlas.storage.arena import Arena, BlockClass
@@ -64,10 +64,23 @@ class LaneMap:
 
 @dataclass(frozen=True, kw_only=True)
 class LaneGroup:
-    """Lanes whose blocks are of one class: ``lanes`` [n] int64."""
+    """Lanes whose blocks are of one class: ``lanes`` [n] int64.
+
+    Args:
+        blocks: their class.
+        lanes: which.
+        old: the class that full blocks are encoded to once they are old; None: they stay.
+        home: of encoded blocks, the class of those that they were.
+    """
 
     blocks: BlockClass
     lanes: Tensor
+    old: BlockClass | None = None
+    home: BlockClass | None = None
+
+    def only(self, lanes: Tensor) -> LaneGroup:
+        """Return the group with some of its lanes."""
+        return replace(self, lanes=lanes)
 
 
 class LaneClasses:
@@ -76,15 +89,28 @@ class LaneClasses:
     Args:
         lanes: the model's lanes.
         class_of_owner: layer that owns lanes -> class of their blocks; layers left out hold no blocks.
+        old: likewise, the class that they are encoded to.
+        home: likewise, the class that they were encoded from.
     """
 
-    def __init__(self, lanes: LaneMap, class_of_owner: Mapping[int, BlockClass]) -> None:
+    def __init__(
+        self,
+        lanes: LaneMap,
+        class_of_owner: Mapping[int, BlockClass],
+        *,
+        old: Mapping[int, BlockClass] | None = None,
+        home: Mapping[int, BlockClass] | None = None,
+    ) -> None:
         self._lanes = lanes
         self._class_of_owner = class_of_owner
-        members: dict[BlockClass, list[int]] = {}
+        old, home = old or {}, home or {}
+        members: dict[tuple[BlockClass, BlockClass | None, BlockClass | None], list[int]] = {}
         for index, blocks in class_of_owner.items():
-            members.setdefault(blocks, []).append(index)
-        self.groups = [LaneGroup(blocks=blocks, lanes=lanes.lanes_of(layers)) for blocks, layers in members.items()]
+            members.setdefault((blocks, old.get(index), home.get(index)), []).append(index)
+        self.groups = [
+            LaneGroup(blocks=key[0], lanes=lanes.lanes_of(layers), old=key[1], home=key[2])
+            for key, layers in members.items()
+        ]
 
     def holds(self, layer: int) -> bool:
         """Whether a layer's lanes have blocks here."""
@@ -96,76 +122,45 @@ class LaneClasses:
 
 
 class SequenceLayout(LaneClasses):
-    """Where a sequence keeps everything, under one storage format, set of sidecars and placement.
+    """Where a sequence keeps everything.
 
     Args:
         lanes: the model's lanes.
         device: the device tier.
         host: the host tier; may be None if no layer is placed there.
-        format: element format of new tokens.
-        sidecars: what is stored per slot.
-        block_size: slots per block.
-        host_layers: layers that own lanes on the host; the others' are on the device.
-        sketch_share: share of each key's columns that the device keeps of tokens on the host; 0: nothing.
-        packed: format that old, full blocks are encoded to; None: none are.
+        plan: what is stored.
 
     Attributes:
-        encoded: device blocks of old tokens in a packed format, of layers without a sliding window; None without any.
+        encoded: device blocks of old tokens in a packed format; None without any.
+        residual: int64 [lanes], newest tokens of a lane that are not encoded, at least.
         staging: device blocks that layers on the host are read through, by buffer layer; None without such layers.
         sketch: device blocks of partial keys, slot by slot beside the keys on the host; None if not kept.
         buffers: layer that reads host lanes -> layer whose lanes name its buffer in ``staging``.
     """
 
-    def __init__(
-        self,
-        lanes: LaneMap,
-        device: Arena,
-        host: Arena | None,
-        format: Format,
-        sidecars: tuple[Sidecar, ...],
-        block_size: int,
-        host_layers: tuple[int, ...] = (),
-        sketch_share: float = 0.0,
-        packed: Format | None = None,
-    ) -> None:
-        self.key = (format, sidecars, host_layers, sketch_share, packed)
-        self.host_layers = host_layers
-        self.buffers = staging_buffers(lanes.shape, host_layers)
-        self.host_lanes = lanes.lanes_of(host_layers)
-        layers = lanes.shape.layers
-        layouts = {index: layout_of(layers[index], format, block_size, sidecars) for index in lanes.shape.owners}
-        tiers = {index: host if index in host_layers else device for index in layouts}
-        homes = {index: tier.block_class(layouts[index]) for index, tier in tiers.items() if tier is not None}
-        assert len(homes) == len(layouts), "layers are placed on a host tier that does not exist"
-        super().__init__(lanes, homes)
-        self.staging: LaneClasses | None = None
-        self.sketch: LaneClasses | None = None
-        self.encoded: LaneClasses | None = None
-        if packed is not None:
-            old = {
-                index: device.block_class(layout_of(layers[index], packed, block_size, sidecars))
-                for index in layouts
-                if layers[index].window is None
-            }
-            self.encoded = LaneClasses(lanes, old)
-        self._alike = {
-            (group.blocks.layout.key_dim, group.blocks.layout.value_dim): group.blocks for group in self.groups
+    def __init__(self, lanes: LaneMap, device: Arena, host: Arena | None, plan: CachePlan) -> None:
+        self.plan = plan
+        self.buffers = plan.buffers
+        self.host_lanes = lanes.lanes_of(plan.host_layers)
+        tiers = {Tier.DEVICE: device, Tier.HOST: host}
+        homes: dict[int, BlockClass] = {}
+        for index, layer in plan.layers:
+            tier = tiers[layer.tier]
+            assert tier is not None, "layers are placed on a host tier that does not exist"
+            homes[index] = tier.block_class(layer.own)
+        old = {index: device.block_class(layer.old) for index, layer in plan.layers if layer.old is not None}
+        super().__init__(lanes, homes, old=old)
+        self.encoded = LaneClasses(lanes, old, home=homes) if old else None
+        self.residual = torch.zeros(lanes.count, dtype=torch.int64)
+        for index, layer in plan.layers:
+            self.residual[lanes.slices[index]] = layer.residual
+        buffers = {
+            index: device.block_class(dict(plan.layers)[index].own) for index in sorted(set(self.buffers.values()))
         }
-        if host_layers:
-            buffers = sorted(set(self.buffers.values()))
-            self.staging = LaneClasses(lanes, {index: device.block_class(layouts[index]) for index in buffers})
-        if host_layers and sketch_share:
-            sketches = {
-                index: device.block_class(sketch_layout_of(layers[index], format, block_size, sketch_share))
-                for index in host_layers
-            }
-            self.sketch = LaneClasses(lanes, sketches)
+        self.staging = LaneClasses(lanes, buffers) if buffers else None
+        sketches = {index: device.block_class(layer.sketch) for index, layer in plan.layers if layer.sketch is not None}
+        self.sketch = LaneClasses(lanes, sketches) if sketches else None
 
-    def home_of(self, old: BlockClass) -> BlockClass:
-        """Return the blocks in which tokens wait that will be encoded to blocks of class ``old``."""
-        return self._alike[old.layout.key_dim, old.layout.value_dim]
-
-    def old_of(self, home: BlockClass) -> BlockClass | None:
-        """Return the class that old blocks of class ``home`` are encoded to; None: they stay."""
-        groups = () if self.encoded is None else self.encoded.groups
-        return next((group.blocks for group in groups if self.home_of(group.blocks) is home), None)
+    def old_of_layer(self, layer: int) -> BlockClass | None:
+        """Return the class of the encoded blocks that a layer reads; None: it has none."""
+        return self.encoded.of_layer(layer) if self.encoded is not None and self.encoded.holds(layer) else None

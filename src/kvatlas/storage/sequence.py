@@ -39,7 +39,7 @@ class Sequence(LaneRow):
         staging: device blocks that its lanes on the host are read through.
         sketch: device blocks of partial keys of its lanes on the host.
         encoded: blocks of its old tokens in a packed format; a lane is what is here, then what is in its own row.
-        residual: newest tokens of a lane that are not encoded, at least; None: nothing is encoded for now.
+        encodes: whether blocks are encoded once they are old enough; False: not for now.
         sketch_columns: per layer, which columns of the rotated keys the sketch holds, int64 [lanes of the layer, r].
         column_energy: per layer, how much each rotated column has weighed so far, [lanes of the layer, Dk].
     """
@@ -55,7 +55,7 @@ class Sequence(LaneRow):
     staging: LaneRow | None = None
     sketch: LaneRow | None = None
     encoded: LaneRow | None = None
-    residual: int | None = None
+    encodes: bool = False
     sketch_columns: dict[int, Tensor] = field(default_factory=dict)
     column_energy: dict[int, Tensor] = field(default_factory=dict)
 

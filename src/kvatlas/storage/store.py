@@ -10,7 +10,7 @@ Invariants:
 - a sequence with lanes on the host has two companion rows of device blocks: *staging*, through which those lanes are
   read, and, where the strategy speculates, the *sketch*, partial keys slot by slot.
 
-Tables, lengths and counts are tensors over sequences x lanes on the CPU; no object exists per block.
+Which blocks a lane has and how much of them is in use stands in `Tables`.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from weakref import WeakSet
 import torch
 from torch import Tensor
 
-from kvatlas.core.errors import CapacityError, UnsupportedError
+from kvatlas.core.errors import CapacityError
 from kvatlas.core.layout import DEFAULT_BLOCK_SIZE, GROUP, BlockLayout, layout_of
+from kvatlas.core.plan import CachePlan, uniform_cache
 from kvatlas.core.shapes import ModelShape
 from kvatlas.core.units import format_bytes
 from kvatlas.core.vocabulary import Format, Sidecar
@@ -31,6 +32,7 @@ from kvatlas.storage.compaction import empty_a_slab
 from kvatlas.storage.encoding import encode_front
 from kvatlas.storage.lanes import LaneGroup, LaneMap, SequenceLayout
 from kvatlas.storage.sequence import LaneRow, Sequence, Slots
+from kvatlas.storage.tables import Tables
 
 _BLOCKS_AT_ONCE = 4  # of a lane that are encoded before what they were is freed: both exist meanwhile
 
@@ -66,61 +68,56 @@ class KVStore:
         self.arena = Arena(budget_bytes, possible, device)
         locked = self.arena.device.type == "cuda"
         self.host = Arena(host_bytes, possible, option="--host-memory", locked=locked) if host_bytes else None
-        self._layouts: dict[object, SequenceLayout] = {}
-        least = sum(
-            len(group.lanes) * group.blocks.block_bytes for group in self.layout(None, (Sidecar.POSITIONS,)).groups
-        )
+        self._layouts: dict[CachePlan, SequenceLayout] = {}
+        plain = self.layout(uniform_cache(shape, format, block_size))
+        least = sum(len(group.lanes) * group.blocks.block_bytes for group in plain.groups)
         if least > self.arena.total_bytes:
             raise CapacityError(
                 f"KV memory of {format_bytes(budget_bytes)} does not hold one block of each of the "
                 f"{self.lanes.count} lanes ({format_bytes(least)}); give more memory (--kv-memory)"
             )
-        self.table = torch.zeros((4, self.lanes.count, 4), dtype=torch.int32)
-        self.length = torch.zeros((4, self.lanes.count), dtype=torch.int64)
-        self.hole = torch.full((4, self.lanes.count), -1, dtype=torch.int64)
-        self._free_rows = [3, 2, 1, 0]
+        self.tables = Tables(self.lanes.count, block_size)
         self._open: WeakSet[LaneRow] = WeakSet()
+
+    @property
+    def table(self) -> Tensor:
+        """Block ids; see `Tables`."""
+        return self.tables.table
+
+    @property
+    def length(self) -> Tensor:
+        """Slots in use; see `Tables`."""
+        return self.tables.length
+
+    @property
+    def hole(self) -> Tensor:
+        """Slots that the next token takes; see `Tables`."""
+        return self.tables.hole
 
     # Sequences
 
-    def layout(
-        self,
-        format: Format | None,
-        sidecars: tuple[Sidecar, ...],
-        host_layers: tuple[int, ...] = (),
-        sketch_share: float = 0.0,
-        packed: Format | None = None,
-    ) -> SequenceLayout:
-        """Return the lane layout for storage formats (None: the model's own), sidecars and a placement.
+    def layout(self, plan: CachePlan) -> SequenceLayout:
+        """Return the lane layout of sequences under a plan.
 
         Raises:
             CapacityError: layers are to be placed on the host, and there is no host tier.
-            ConfigError: blocks of this size cannot be packed.
-            UnsupportedError: old tokens are to be packed, and no layer has any.
         """
-        if packed is not None and all(self.lanes.shape.layers[index].window for index in self.lanes.shape.owners):
-            raise UnsupportedError(
-                f"every layer of {self.lanes.shape.name} has a sliding window, which drops tokens before they are old; "
-                "use 'int8'"
-            )
-        if host_layers and self.host is None:
+        if plan.host_layers and self.host is None:
             raise CapacityError("there is no host tier to place keys and values on; give it memory (--host-memory)")
-        key = (format or self.format, sidecars, host_layers, sketch_share, packed)
-        if key not in self._layouts:
-            self._layouts[key] = SequenceLayout(
-                self.lanes, self.arena, self.host, *key[:2], self.block_size, host_layers, sketch_share, packed
-            )
-        return self._layouts[key]
+        if plan not in self._layouts:
+            self._layouts[plan] = SequenceLayout(self.lanes, self.arena, self.host, plan)
+        return self._layouts[plan]
 
     def open(self, layout: SequenceLayout) -> Sequence:
         """Return a new, empty sequence."""
-        seq = Sequence(row=self.take_row(), layout=layout, starts=dict.fromkeys(self.lanes.windows, 0))
+        take = self.tables.take_row
+        seq = Sequence(row=take(), layout=layout, starts=dict.fromkeys(self.lanes.windows, 0))
         if layout.staging is not None:
-            seq.staging = LaneRow(row=self.take_row(), layout=layout.staging)
+            seq.staging = LaneRow(row=take(), layout=layout.staging)
         if layout.sketch is not None:
-            seq.sketch = LaneRow(row=self.take_row(), layout=layout.sketch)
+            seq.sketch = LaneRow(row=take(), layout=layout.sketch)
         if layout.encoded is not None:
-            seq.encoded = LaneRow(row=self.take_row(), layout=layout.encoded)
+            seq.encoded = LaneRow(row=take(), layout=layout.encoded)
         self._open.update(seq.rows)
         return seq
 
@@ -128,24 +125,17 @@ class KVStore:
         """Give all blocks of ``seq`` back; the sequence must not be used again."""
         self._release_reserved(seq)
         for row in seq.rows:
-            self.release_columns(row, torch.zeros(self.lanes.count, dtype=torch.int64), self.columns_held(row))
+            self.release_columns(row, self.no_columns(), self.columns_held(row))
             self.free_row(row)
 
     def free_row(self, row: LaneRow) -> None:
         """Give a row of the tables back, once its blocks are somebody else's or nobody's."""
-        self.length[row.row] = 0
-        self._free_rows.append(row.row)
+        self.tables.free_row(row.row)
         row.row = -1
 
-    def take_row(self) -> int:
-        """Return an empty row of the tables."""
-        if not self._free_rows:
-            self._grow_rows()
-        row = self._free_rows.pop()
-        self.table[row] = 0  # reads may run past a lane's end, and an id of another layout may lie outside its pool
-        self.length[row] = 0
-        self.hole[row] = -1
-        return row
+    def no_columns(self) -> Tensor:
+        """Return 0 for each lane [lanes] int64."""
+        return torch.zeros(self.lanes.count, dtype=torch.int64)
 
     def fork(self, seq: Sequence) -> Sequence:
         """Return a second sequence with the same tokens; blocks are shared until one of the two writes.
@@ -154,11 +144,9 @@ class KVStore:
         """
         assert seq.dense and seq.sketch is None and seq.encoded is None, "a lossy cache would need its own companions"
         child = self.open(seq.layout)
-        columns = int(self.columns_held(seq).max())
-        self.table[child.row, :, :columns] = self.table[seq.row, :, :columns]
-        self.length[child.row] = self.length[seq.row]
+        self.tables.copy_row(seq.row, child.row)
         child.seen, child.starts, child.digests = seq.seen, dict(seq.starts), list(seq.digests)
-        for group, ids in self.ids_between(seq, torch.zeros(self.lanes.count), self.columns_held(seq)):
+        for group, ids in self.ids_between(seq, self.no_columns(), self.columns_held(seq)):
             group.blocks.arena.add_reference(group.blocks, ids)
         seq.shared = child.shared = seq.forked = child.forked = True
         return child
@@ -234,9 +222,9 @@ class KVStore:
 
     def blocks_due(self, seq: Sequence) -> Tensor:
         """Return how many blocks of each lane [lanes] int64 are to be encoded; none of a lane with a hole."""
-        if seq.encoded is None or seq.residual is None:
-            return torch.zeros(self.lanes.count, dtype=torch.int64)
-        due = (self.length[seq.row] - seq.residual).clamp(min=0) // self.block_size
+        if seq.encoded is None or not seq.encodes:
+            return self.no_columns()
+        due = (self.length[seq.row] - seq.layout.residual).clamp(min=0) // self.block_size
         return due * (self.hole[seq.row] < 0) * self._has_lanes(seq.encoded)
 
     def try_extend(self, seq: Sequence, count: int, staged: int = 0) -> bool:
@@ -267,7 +255,7 @@ class KVStore:
         for row, slots, more in companions:
             self.put(row, more, rest[: len(row.layout.groups)])
             rest = rest[len(row.layout.groups) :]
-            self.length[row.row] = torch.maximum(self.length[row.row], slots)
+            self.tables.lengthen(row.row, slots)
         seq.forked = False
         return True
 
@@ -292,7 +280,7 @@ class KVStore:
     def _shrink(self, row: LaneRow, slots: Tensor) -> None:
         """Give back what a companion holds beyond ``slots`` [lanes] of each lane."""
         before = self.columns_held(row)
-        self.length[row.row] = torch.minimum(self.length[row.row], slots)
+        self.tables.shorten(row.row, slots)
         self.release_columns(row, self.columns_held(row), before)
 
     def _companion_slots(self, seq: Sequence, count: int, staged: int) -> list[tuple[LaneRow, Tensor]]:
@@ -305,7 +293,7 @@ class KVStore:
         return [(row, slots * self._has_lanes(row)) for row, slots in found]
 
     def _has_lanes(self, row: LaneRow) -> Tensor:
-        held = torch.zeros(self.lanes.count, dtype=torch.int64)
+        held = self.no_columns()
         for group in row.layout.groups:
             held[group.lanes] = 1
         return held
@@ -315,12 +303,8 @@ class KVStore:
 
     def put(self, row: LaneRow, new: Tensor, granted: list[tuple[LaneGroup, Tensor]]) -> None:
         """Enter ``new`` [lanes] block ids per lane behind those that a row has."""
-        held = self.columns_held(row)
-        self.grow_columns(int((held + new).max()))
         for group, ids in granted:
-            lanes = group.lanes.repeat_interleave(new[group.lanes])
-            columns = _ragged_arange(new[group.lanes]) + held[lanes]
-            self.table[row.row, lanes, columns] = ids
+            self.tables.enter(row.row, group.lanes, new, ids)
 
     def try_allocate(self, needs: list[tuple[LaneGroup, int]]) -> list[tuple[LaneGroup, Tensor]] | None:
         """Return block ids for every group, or None, and nothing taken, if they do not all fit."""
@@ -350,7 +334,7 @@ class KVStore:
 
     def _empty_a_slab(self, taker: BlockClass) -> bool:
         """Make room for another class of device blocks by moving blocks together; False: there is none to be made."""
-        return empty_a_slab(self.arena, taker, self.table, [row for row in self._open if row.row >= 0])
+        return empty_a_slab(self.arena, taker, self.tables, [row for row in self._open if row.row >= 0])
 
     def append(self, seq: Sequence, count: int) -> Slots:
         """Take the next ``count`` slots of every lane for new tokens and note their positions.
@@ -359,8 +343,7 @@ class KVStore:
         ``append_step``; close them first for more.
         """
         seq.reserved = None
-        slot = self.length[seq.row][None, :] + torch.arange(count)[:, None]
-        self.length[seq.row] += count
+        slot = self.tables.append(seq.row, count)
         block = self.table[seq.row].long().gather(1, (slot // self.block_size).T).T
         slots = Slots(index=slot, block=block, offset=slot % self.block_size)
         positions = torch.arange(seq.seen, seq.seen + count, dtype=torch.int32)
@@ -374,10 +357,7 @@ class KVStore:
         All sequences have one layout. Returns block ids and offsets [R, lanes].
         """
         rows = torch.tensor([seq.row for seq in seqs])
-        hole, length = self.hole[rows], self.length[rows]
-        slot = torch.where(hole >= 0, hole, length)
-        self.length[rows] = length + (hole < 0)
-        self.hole[rows] = -1
+        slot = self.tables.append_step(rows)
         block = self.table[rows].long().gather(2, (slot // self.block_size)[..., None]).squeeze(-1)
         slots = Slots(index=slot, block=block, offset=slot % self.block_size)
         self._note(seqs[0].layout, slots, torch.tensor([seq.seen for seq in seqs], dtype=torch.int32))
@@ -431,16 +411,13 @@ class KVStore:
     def cut_front(self, row: LaneRow, columns: Tensor) -> None:
         """Free the first ``columns`` [lanes] int64 blocks of each lane; the others move to the front of the table."""
         self.release_columns(row, torch.zeros_like(columns), columns)
-        width = self.table.shape[2]
-        index = (torch.arange(width) + columns[:, None]).clamp(max=width - 1)
-        self.table[row.row] = self.table[row.row].gather(1, index)
-        self.length[row.row] -= columns * self.block_size
+        self.tables.drop_front(row.row, columns)
 
     # Blocks
 
     def columns_held(self, seq: LaneRow) -> Tensor:
         """Return the number of blocks of each lane [lanes] int64."""
-        return -(-self.length[seq.row] // self.block_size)
+        return self.tables.columns_held(seq.row)
 
     def _new_columns(self, seq: Sequence, count: int) -> Tensor:
         length = self.length[seq.row] - (self.hole[seq.row] >= 0).long()
@@ -448,7 +425,7 @@ class KVStore:
 
     def _shared_tails(self, seq: Sequence) -> Tensor:
         """Return 1 for each lane [lanes] int64 whose partly filled last block has another owner."""
-        shared = torch.zeros(self.lanes.count, dtype=torch.int64)
+        shared = self.no_columns()
         partial = self.length[seq.row] % self.block_size != 0
         for group in seq.layout.groups:
             lanes = group.lanes[partial[group.lanes]]
@@ -460,39 +437,29 @@ class KVStore:
         """Copy on write: replace shared last blocks by the first of ``ids``; return the rest."""
         lanes = group.lanes[self._shared_tails(seq)[group.lanes] > 0]
         columns = self.length[seq.row, lanes] // self.block_size
-        old, new = self.table[seq.row, lanes, columns].clone(), ids[: len(lanes)]
+        new = ids[: len(lanes)]
+        old = self.tables.replace(seq.row, lanes, columns, new)
         copy_blocks(group.blocks, old.long(), group.blocks, new.long())
-        self.table[seq.row, lanes, columns] = new
         group.blocks.arena.release(group.blocks, old)
         return ids[len(lanes) :]
 
     def ids_between(self, seq: LaneRow, low: Tensor, high: Tensor) -> list[tuple[LaneGroup, Tensor]]:
         """Return the block ids in columns [low, high) [lanes] of ``seq``, class by class."""
-        return [(group, self.lane_ids(seq, group.lanes, low, high)) for group in seq.layout.groups]
-
-    def lane_ids(self, row: LaneRow, lanes: Tensor, low: Tensor, high: Tensor) -> Tensor:
-        """Return the block ids [n] int32 in columns [low, high) [all lanes] of some lanes, lane after lane."""
-        columns = torch.arange(self.table.shape[2])
-        mask = (columns >= low[lanes, None]) & (columns < high[lanes, None])
-        return self.table[row.row, lanes][mask]
+        return [(group, self.tables.ids_between(seq.row, group.lanes, low, high)) for group in seq.layout.groups]
 
     def release_columns(self, seq: LaneRow, low: Tensor, high: Tensor) -> None:
         """Give the blocks in columns [low, high) [lanes] back; the caller mends the table."""
         for group, ids in self.ids_between(seq, low, high):
             group.blocks.arena.release(group.blocks, ids)
 
-    def _grow_rows(self) -> None:
-        rows = len(self.table)
-        self.table = torch.cat([self.table, torch.zeros_like(self.table)])
-        self.length = torch.cat([self.length, torch.zeros_like(self.length)])
-        self.hole = torch.cat([self.hole, torch.full_like(self.hole, -1)])
-        self._free_rows += range(2 * rows - 1, rows - 1, -1)
+    def shorten(self, rows: Tensor, group: LaneGroup, length: Tensor) -> None:
+        """Cut the lanes of a group in some rows [R] to ``length`` [R, H] slots and free the blocks behind."""
+        group.blocks.arena.release(group.blocks, self.tables.cut(rows, group.lanes, length))
 
-    def grow_columns(self, columns: int) -> None:
-        """Make the tables at least ``columns`` blocks wide."""
-        if columns > self.table.shape[2]:
-            wider = max(columns, 2 * self.table.shape[2]) - self.table.shape[2]
-            self.table = torch.nn.functional.pad(self.table, (0, wider))
+    def has_other_owners(self, rows: Tensor, group: LaneGroup) -> bool:
+        """Whether some block of a group's lanes in some rows [R] is somebody else's, too."""
+        owners = group.blocks.arena.num_owners(group.blocks, self.tables.held_ids(rows, group.lanes))
+        return bool((owners > 1).any())
 
 
 def _give_back(granted: list[tuple[LaneGroup, Tensor]]) -> None:
@@ -507,9 +474,3 @@ def _possible_layouts(shape: ModelShape, format: Format, block_size: int) -> lis
     sidecars = [(Sidecar.POSITIONS,), (Sidecar.POSITIONS, Sidecar.COLUMN_SUMS)]
     layers = [shape.layers[index] for index in shape.owners]
     return [layout_of(layer, each, block_size, names) for each in formats for names in sidecars for layer in layers]
-
-
-def _ragged_arange(counts: Tensor) -> Tensor:
-    """Return 0..c-1 for each count c, concatenated, int64."""
-    ends = counts.cumsum(0)
-    return torch.arange(int(ends[-1]) if len(ends) else 0) - (ends - counts).repeat_interleave(counts)

@@ -17,6 +17,7 @@ from kvatlas.storage.lanes import LaneGroup
 from kvatlas.storage.link import URGENT, Link, Move, Mover
 from kvatlas.storage.sequence import LaneRow, Sequence
 from kvatlas.storage.store import KVStore
+from kvatlas.storage.tables import RowState
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,8 +26,7 @@ class _ParkedRow:
 
     row: LaneRow
     columns: Tensor
-    length: Tensor
-    hole: Tensor
+    state: RowState
     groups: list[LaneGroup]
     waiting: list[tuple[BlockClass, Tensor]]
 
@@ -88,11 +88,9 @@ class Swapper:
                 if not kept:
                     pairs.append((blocks, ids, target, target_ids))
                 waiting.append((target, target_ids))
-            length, hole = store.length[row.row].clone(), store.hole[row.row].clone()
+            state = store.tables.state(row.row)
             groups = [group for group, _ in found]
-            parked.append(
-                _ParkedRow(row=row, columns=columns, length=length, hole=hole, groups=groups, waiting=waiting)
-            )
+            parked.append(_ParkedRow(row=row, columns=columns, state=state, groups=groups, waiting=waiting))
         try:
             _carry(self._link.stores, pairs)
         except BaseException:  # Ctrl-C arrives here if anywhere: what was taken must not be lost
@@ -102,9 +100,7 @@ class Swapper:
         for blocks, ids, _, _ in pairs:
             blocks.arena.release(blocks, ids)
         if seq.staging is not None:
-            store.release_columns(
-                seq.staging, torch.zeros(store.lanes.count, dtype=torch.int64), store.columns_held(seq.staging)
-            )
+            store.release_columns(seq.staging, store.no_columns(), store.columns_held(seq.staging))
         for each in seq.rows:
             store.free_row(each)
         return SwappedSequence(seq=seq, parked=parked)
@@ -140,11 +136,11 @@ class Swapper:
                 group.blocks.arena.release(group.blocks, new_ids)
             raise
         for row, found in zip(swapped.parked, entries, strict=True):
-            row.row.row = store.take_row()
+            row.row.row = store.tables.take_row()
             store.put(row.row, row.columns, found)
-            store.length[row.row.row], store.hole[row.row.row] = row.length, row.hole
+            store.tables.restore(row.row.row, row.state)
         if seq.staging is not None:
-            seq.staging.row = store.take_row()
+            seq.staging.row = store.tables.take_row()
         for blocks, ids, _, _ in pairs:
             host.release(blocks, ids)
         return seq

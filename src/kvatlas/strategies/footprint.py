@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from kvatlas.core.footprint import Footprint
-from kvatlas.core.layout import DEFAULT_BLOCK_SIZE, BlockLayout, layout_of, sketch_layout_of, staging_buffers
-from kvatlas.core.shapes import LayerShape, ModelShape
-from kvatlas.core.vocabulary import Format, Moment, Sidecar
-from kvatlas.strategies.stage import Attend
-from kvatlas.strategies.strategy import Strategy
+from kvatlas.core.layout import BlockLayout
+from kvatlas.core.vocabulary import Sidecar, Tier
+
+if TYPE_CHECKING:
+    from kvatlas.strategies.plan import LayerPlan, Plan
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Slots:
-    """Slots per lane: at the prefill peak, after the prompt, at the end, and read by the last step."""
+    """Slots per lane, on average over a layer's lanes: at the prefill peak, after the prompt, at the end, and read.
+
+    Where ``ragged``, lanes may differ once the prompt is over.
+    """
 
     peak: int
     steady: int
     final: int
     read: int
+    ragged: bool = False
 
 
 @dataclass(kw_only=True)
@@ -32,145 +37,174 @@ class _Bytes:
 
     def add(self, layout: BlockLayout, lanes: int, slots: _Slots) -> None:
         """Add whole blocks of ``lanes`` lanes."""
-        lent = lanes * layout.block_bytes
-        self.peak += lent * _blocks(slots.peak, layout.block_size)
-        self.steady += lent * _blocks(slots.steady, layout.block_size)
-        self.final += lent * _blocks(slots.final, layout.block_size)
+        size = layout.block_size
+        self.peak += layout.block_bytes * lanes * _blocks(slots.peak, size)
+        self.steady += layout.block_bytes * _blocks_of(lanes, slots.steady, size, slots.ragged)
+        self.final += layout.block_bytes * _blocks_of(lanes, slots.final, size, slots.ragged)
 
 
-def footprint(
-    strategy: Strategy,
-    shape: ModelShape,
-    *,
-    prompt_tokens: int,
-    output_tokens: int,
-    chunk_tokens: int,
-    format: Format,
-    block_size: int = DEFAULT_BLOCK_SIZE,
-) -> Footprint:
-    """Return the bounds for one request on each tier.
+@dataclass(kw_only=True)
+class _Sums:
+    """What is added up layer by layer."""
 
-    Args:
-        strategy: what the request runs under.
-        shape: the model.
-        prompt_tokens: tokens of the prompt.
-        output_tokens: most tokens that may be generated.
-        chunk_tokens: most prompt tokens that one step processes.
-        format: the model's own format, used where the strategy names none.
-        block_size: slots per block.
-    """
-    format, host_layers = strategy.stored(format), strategy.host_layers(shape)
-    device, host = _Bytes(), _Bytes()
-    read = moved = kv = lent = 0
+    kv: int = 0
+    lent: int = 0
+    read: int = 0
+    moved: int = 0
+
+    def hold(self, layout: BlockLayout, lanes: int, slots: int) -> None:
+        """Add what is held at the prefill peak."""
+        self.kv += lanes * layout.kv_bytes * _blocks(slots, layout.block_size)
+        self.lent += lanes * layout.block_bytes * _blocks(slots, layout.block_size)
+
+
+def footprint(plan: Plan, prompt: int, output: int, chunk: int) -> Footprint:
+    """Return the bounds for one request on each tier; arguments as `Plan.footprint` takes them."""
+    tiers = {Tier.DEVICE: _Bytes(), Tier.HOST: _Bytes()}
+    sums = _Sums()
     staged = _Slots(peak=0, steady=0, final=0, read=0)
-    for index in shape.owners:
-        layer = shape.layers[index]
-        layout = layout_of(layer, format, block_size, strategy.sidecars)
-        slots = _slots(strategy, layer, prompt_tokens, output_tokens, chunk_tokens, block_size)
-        if strategy.packs(layer):
-            assert strategy.packed is not None
-            old = layout_of(layer, strategy.packed, block_size, strategy.sidecars)
-            packed, slots = _split(strategy, slots, chunk_tokens, block_size)
-            device.add(old, layer.num_kv_heads, packed)
-            kv += layer.num_kv_heads * old.kv_bytes * _blocks(packed.peak, block_size)
-            lent += layer.num_kv_heads * old.block_bytes * _blocks(packed.peak, block_size)
-            read += layer.num_kv_heads * packed.read * old.kv_bytes // block_size
-        (host if index in host_layers else device).add(layout, layer.num_kv_heads, slots)
-        kv += layer.num_kv_heads * layout.kv_bytes * _blocks(slots.peak, block_size)
-        lent += layer.num_kv_heads * layout.block_bytes * _blocks(slots.peak, block_size)
-        read_slots = slots.read
-        if index in host_layers:
-            if strategy.attend is not None:
-                read_slots = min(slots.read, strategy.attend.most_read(slots.read, layer.group) + 1)
-            staged = _deeper(staged, slots, strategy.attend, shape.largest_group)
-            visits = 1 + sum(other.shares_kv_with == index for other in shape.layers)
-            whole = layout.block_bytes * _blocks(slots.final, block_size)
-            fetched = whole if strategy.attend is None else read_slots * layout.kv_bytes // block_size
-            moved += visits * layer.num_kv_heads * fetched
-            if strategy.sketch_share:
-                sketch = sketch_layout_of(layer, format, block_size, strategy.sketch_share)
-                device.add(sketch, layer.num_kv_heads, slots)
-                read += layer.num_kv_heads * slots.read * sketch.kv_bytes // block_size
-        pages = strategy.pages(index, layer, block_size)
-        if pages is not None and _blocks(slots.read, block_size) > pages:
-            read += layer.num_kv_heads * _blocks(slots.read, block_size) * layout.sidecar_size(Sidecar.KEY_BOUNDS)
-            read_slots = pages * block_size
-        read += layer.num_kv_heads * read_slots * layout.kv_bytes // block_size
-    for index in set(staging_buffers(shape, host_layers).values()):
-        layer = shape.layers[index]
-        device.add(layout_of(layer, format, block_size, strategy.sidecars), layer.num_kv_heads, staged)
+    for layer in plan.owned:
+        store, lanes = layer.store, layer.shape.num_kv_heads
+        slots = _slots(layer, prompt, output, chunk, plan.block_size)
+        if store.old is not None:
+            packed, slots = _split(layer, plan.evicts, slots, chunk, plan.block_size)
+            tiers[Tier.DEVICE].add(store.old, lanes, packed)
+            sums.hold(store.old, lanes, packed.peak)
+            sums.read += lanes * packed.read * store.old.kv_bytes // plan.block_size
+        tiers[store.tier].add(store.own, lanes, slots)
+        sums.hold(store.own, lanes, slots.peak)
+        if store.sketch is not None:
+            tiers[Tier.DEVICE].add(store.sketch, lanes, slots)
+        if store.tier is Tier.HOST:
+            staged = _deeper(staged, _longest(layer, slots, prompt, output), plan)
+            sums.moved += _visits(plan, layer.index) * lanes * _fetched(layer, slots, plan.block_size)
+        sums.read += lanes * _read(layer, slots, plan.block_size)
+    for index in set(plan.cache.buffers.values()):
+        buffer = plan.layers[index]
+        tiers[Tier.DEVICE].add(buffer.store.own, buffer.shape.num_kv_heads, staged)
+    device, host = tiers[Tier.DEVICE], tiers[Tier.HOST]
     return Footprint(
         prefill_peak_bytes=device.peak,
         steady_bytes=device.steady,
         final_bytes=device.final,
-        read_bytes_per_step=read,
-        sidecar_fraction=1 - kv / lent if lent else 0.0,
+        read_bytes_per_step=sums.read,
+        sidecar_fraction=1 - sums.kv / sums.lent if sums.lent else 0.0,
         host_bytes=max(host.peak, host.final),
-        moved_bytes_per_step=moved,
+        moved_bytes_per_step=sums.moved,
     )
 
 
-def _deeper(staged: _Slots, slots: _Slots, attend: Attend | None, group: int) -> _Slots:
-    """Return the slots of a staging lane: the past and the chunk in a prompt, later what one step reads and writes."""
-    steady, final = (n if attend is None else attend.most_read(n, group) for n in (slots.steady, slots.final))
-    return _Slots(
-        peak=max(staged.peak, slots.peak),
-        steady=max(staged.steady, steady + 1),
-        final=max(staged.final, final + 1),
-        read=0,
-    )
-
-
-def _slots(strategy: Strategy, layer: LayerShape, prompt: int, output: int, chunk: int, block_size: int) -> _Slots:
-    """Return how many slots a lane of ``layer`` has in use.
+def _slots(layer: LayerPlan, prompt: int, output: int, chunk: int, block_size: int) -> _Slots:
+    """Return how many slots a lane has in use.
 
     Blocks that a sliding window has passed are freed whole, so up to one block more than the window is held.
     """
-    total = prompt + output
-    capacity, kept = strategy.keep.capacity(prompt), strategy.keep.kept_of_prompt(prompt)
+    total, limits, window = prompt + output, layer.limits(prompt), layer.shape.window
+    kept = limits.after_prompt
     steady = prompt if kept is None else min(prompt, kept)
-    held = steady + output if capacity is None else min(total, capacity)
-    peak = prompt
-    if kept is not None and Moment.AFTER_CHUNK in strategy.moments:
-        peak = min(prompt, kept + chunk)
+    held = steady + output if limits.high is None else min(total, limits.high)
+    peak = min(prompt, kept + chunk) if kept is not None and layer.keep.streams else prompt
     read = held
-    if layer.window is not None:
-        passed = layer.window + block_size
+    if window is not None:
+        passed = window + block_size
         peak, steady, held = min(peak, passed + chunk), min(steady, passed), min(held, passed)
-        read = min(read, layer.window)
-    return _Slots(peak=peak, steady=steady, final=held, read=read)
+        read = min(read, window)
+    return _Slots(peak=peak, steady=steady, final=held, read=read, ragged=layer.ragged)
 
 
-def _split(strategy: Strategy, slots: _Slots, chunk: int, block_size: int) -> tuple[_Slots, _Slots]:
+def _split(layer: LayerPlan, evicts: bool, slots: _Slots, chunk: int, size: int) -> tuple[_Slots, _Slots]:
     """Return how many slots are packed, and how many stay in floating point.
 
     Old blocks are packed before the next tokens are stored, so a chunk waits in floating point until then. What will be
     evicted from is packed when the prompt is over, and packed blocks are then never less than half full, but for one.
+
+    Args:
+        layer: whose blocks these are.
+        evicts: whether tokens are dropped in any layer: then nothing is packed before the prompt is over.
+        slots: of both.
+        chunk: most prompt tokens of a step.
+        size: slots per block.
     """
-    assert strategy.encode is not None
-    residual = strategy.encode.residual
-    newest = residual + block_size
+    residual = layer.store.residual
+    newest = residual + size
 
     def full(slots: int) -> int:
-        return max(0, slots - residual) // block_size * block_size
+        return max(0, slots - residual) // size * size
 
-    if not strategy.evicts:
-        waiting = residual + block_size - 1 + chunk
-        packed = _Slots(
-            peak=full(slots.peak), steady=full(slots.steady), final=full(slots.final), read=full(slots.read)
-        )
-        loose = _Slots(
-            peak=min(slots.peak, waiting),
-            steady=min(slots.steady, waiting),
-            final=min(slots.final, newest),
-            read=slots.read - packed.read,
-        )
+    read = full(slots.read)
+    if not evicts:
+        waiting = residual + size - 1 + chunk
+        packed = _Slots(peak=full(slots.peak), steady=full(slots.steady), final=full(slots.final), read=read)
+        loose = replace(
+            slots, peak=min(slots.peak, waiting), steady=min(slots.steady, waiting), final=min(slots.final, newest),
+            read=slots.read - read,
+        )  # fmt: skip
         return packed, loose
-    most = 0 if slots.final <= residual else (slots.final // (block_size // 2 + 1) + 1) * block_size
-    packed = _Slots(peak=0, steady=0, final=most, read=full(slots.read))
-    return packed, _Slots(
-        peak=slots.peak, steady=slots.steady, final=min(slots.final, newest), read=slots.read - packed.read
+    most = 0
+    if layer.ragged:  # some lane may hold more than the residual where the average does not
+        most = (slots.final // (size // 2 + 1) + 2) * size
+    elif slots.final > residual:
+        most = (slots.final // (size // 2 + 1) + 1) * size
+    loose = replace(slots, final=min(slots.final, newest), read=slots.read - read)
+    return _Slots(peak=0, steady=0, final=most, read=read), loose
+
+
+def _longest(layer: LayerPlan, slots: _Slots, prompt: int, output: int) -> _Slots:
+    """Return the slots of a layer's longest lane."""
+    kept = layer.limits(prompt).after_prompt
+    if not layer.ragged or layer.budget is None or kept is None:
+        return slots
+    most = min(prompt, layer.budget.most_of_lane(kept, layer.shape.num_kv_heads))
+    return replace(slots, steady=most, final=most + slots.final - slots.steady)
+
+
+def _deeper(staged: _Slots, slots: _Slots, plan: Plan) -> _Slots:
+    """Return the slots of a staging lane: the past and the chunk in a prompt, later what one step reads and writes."""
+    return _Slots(
+        peak=max(staged.peak, slots.peak),
+        steady=max(staged.steady, plan.most_fetched(slots.steady) + 1),
+        final=max(staged.final, plan.most_fetched(slots.final) + 1),
+        read=0,
     )
+
+
+def _visits(plan: Plan, index: int) -> int:
+    """Return how many layers read the lanes of one."""
+    return 1 + sum(other.shares_kv_with == index for other in plan.shape.layers)
+
+
+def _fetched(layer: LayerPlan, slots: _Slots, block_size: int) -> int:
+    """Return the bytes of a lane on the host that one visit moves."""
+    layout = layer.store.own
+    if layer.attend is None:
+        return layout.block_bytes * _blocks(slots.final, block_size)
+    return _chosen(layer, slots) * layout.kv_bytes // block_size
+
+
+def _chosen(layer: LayerPlan, slots: _Slots) -> int:
+    assert layer.attend is not None
+    return min(slots.read, layer.attend.most_read(slots.read, layer.shape.group) + 1)
+
+
+def _read(layer: LayerPlan, slots: _Slots, block_size: int) -> int:
+    """Return the bytes of a lane that a step reads, those that it chooses by included; packed ones left out."""
+    store, pages = layer.store, layer.pages(block_size)
+    tokens, by = slots.read, 0
+    if store.tier is Tier.HOST and layer.attend is not None:
+        tokens = _chosen(layer, slots)
+    if store.sketch is not None:
+        by = slots.read * store.sketch.kv_bytes // block_size
+    if pages is not None and _blocks(slots.read, block_size) > pages:
+        by += _blocks(slots.read, block_size) * store.own.sidecar_size(Sidecar.KEY_BOUNDS)
+        tokens = pages * block_size
+    return by + tokens * store.own.kv_bytes // block_size
+
+
+def _blocks_of(lanes: int, slots: int, block_size: int, ragged: bool) -> int:
+    """Return the most blocks of lanes that hold ``slots`` on average."""
+    if ragged:
+        return lanes * (slots + block_size - 1) // block_size
+    return lanes * _blocks(slots, block_size)
 
 
 def _blocks(slots: int, block_size: int) -> int:

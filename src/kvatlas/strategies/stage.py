@@ -1,12 +1,13 @@
 """What a stage is: a frozen value that looks and answers. Storage acts.
 
-A stage file holds no device code and no hooks, and mutates nothing. It declares, when composed, at which moments
-it acts, what it needs computed for it, and how many slots a lane holds under it.
+A stage file holds no device code and no hooks, and mutates nothing. It declares what it needs computed for it, how many
+tokens a lane holds under it, and what holds of it (`Traits`).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import re
 import types
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -16,12 +17,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Union, get_args, get_origin, ge
 from kvatlas.core.errors import ConfigError
 from kvatlas.core.grammar import StageCall, Value, format_value
 from kvatlas.core.names import unknown_name
+from kvatlas.core.plan import NOTHING, Traits
 from kvatlas.core.vocabulary import Axis, Format, Moment, Need, Saves, Tier
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from kvatlas.core.views import LayerView
+    from kvatlas.core.views import LaneView
 
 
 _MOST = 2**31 - 1
@@ -36,22 +38,27 @@ class StageInfo:
         summary: one line for users.
         paper: where the method comes from.
         saves: what it lowers.
-        lossless: whether outputs equal those of the full cache.
-        needs: what must be computed for it in the forward.
-        moments: when it acts.
+        traits: what holds of it.
+        needs: what must be computed for it in the forward, beside the attention that tokens receive.
     """
 
     summary: str
     paper: str
     saves: tuple[Saves, ...] = ()
-    lossless: bool = False
+    traits: Traits = NOTHING
     needs: frozenset[Need] = frozenset()
-    moments: frozenset[Moment] = frozenset()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
     """Base of all stages; subclasses are frozen dataclasses whose fields are the parameters users write.
+
+    Args:
+        layers: the layers it is for, such as ``"0-1"``, ``"2-"`` or ``5``, counted from 0; None: all.
+
+    Attributes:
+        sizes: names of parameters that only sizes follow from, so that requests that differ in them share calls.
+        also: names of parameters that stand for others, which are kept in their place.
 
     Raises:
         ConfigError: a parameter has the wrong type, or is a whole number that no tensor of tokens could have.
@@ -60,6 +67,10 @@ class Stage:
     name: ClassVar[str]
     axis: ClassVar[Axis]
     info: ClassVar[StageInfo]
+    sizes: ClassVar[frozenset[str]] = frozenset()
+    also: ClassVar[frozenset[str]] = frozenset()
+
+    layers: str | int | None = None
 
     def __post_init__(self) -> None:
         """Check types; subclasses that check ranges call this first."""
@@ -68,6 +79,12 @@ class Stage:
         for field in dataclasses.fields(self):
             value = _coerce(self.name, field.name, getattr(self, field.name), hints[field.name])
             object.__setattr__(self, field.name, value)
+        object.__setattr__(self, "_span", _span(self.name, self.layers))
+
+    @classmethod
+    def parameters(cls) -> list[dataclasses.Field[Any]]:
+        """Return the stage's own parameters, in order; ``layers``, which all have, left out."""
+        return [field for field in dataclasses.fields(cls) if field.name != "layers"]
 
     @classmethod
     def from_call(cls, call: StageCall) -> Stage:
@@ -76,17 +93,57 @@ class Stage:
         Raises:
             ConfigError: a parameter is unknown, given twice, of the wrong type or out of range.
         """
-        names = [field.name for field in dataclasses.fields(cls)]
+        names = [field.name for field in cls.parameters()]
         if len(call.positional) > len(names):
             raise ConfigError(f"{cls.name} takes {len(names)} parameter(s), got {len(call.positional)}: {call}")
         given = dict(zip(names, call.positional, strict=False))
         for key, value in call.named:
-            if key not in names:
-                raise unknown_name(f"parameter of {cls.name}", key, names)
+            if key not in names and key != "layers" and key not in cls.also:
+                raise unknown_name(f"parameter of {cls.name}", key, [*names, *cls.also, "layers"])
             if key in given:
                 raise ConfigError(f"parameter {key!r} of {cls.name} is given twice: {call}")
             given[key] = value
-        return cls(**given)
+        return cls(**given)  # type: ignore[arg-type]  # checked by __post_init__
+
+    def covers(self, layer: int) -> bool:
+        """Whether it is for a layer."""
+        first, last = self._layer_span
+        return first <= layer <= last
+
+    @property
+    def first_layer(self) -> int:
+        """First layer that it is for."""
+        return self._layer_span[0]
+
+    def overlaps(self, other: Stage) -> bool:
+        """Whether there may be a layer that both are for."""
+        (first, last), (begin, end) = self._layer_span, other._layer_span
+        return first <= end and begin <= last
+
+    @property
+    def _layer_span(self) -> tuple[int, float]:
+        span: tuple[int, float] = self.__dict__["_span"]
+        return span
+
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """What two stages must have in common to act in one call: all but their sizes."""
+        fixed = [getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in self.sizes]
+        return (type(self), *fixed)
+
+    @property
+    def moments(self) -> frozenset[Moment]:
+        """When it acts."""
+        return frozenset()
+
+    @property
+    def asks_for(self) -> list[str]:
+        """What must be computed for it in the forward."""
+        return sorted(need.value for need in self.info.needs)
+
+    def sized(self, fraction: float) -> Stage | None:
+        """Return it with what it keeps of a prompt, or reads per step, set to a fraction; None: it has no size."""
+        return None
 
     def conflict(self, other: Stage) -> str | None:
         """Return why this stage cannot work together with ``other``, or None."""
@@ -97,7 +154,9 @@ class Stage:
         return None
 
     def __str__(self) -> str:
-        pairs = [f"{f.name}={format_value(getattr(self, f.name))}" for f in dataclasses.fields(self)]
+        fields = [*self.parameters(), *(f for f in dataclasses.fields(self) if f.name == "layers")]
+        values = [(f.name, getattr(self, f.name)) for f in fields]
+        pairs = [f"{name}={format_value(value)}" for name, value in values if value is not None]
         return f"{self.name}({', '.join(pairs)})" if pairs else self.name
 
 
@@ -110,25 +169,86 @@ class Reach:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Limits:
+    """How many tokens a lane holds.
+
+    Args:
+        after_prompt: most that survive the end of a prompt; None: all.
+        high: a lane that holds so many after a step is cut; None: none is.
+        low: to so many; one less than ``high`` lets the next token take the evicted one's slot.
+    """
+
+    after_prompt: int | None = None
+    high: int | None = None
+    low: int | None = None
+
+    @classmethod
+    def steady(cls, tokens: int) -> Limits:
+        """Return the limits of a lane that never holds more than ``tokens`` between steps."""
+        return cls(after_prompt=tokens, high=tokens + 1, low=tokens)
+
+    def resized(self, after_prompt: int) -> Limits:
+        """Return them for another share of what is kept after a prompt."""
+        if self.after_prompt is None:
+            return self
+        more = after_prompt - self.after_prompt
+        return Limits(
+            after_prompt=after_prompt,
+            high=None if self.high is None else self.high + more,
+            low=None if self.low is None else self.low + more,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Received:
+    """Attention that cached tokens receive, summed over queries and over the query heads of a KV head.
+
+    Args:
+        queries: last queries of a prompt that count; None: all.
+        in_decode: whether decode steps count: added to the sums where all queries count, else in their place.
+    """
+
+    queries: int | None = None
+    in_decode: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
 class Keep(Stage):
-    """Axis *keep*: which tokens stay."""
+    """Axis *keep*: which tokens stay.
+
+    Attributes:
+        streams: a prompt may be cut between its chunks.
+    """
 
     axis: ClassVar[Axis] = Axis.KEEP
+    streams: ClassVar[bool] = False
 
-    def capacity(self, prompt_tokens: int) -> int | None:
-        """Return the most slots of a lane that a decode step attends to, the new token included; None: all."""
+    def sized(self, fraction: float) -> Stage | None:
+        """Return it with another ``budget``, where it has such a parameter; None: it has none."""
+        if any(field.name == "budget" for field in self.parameters()):
+            return dataclasses.replace(self, budget=fraction)  # type: ignore[call-arg]
         return None
 
-    def kept_of_prompt(self, prompt_tokens: int) -> int | None:
-        """Return the most tokens of a lane that survive the end of a prompt; None: all.
+    @property
+    def moments(self) -> frozenset[Moment]:
+        """When it cuts, as its limits say."""
+        limits = self.limits(1024)
+        found = {Moment.AFTER_CHUNK} if self.streams else set()
+        found |= {Moment.AFTER_PREFILL} if limits.after_prompt is not None else set()
+        return frozenset(found | ({Moment.AFTER_STEP} if limits.high is not None else set()))
 
-        One less than the capacity, so that the next token has its place, unless the strategy says otherwise.
-        """
-        capacity = self.capacity(prompt_tokens)
-        return None if capacity is None else capacity - 1
+    @property
+    def asks_for(self) -> list[str]:
+        """What must be computed for it in the forward."""
+        return [*super().asks_for, *(["received"] if self.received is not None else [])]
 
-    def observed_queries(self, prompt_tokens: int) -> int | None:
-        """Return how many of the last prompt tokens count as queries in the column sums; None: all tokens ever."""
+    def limits(self, prompt_tokens: int) -> Limits:
+        """Return how many tokens a lane holds under a uniform budget, for a prompt of so many."""
+        return Limits()
+
+    @property
+    def received(self) -> Received | None:
+        """The attention that it scores by; None: none, which spares its computation."""
         return None
 
     def recent_tokens(self, prompt_tokens: int) -> int:
@@ -139,9 +259,52 @@ class Keep(Stage):
         """Return what a prompt query may see, where the strategy limits that; None: everything before it."""
         return None
 
-    def scores(self, view: LayerView) -> Tensor:
+    def scores(self, view: LaneView) -> Tensor:
         """Return float32 scores [B, H, S]: where slots are short, the lowest goes first and infinity never goes."""
         raise AssertionError(f"{self.name} never evicts and is not asked")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget(Stage):
+    """Axis *budget*: how what a *keep* stage may hold is divided among layers and heads; without one, evenly.
+
+    Attributes:
+        ragged: heads of a layer may hold different numbers of tokens, as `counts` says.
+    """
+
+    axis: ClassVar[Axis] = Axis.BUDGET
+    ragged: ClassVar[bool] = False
+
+    def lacks(self, others: Collection[Stage]) -> str | None:
+        """Ask for something to divide."""
+        if any(isinstance(other, Keep) and not other.info.traits.keeps_all for other in others):
+            return None
+        return "it divides what a stage keeps; add one that drops tokens, such as 'snapkv(budget=0.25)'"
+
+    def of_layer(self, kept: int, recent: int, prompt_tokens: int, layer: int, num_layers: int) -> int:
+        """Return how many tokens a lane of a layer keeps of a prompt, on average over its lanes.
+
+        Args:
+            kept: tokens, evenly divided.
+            recent: of these, the newest, which always stay.
+            prompt_tokens: length of the prompt.
+            layer: place of the layer among those that the budget is divided among, from 0.
+            num_layers: how many these are.
+        """
+        return kept
+
+    def most_of_lane(self, kept: int, lanes: int) -> int:
+        """Return the most tokens that one of a layer's lanes keeps, where they keep ``kept`` on average."""
+        return kept
+
+    def counts(self, scores_BLHS: Tensor, kept_BL: Tensor) -> Tensor:
+        """Return how many tokens each lane keeps, int64 [B, L, H].
+
+        Args:
+            scores_BLHS: of the slots of H lanes of L layers; negative infinity where there is no token.
+            kept_BL: int64, tokens per lane, on average over a layer's lanes.
+        """
+        raise AssertionError(f"{self.name} divides evenly among heads and is not asked")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,6 +332,11 @@ class Place(Stage):
     tier: ClassVar[Tier]
 
     @property
+    def moments(self) -> frozenset[Moment]:
+        """When it acts."""
+        return frozenset({Moment.BEFORE_LAYER})
+
+    @property
     def fetches_ahead(self) -> bool:
         """Whether a layer is fetched while the one before it computes."""
         return True
@@ -179,6 +347,11 @@ class Attend(Stage):
     """Axis *attend*: which of the cached tokens a decode step reads."""
 
     axis: ClassVar[Axis] = Axis.ATTEND
+
+    @property
+    def moments(self) -> frozenset[Moment]:
+        """When it acts."""
+        return frozenset({Moment.SELECT})
 
     @property
     def dense_layers(self) -> int:
@@ -223,6 +396,21 @@ def check_share(stage: str, name: str, value: int | float) -> None:
         )
 
 
+_LAYERS = re.compile(r"(\d{1,9})(-(\d{0,9}))?", re.ASCII)
+
+
+def _span(stage: str, layers: str | int | None) -> tuple[int, float]:
+    """Return the first and the last layer of ``"0-1"``, ``"2-"``, ``5`` or None (all)."""
+    if layers is None:
+        return 0, float("inf")
+    match = _LAYERS.fullmatch(str(layers))
+    first = int(match[1]) if match else 0
+    last = float("inf") if match and match[2] == "-" else int(match[3]) if match and match[3] else first
+    if match is None or last < first:
+        raise ConfigError(f"{stage}: layers={layers} is not understood; write 0-1, 2- or 5, counted from 0")
+    return first, last
+
+
 @cache
 def _hints(kind: type[Stage]) -> dict[str, Any]:
     """Return the types of a stage's parameters, evaluated once: every request may bring a sentence of its own."""
@@ -238,6 +426,6 @@ def _coerce(stage: str, key: str, value: Value, hint: Any) -> Value:
         return value
     if isinstance(value, int) and not isinstance(value, bool) and float in allowed:
         return float(value)
-    wanted = " or ".join(kind.__name__ for kind in allowed)
+    wanted = " or ".join(kind.__name__ for kind in allowed if kind is not types.NoneType)
     shown = format_value(value) if isinstance(value, Value) else value
     raise ConfigError(f"{stage}: {key} wants {wanted}, got {shown!r}")

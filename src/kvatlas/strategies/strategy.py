@@ -3,46 +3,52 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
-from itertools import pairwise
+from functools import cached_property, lru_cache
+from itertools import combinations
+from typing import TYPE_CHECKING
 
 from kvatlas.core.errors import CompositionError, ConfigError
 from kvatlas.core.grammar import parse_sentence
-from kvatlas.core.shapes import LayerShape, ModelShape
-from kvatlas.core.vocabulary import Axis, Format, Moment, Need, Sidecar
+from kvatlas.core.layout import DEFAULT_BLOCK_SIZE
+from kvatlas.core.plan import NEUTRAL, Traits
+from kvatlas.core.shapes import ModelShape
+from kvatlas.core.vocabulary import Axis, Format, Need
 from kvatlas.strategies.keep.full import Full
 from kvatlas.strategies.recipes import RECIPES
 from kvatlas.strategies.registry import stage_class
-from kvatlas.strategies.stage import Attend, Encode, Keep, Place, Stage
+from kvatlas.strategies.stage import Stage
+
+if TYPE_CHECKING:
+    from kvatlas.strategies.plan import Plan
 
 
 @dataclass(frozen=True)
 class Strategy:
-    """A composition of stages, at most one per axis.
+    """A composition of stages: for each layer at most one per axis.
 
     Args:
-        stages: in any order; without a stage on the *keep* axis, every token is kept.
+        stages: in any order; where no stage on the *keep* axis is named, every token is kept.
 
     Raises:
-        CompositionError: two stages answer the same question, or a stage refuses another.
+        CompositionError: two stages answer the same question for a layer, or a stage refuses another.
     """
 
     stages: tuple[Stage, ...]
 
     def __post_init__(self) -> None:
         order = list(Axis)
-        ordered = sorted(self.stages, key=lambda stage: order.index(stage.axis))
-        for left, right in pairwise(ordered):
-            if left.axis == right.axis:
+        ordered = sorted(self.stages, key=lambda stage: (order.index(stage.axis), stage.first_layer))
+        for left, right in combinations(ordered, 2):
+            if left.axis == right.axis and left.overlaps(right):
                 raise CompositionError(
                     f"{left.name!r} and {right.name!r} cannot be composed: both answer the axis {left.axis.value!r}; "
-                    "leave one out"
+                    "leave one out, or give them different layers, such as layers=0-1 and layers=2-"
                 )
         for stage in ordered:
             for other in ordered:
-                if stage is not other and (reason := stage.conflict(other)):
+                if stage is not other and stage.overlaps(other) and (reason := stage.conflict(other)):
                     raise CompositionError(f"{stage.name!r} and {other.name!r} cannot be composed: {reason}")
-        if not any(isinstance(stage, Keep) for stage in ordered):
+        if not any(stage.axis is Axis.KEEP for stage in ordered):
             ordered.insert(0, Full())
         for stage in ordered:
             if missing := stage.lacks([other for other in ordered if other is not stage]):
@@ -72,99 +78,37 @@ class Strategy:
                 stages.append(stage_class(call.name).from_call(call))
         return cls(tuple(stages))
 
-    @cached_property
-    def keep(self) -> Keep:
-        """The stage that says which tokens stay."""
-        return next(stage for stage in self.stages if isinstance(stage, Keep))
+    def on(self, axis: Axis) -> list[Stage]:
+        """Return the stages that answer one question, in order of their layers."""
+        return [stage for stage in self.stages if stage.axis == axis]
 
     @cached_property
-    def encode(self) -> Encode | None:
-        """The stage that says in what format keys and values are stored; None: the model's own."""
-        return next((stage for stage in self.stages if isinstance(stage, Encode)), None)
-
-    @cached_property
-    def packed(self) -> Format | None:
-        """The packed format that full blocks are encoded to once they are old; None: they stay as they are."""
-        return self.encode.format if self.encode is not None and self.encode.format.is_packed else None
-
-    def stored(self, own: Format) -> Format:
-        """Return the format that new tokens are stored in.
-
-        Beside a packed format two bytes an element are precise enough.
-
-        Args:
-            own: the model's own format.
-        """
-        if self.encode is None:
-            return own
-        if self.packed is not None:
-            return Format.FP16 if own is Format.FP32 else own
-        return self.encode.format
-
-    @cached_property
-    def evicts(self) -> bool:
-        """Whether tokens are ever dropped."""
-        return not self.keep.info.lossless
-
-    def packs(self, layer: LayerShape) -> bool:
-        """Whether old blocks of a layer are packed; sliding windows drop them before they are old."""
-        return self.packed is not None and layer.window is None
-
-    @cached_property
-    def place(self) -> Place | None:
-        """The stage that says where keys and values live; None: on the device."""
-        return next((stage for stage in self.stages if isinstance(stage, Place)), None)
-
-    @cached_property
-    def attend(self) -> Attend | None:
-        """The stage that says what a decode step reads; None: everything that is kept."""
-        return next((stage for stage in self.stages if isinstance(stage, Attend)), None)
-
-    @cached_property
-    def sketch_share(self) -> float:
-        """Share of the columns of keys on the host that the device keeps as well."""
-        return 0.0 if self.attend is None else self.attend.sketch_share
-
-    def host_layers(self, shape: ModelShape) -> tuple[int, ...]:
-        """Return the layers of a model whose keys and values live on the host."""
-        if self.place is None:
-            return ()
-        dense = 0 if self.attend is None else self.attend.dense_layers
-        return tuple(index for index in shape.owners if index >= dense)
+    def traits(self) -> Traits:
+        """What holds of all stages."""
+        found = NEUTRAL
+        for stage in self.stages:
+            found &= stage.info.traits
+        return found
 
     @cached_property
     def needs(self) -> frozenset[Need]:
         """Everything that must be computed for the stages."""
         return frozenset[Need]().union(*(stage.info.needs for stage in self.stages))
 
-    @cached_property
-    def moments(self) -> frozenset[Moment]:
-        """All moments at which a stage acts."""
-        return frozenset[Moment]().union(*(stage.info.moments for stage in self.stages))
-
-    @cached_property
-    def lossless(self) -> bool:
-        """Whether every stage keeps outputs equal to those of the full cache."""
-        return all(stage.info.lossless for stage in self.stages)
-
-    @cached_property
-    def sidecars(self) -> tuple[Sidecar, ...]:
-        """What storage carries per slot for this strategy."""
-        sums = (Sidecar.COLUMN_SUMS,) if Need.COLUMN_SUMS in self.needs else ()
-        bounds = (Sidecar.KEY_BOUNDS,) if Need.KEY_BOUNDS in self.needs else ()
-        return (Sidecar.POSITIONS, *sums, *bounds)
-
-    def pages(self, index: int, layer: LayerShape, block_size: int) -> int | None:
-        """Return the most blocks of a lane that a decode step reads in a layer; None: all.
+    def plan(self, shape: ModelShape, own: Format, block_size: int = DEFAULT_BLOCK_SIZE) -> Plan:
+        """Return what the strategy means for a model; worked out once.
 
         Args:
-            index: of the layer, in order of execution.
-            layer: its shape.
+            shape: the model.
+            own: its own element format.
             block_size: slots per block.
+
+        Raises:
+            CompositionError: stages do not fit together on some layer of this model.
+            ConfigError: blocks of this size cannot be packed.
+            UnsupportedError: the model has no layer that a stage could work on.
         """
-        if self.attend is None or index < self.attend.dense_layers or layer.window is not None:
-            return None
-        return self.attend.pages(block_size)
+        return _plan(self, shape, own, block_size)
 
     @cached_property
     def _text(self) -> str:
@@ -179,3 +123,10 @@ class Strategy:
 
     def __hash__(self) -> int:
         return hash(self._text)
+
+
+@lru_cache(maxsize=1024)
+def _plan(strategy: Strategy, shape: ModelShape, own: Format, block_size: int) -> Plan:
+    from kvatlas.strategies.plan import Plan  # which is made of strategies
+
+    return Plan(strategy, shape, own, block_size)

@@ -3,9 +3,13 @@ import json
 from tests.unit.cli.running import kvatlas
 
 from kvatlas.cli.strategies import facts, recipe_facts
+from kvatlas.core.vocabulary import Axis
 from kvatlas.strategies.recipes import RECIPES
 from kvatlas.strategies.registry import stages
 from kvatlas.strategies.strategy import Strategy
+
+BESIDE = {Axis.ATTEND: " | offload(host)", Axis.BUDGET: " | snapkv(budget=0.25)"}
+"""What completes a stage that cannot stand alone."""
 
 
 def test_json_equals_the_registry():
@@ -20,7 +24,7 @@ def test_json_equals_the_registry():
 def test_sentences_can_be_used_as_they_are():
     for one in json.loads(kvatlas("strategies", "--json").out):
         stage = stages().get(one["name"])
-        beside = " | offload(host)" if stage is not None and stage().lacks(()) else ""  # what cannot stand alone
+        beside = BESIDE[stage.axis] if stage is not None and stage().lacks(()) else ""
         assert str(Strategy.parse(one["sentence"] + beside))
 
 

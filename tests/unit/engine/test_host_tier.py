@@ -208,7 +208,7 @@ def test_the_tier_that_is_short_is_named_where_classes_compete() -> None:
     """Two classes of blocks, one free slab, and each says that it could have it."""
     engine = engine_of("gemma4_text")
     store = engine.store
-    groups = store.layout(None, kvatlas.strategies.strategy.Strategy.parse("offload").sidecars, (0, 1)).groups
+    groups = store.layout(engine.plan(kvatlas.strategies.strategy.Strategy.parse("offload")).cache).groups
     assert len(groups) == 2 and store.host is not None
     everything = [(group, group.blocks.per_slab * store.host.num_slabs) for group in groups]
     for each in everything:

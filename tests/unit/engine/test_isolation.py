@@ -19,7 +19,7 @@ from kvatlas.engine.params import SamplingParams
 from kvatlas.engine.request import FinishReason, Request
 from kvatlas.engine.scoring import ScoreJob, score
 from kvatlas.models.loading import load_model
-from kvatlas.strategies.keep.h2o import H2O
+from kvatlas.strategies.keep.snapkv import SnapKV
 
 MODEL = load_model(None)
 PARAMS = SamplingParams(max_tokens=10, ignore_eos=True)
@@ -120,18 +120,18 @@ def test_a_failing_schedule_ends_the_one_it_belongs_to(monkeypatch: pytest.Monke
 
 
 def test_a_failing_strategy_ends_its_own_requests(monkeypatch: pytest.MonkeyPatch) -> None:
-    scores = H2O.scores
+    scores = SnapKV.scores
 
     def breaking(stage, view):
-        if stage.heavy == 7:
+        if stage.window == 7:
             raise BrokenError
         return scores(stage, view)
 
-    wanted = alone(prompt(40, 1), PARAMS, "h2o(heavy=6, recent=5)")
-    monkeypatch.setattr(H2O, "scores", breaking)
+    wanted = alone(prompt(40, 1), PARAMS, "snapkv(budget=12, window=6)")
+    monkeypatch.setattr(SnapKV, "scores", breaking)
     engine = new_engine()
-    good = engine.add_request(prompt(40, 1), PARAMS, "h2o(heavy=6, recent=5)")
-    bad = [engine.add_request(prompt(n, n), PARAMS, "h2o(heavy=7, recent=5)") for n in (30, 40)]
+    good = engine.add_request(prompt(40, 1), PARAMS, "snapkv(budget=12, window=6)")
+    bad = [engine.add_request(prompt(n, n), PARAMS, "snapkv(budget=12, window=7)") for n in (30, 40)]
     finish(engine)
     assert [request.finish_reason for request in bad] == [FinishReason.ERROR] * 2
     assert good.output_ids == wanted
@@ -274,7 +274,7 @@ def test_who_cannot_be_started_ends_alone(running: int, where: str, monkeypatch:
     caches = [request.seq for request in good]
     bad = engine.add_request(prompt(30, 9), PARAMS, "full")
 
-    def breaking(*given):
+    def breaking(*given, **named):
         raise BrokenError
 
     target = engine.scheduler._prefix_cache if where == "adopt" else engine.store

@@ -18,12 +18,10 @@ LOADS_WITHOUT_TORCH = [
     """
 from kvatlas.core.shapes import LayerShape, ModelShape
 from kvatlas.core.vocabulary import Format
-from kvatlas.strategies.footprint import footprint
 from kvatlas.strategies.strategy import Strategy
 layer = LayerShape(num_query_heads=8, num_kv_heads=2, key_dim=64, value_dim=64)
 shape = ModelShape(name="m", layers=(layer,) * 4, hidden_size=1, vocab_size=1, max_positions=1, num_parameters=1)
-bound = footprint(Strategy.parse("full"), shape, prompt_tokens=320, output_tokens=32, chunk_tokens=64,
-                  format=Format.FP16)
+bound = Strategy.parse("full").plan(shape, Format.FP16).footprint(prompt_tokens=320, output_tokens=32, chunk_tokens=64)
 block = 32 * (64 + 64) * 2 + 32 * 4
 assert (bound.steady_bytes, bound.final_bytes) == (8 * 10 * block, 8 * 11 * block), bound
 """,

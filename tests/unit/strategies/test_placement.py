@@ -13,8 +13,8 @@ from kvatlas.core.footprint import Footprint
 from kvatlas.core.shapes import LayerShape, ModelShape
 from kvatlas.core.vocabulary import Axis, Format, Moment, Need, Tier
 from kvatlas.strategies.attend.speculate import Speculate
-from kvatlas.strategies.footprint import footprint
 from kvatlas.strategies.place.offload import Offload
+from kvatlas.strategies.stage import Attend, Place
 from kvatlas.strategies.strategy import Strategy
 
 fraction = st.floats(0, 1, exclude_min=True)
@@ -36,16 +36,13 @@ def uniform(layers: int = 8) -> ModelShape:
 
 
 def bound(strategy: str, prompt: int = 4000, output: int = 100, chunk: int = 512) -> Footprint:
-    return footprint(
-        Strategy.parse(strategy), uniform(), prompt_tokens=prompt, output_tokens=output, chunk_tokens=chunk,
-        format=Format.FP32,
-    )  # fmt: skip
+    return Strategy.parse(strategy).plan(uniform(), Format.FP32).footprint(prompt, output, chunk)
 
 
 @given(speculations, places, st.sampled_from(["", " | fp16"]), st.randoms())
 def test_sentences_parse_back_in_any_order(speculate: Speculate, offload: Offload, encode: str, order: random.Random):
     strategy = Strategy.parse(f"{speculate} | {offload}{encode}")
-    assert (strategy.attend, strategy.place) == (speculate, offload)
+    assert (strategy.on(Axis.ATTEND), strategy.on(Axis.PLACE)) == ([speculate], [offload])
     parts = str(strategy).split(" | ")
     order.shuffle(parts)
     again = Strategy.parse(" | ".join(parts))
@@ -56,7 +53,7 @@ def test_short_forms() -> None:
     assert Strategy.parse("offload") == Strategy.parse("offload(host)") == Strategy.parse("full | offload(to=host)")
     assert Strategy.parse("offload(host, false)") == Strategy.parse("offload(prefetch=false)")
     assert Strategy.parse("offload(prefetch=false)") != Strategy.parse("offload")
-    assert Strategy.parse("speculate(inf, 1) | offload").attend == Speculate(alpha=math.inf, cap=1.0)
+    assert Strategy.parse("speculate(inf, 1) | offload").on(Axis.ATTEND) == [Speculate(alpha=math.inf, cap=1.0)]
     assert Strategy.parse("infinigen") == Strategy.parse("offload | speculate")
 
 
@@ -95,13 +92,20 @@ def test_refused(text: str, kind: type[Exception], message: str) -> None:
 
 def test_what_they_declare() -> None:
     offload, infinigen = Strategy.parse("offload"), Strategy.parse("infinigen")
-    assert offload.lossless and offload.moments == {Moment.BEFORE_LAYER} and offload.sketch_share == 0.0
-    assert offload.place is not None and (offload.place.axis, offload.place.tier) == (Axis.PLACE, Tier.HOST)
-    assert offload.place.fetches_ahead and not Offload(prefetch=False).fetches_ahead
-    assert not infinigen.lossless and infinigen.needs == {Need.ROTATION}
-    assert infinigen.moments == {Moment.BEFORE_LAYER, Moment.SELECT}
-    assert (infinigen.keep.name, infinigen.sketch_share) == ("full", 0.3)
-    assert not Strategy.parse("h2o | offload").lossless and not Strategy.parse("fp16 | offload").lossless
+    assert offload.traits.exact and moments(offload) == {Moment.BEFORE_LAYER}
+    assert all(layer.store.sketch is None for layer in offload.plan(uniform(), Format.FP32).layers)
+    (place,) = offload.on(Axis.PLACE)
+    assert isinstance(place, Place) and (place.axis, place.tier) == (Axis.PLACE, Tier.HOST)
+    assert place.fetches_ahead and not Offload(prefetch=False).fetches_ahead
+    assert not infinigen.traits.exact and infinigen.needs == {Need.ROTATION}
+    assert moments(infinigen) == {Moment.BEFORE_LAYER, Moment.SELECT}
+    ((keep,), (attend,)) = infinigen.on(Axis.KEEP), infinigen.on(Axis.ATTEND)
+    assert isinstance(attend, Attend) and (keep.name, attend.sketch_share) == ("full", 0.3)
+    assert not Strategy.parse("h2o | offload").traits.exact and not Strategy.parse("fp16 | offload").traits.exact
+
+
+def moments(strategy: Strategy) -> frozenset[Moment]:
+    return frozenset().union(*(stage.moments for stage in strategy.stages))
 
 
 def test_which_layers_live_on_the_host() -> None:
@@ -110,10 +114,14 @@ def test_which_layers_live_on_the_host() -> None:
     shape = ModelShape(
         name="m", layers=(own, shared, own), hidden_size=8, vocab_size=9, max_positions=99, num_parameters=1
     )
-    assert Strategy.parse("full").host_layers(shape) == ()
-    assert Strategy.parse("offload").host_layers(shape) == (0, 2)
-    assert Strategy.parse("infinigen").host_layers(shape) == (2,), "the first layer is dense"
-    assert Strategy.parse("speculate(dense=3) | offload").host_layers(shape) == ()
+    on_host = {
+        sentence: Strategy.parse(sentence).plan(shape, Format.FP32).cache.host_layers
+        for sentence in ("full", "offload", "infinigen", "speculate(dense=3) | offload")
+    }
+    assert on_host["full"] == ()
+    assert on_host["offload"] == (0, 2)
+    assert on_host["infinigen"] == (2,), "the first layer is dense"
+    assert on_host["speculate(dense=3) | offload"] == ()
 
 
 @given(fraction, st.integers(1, 10**5))
@@ -169,7 +177,5 @@ def test_layers_that_share_are_fetched_for_each_reader() -> None:
     shape = ModelShape(
         name="m", layers=(own, own, shared), hidden_size=256, vocab_size=9, max_positions=999, num_parameters=1
     )
-    found = footprint(
-        Strategy.parse("offload"), shape, prompt_tokens=64, output_tokens=32, chunk_tokens=64, format=Format.FP32
-    )
+    found = Strategy.parse("offload").plan(shape, Format.FP32).footprint(64, 32, 64)
     assert found.moved_bytes_per_step == found.host_bytes * 3 / 2

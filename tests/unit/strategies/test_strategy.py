@@ -11,14 +11,21 @@ from hypothesis import given, strategies as st
 
 from kvatlas.core.errors import CompositionError, ConfigError, UnknownNameError
 from kvatlas.core.grammar import format_value
-from kvatlas.core.vocabulary import Axis, Format, Moment, Need, Sidecar
+from kvatlas.core.plan import NEUTRAL, NOTHING, ROUNDS
+from kvatlas.core.shapes import LayerShape, ModelShape
+from kvatlas.core.vocabulary import Axis, Format, Moment, Sidecar
 from kvatlas.strategies.keep.full import Full
 from kvatlas.strategies.keep.h2o import H2O
 from kvatlas.strategies.keep.streaming_llm import StreamingLLM
 from kvatlas.strategies.recipes import RECIPES
 from kvatlas.strategies.registry import stage_class, stages
-from kvatlas.strategies.stage import Encode, Stage, StageInfo, tokens_of
+from kvatlas.strategies.stage import Encode, Keep, Received, Stage, StageInfo, tokens_of
 from kvatlas.strategies.strategy import Strategy
+
+SHAPE = ModelShape(
+    name="m", layers=(LayerShape(num_query_heads=2, num_kv_heads=1, key_dim=4, value_dim=4),), hidden_size=8,
+    vocab_size=9, max_positions=99, num_parameters=1,
+)  # fmt: skip
 
 share = st.one_of(st.integers(1, 10**6), st.floats(0, 1, exclude_min=True))
 keeps = st.one_of(
@@ -58,7 +65,7 @@ def test_tokens_and_fractions_are_different_strategies() -> None:
 def test_without_a_keep_stage_every_token_stays() -> None:
     assert str(Strategy.parse("fp16")) == "full | fp16"
     assert Strategy(()) == Strategy.parse("full")
-    assert Strategy.parse("fp16").keep == Full()
+    assert Strategy.parse("fp16").on(Axis.KEEP) == [Full()]
 
 
 def test_positional_parameters_follow_the_order_of_the_fields() -> None:
@@ -110,17 +117,23 @@ def test_stages_may_refuse_each_other() -> None:
 
     with pytest.raises(CompositionError, match="'jealous' and 'h2o' cannot be composed: it wants to be alone"):
         Strategy((H2O(), Jealous()))
-    assert Strategy((Jealous(),)).stored(Format.FP32) is Format.FP16
+    (only,) = Strategy((Jealous(),)).plan(SHAPE, Format.FP32).layers
+    assert only.store.own.format is Format.FP16
 
 
 def test_what_a_strategy_declares() -> None:
     h2o = Strategy.parse("h2o | bf16")
-    assert h2o.needs == {Need.COLUMN_SUMS} and h2o.sidecars == (Sidecar.POSITIONS, Sidecar.COLUMN_SUMS)
-    assert h2o.moments == {Moment.AFTER_PREFILL, Moment.AFTER_STEP}
-    assert h2o.stored(Format.FP32) is Format.BF16 and not h2o.lossless
+    (keep,), (stored,) = h2o.on(Axis.KEEP), (layer.store for layer in h2o.plan(SHAPE, Format.FP32).layers)
+    assert isinstance(keep, Keep) and keep.received == Received() and keep.asks_for == ["received"] and not h2o.needs
+    assert stored.own.sidecars == (Sidecar.POSITIONS, Sidecar.COLUMN_SUMS)
+    assert keep.moments == {Moment.AFTER_PREFILL, Moment.AFTER_STEP}
+    assert stored.own.format is Format.BF16 and h2o.traits == NOTHING
     full = Strategy.parse("full")
-    assert full.lossless and full.encode is None and full.sidecars == (Sidecar.POSITIONS,) and not full.needs
-    assert not Strategy.parse("full | fp16").lossless and Strategy.parse("full | fp32").lossless
+    (stored,) = (layer.store for layer in full.plan(SHAPE, Format.FP32).layers)
+    assert full.traits == NEUTRAL and not full.on(Axis.ENCODE) and stored.own.sidecars == (Sidecar.POSITIONS,)
+    assert not full.needs and not any(stage.moments or stage.asks_for for stage in full.stages)
+    assert Strategy.parse("full | fp16").traits == ROUNDS and not ROUNDS.exact
+    assert Strategy.parse("full | fp32").traits.exact
 
 
 @given(share, st.integers(1, 10**5))
@@ -148,9 +161,10 @@ def test_every_stage_is_documented(name: str) -> None:
     assert stage.name == name and stage.axis in Axis
     assert stage.info.summary and "\n" not in stage.info.summary and stage.info.paper
     assert stage.__doc__ and not stage.__doc__.startswith(f"{stage.__name__}("), "dataclass made the docstring"
-    for field in dataclasses.fields(stage):
+    for field in stage.parameters():
         assert re.search(rf"^\s+{field.name}: ", stage.__doc__, re.MULTILINE), f"{name}: {field.name} is not explained"
-    companion = " | offload" if stage().lacks([]) else ""
+    beside = {Axis.ATTEND: " | offload", Axis.BUDGET: " | snapkv(budget=0.25)"}
+    companion = beside[stage.axis] if stage().lacks([]) else ""
     assert Strategy.parse(name + companion).stages, "usable by name alone, beside what it needs"
     default = Strategy.parse(f"{stage()}{companion}")
     assert Strategy.parse(name + companion) == Strategy.parse(str(default)) == default

@@ -13,9 +13,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kvatlas.core.errors import ConfigError
-from kvatlas.core.vocabulary import Moment, Need, Saves
+from kvatlas.core.plan import Traits
+from kvatlas.core.vocabulary import Need, Saves
 from kvatlas.strategies.registry import register
-from kvatlas.strategies.stage import Attend, Encode, Place, Stage, StageInfo
+from kvatlas.strategies.stage import Attend, Encode, Keep, Place, Stage, StageInfo
 
 _LEAST_PAGES = 3
 
@@ -27,7 +28,7 @@ _LEAST_PAGES = 3
         paper="arXiv:2406.10774",
         saves=(Saves.BANDWIDTH,),
         needs=frozenset({Need.KEY_BOUNDS}),
-        moments=frozenset({Moment.SELECT}),
+        traits=Traits(keeps_all=True, prompt_shareable=True, query_agnostic=True),
     ),
 )
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +56,7 @@ class Quest(Attend):
 
     def conflict(self, other: Stage) -> str | None:
         """Refuse what needs every score, and blocks whose bounds would weigh more than they save."""
-        if Need.COLUMN_SUMS in other.info.needs and Moment.AFTER_STEP in other.info.moments:
+        if isinstance(other, Keep) and other.received is not None and other.received.in_decode:
             return "it counts the attention that every token gets, and pages that are not read get none; leave one out"
         if isinstance(other, Encode) and other.format.is_packed:
             return "the bounds of a packed block would weigh a third of it; use 'int8' or leave one out"

@@ -15,10 +15,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kvatlas.core.errors import ConfigError
-from kvatlas.core.vocabulary import Moment, Need, Saves
+from kvatlas.core.plan import Traits
+from kvatlas.core.vocabulary import Need, Saves
 from kvatlas.strategies.registry import register
 from kvatlas.strategies.stage import Attend, Keep, Place, Stage, StageInfo
 
@@ -30,7 +31,7 @@ from kvatlas.strategies.stage import Attend, Keep, Place, Stage, StageInfo
         paper="arXiv:2406.19707",
         saves=(Saves.BANDWIDTH,),
         needs=frozenset({Need.ROTATION}),
-        moments=frozenset({Moment.SELECT}),
+        traits=Traits(keeps_all=True, query_agnostic=True),
     ),
 )
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +70,7 @@ class Speculate(Attend):
 
     def conflict(self, other: Stage) -> str | None:
         """Refuse stages that evict: partial keys lie slot by slot beside keys that never move."""
-        if isinstance(other, Keep) and not other.info.lossless:
+        if isinstance(other, Keep) and not other.info.traits.keeps_all:
             return "partial keys lie beside keys in order, and eviction would move those; leave one out"
         return None
 
@@ -78,6 +79,10 @@ class Speculate(Attend):
         if any(isinstance(other, Place) for other in others):
             return None
         return "it chooses what to fetch from another tier; add '| offload(host)'"
+
+    def sized(self, fraction: float) -> Speculate:
+        """Return it with another cap, and an alpha so large that the cap decides: else it would read less."""
+        return replace(self, alpha=math.inf, cap=fraction)
 
     @property
     def dense_layers(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from kvatlas.core.plan import INEXACT
 from kvatlas.core.vocabulary import Format, Saves
 from kvatlas.strategies.registry import register
 from kvatlas.strategies.stage import Encode, StageInfo
@@ -15,6 +16,7 @@ from kvatlas.strategies.stage import Encode, StageInfo
         summary="store as 8-bit integers, one scale per token",
         paper="symmetric round-to-nearest",
         saves=(Saves.CAPACITY, Saves.BANDWIDTH),
+        traits=INEXACT,
     ),
 )
 @dataclass(frozen=True, kw_only=True)

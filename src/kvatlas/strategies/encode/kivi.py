@@ -16,6 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kvatlas.core.errors import ConfigError
+from kvatlas.core.plan import Traits
 from kvatlas.core.vocabulary import Format, Saves
 from kvatlas.strategies.registry import register
 from kvatlas.strategies.stage import Encode, Place, Stage, StageInfo
@@ -29,6 +30,7 @@ _FORMATS = {2: Format.INT2, 4: Format.INT4}
         summary="store old tokens in 2 or 4 bits, keys per channel and values per token",
         paper="arXiv:2402.02750",
         saves=(Saves.CAPACITY, Saves.BANDWIDTH),
+        traits=Traits(keeps_all=True, query_agnostic=True),
     ),
 )
 @dataclass(frozen=True, kw_only=True)

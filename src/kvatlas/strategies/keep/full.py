@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from kvatlas.core.plan import NEUTRAL
 from kvatlas.strategies.registry import register
 from kvatlas.strategies.stage import Keep, StageInfo
 
@@ -11,7 +12,7 @@ from kvatlas.strategies.stage import Keep, StageInfo
 @register(
     "full",
     StageInfo(
-        summary="every token, in paged blocks (vLLM's policy, not vLLM)", paper="arXiv:2309.06180", lossless=True
+        summary="every token, in paged blocks (vLLM's policy, not vLLM)", paper="arXiv:2309.06180", traits=NEUTRAL
     ),
 )
 @dataclass(frozen=True, kw_only=True)

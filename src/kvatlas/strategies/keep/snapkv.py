@@ -6,18 +6,22 @@ prompt is cut once and tokens of the output stay; so the cache grows by the outp
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar
 
 from kvatlas.core.errors import ConfigError
-from kvatlas.core.vocabulary import Moment, Need, Saves
+from kvatlas.core.plan import Traits
+from kvatlas.core.vocabulary import Saves
 from kvatlas.strategies.registry import register
-from kvatlas.strategies.stage import Keep, StageInfo, check_share, tokens_of
+from kvatlas.strategies.stage import Keep, Limits, Received, StageInfo, check_share, tokens_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from kvatlas.core.views import LayerView
+    from kvatlas.core.views import LaneView
+
+
+_SMALL_WINDOW = 16
 
 
 @register(
@@ -26,8 +30,7 @@ if TYPE_CHECKING:
         summary="prompt tokens that the last prompt tokens attended to, pooled",
         paper="arXiv:2404.14469",
         saves=(Saves.CAPACITY, Saves.BANDWIDTH),
-        needs=frozenset({Need.COLUMN_SUMS}),
-        moments=frozenset({Moment.AFTER_PREFILL}),
+        traits=Traits(prompt_shareable=True),
     ),
 )
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +47,8 @@ class SnapKV(Keep):
         ConfigError: a width is out of range, ``pool`` is even, or a budget in tokens does not exceed the window.
     """
 
+    sizes: ClassVar[frozenset[str]] = frozenset({"budget"})
+
     budget: int | float = 1024
     window: int = 32
     pool: int = 5
@@ -56,24 +61,27 @@ class SnapKV(Keep):
         if isinstance(self.budget, int) and self.budget <= self.window:
             raise ConfigError(f"snapkv: budget={self.budget} must exceed window={self.window}; raise it")
 
-    def kept_of_prompt(self, prompt_tokens: int) -> int | None:
-        """Return the budget in tokens, at least the window and one more."""
-        return max(tokens_of(self.budget, prompt_tokens), self.window + 1)
+    def sized(self, fraction: float) -> SnapKV:
+        """Return it with another budget, and a window that small fractions of short prompts can hold."""
+        return replace(self, budget=fraction, window=min(self.window, _SMALL_WINDOW))
 
-    def observed_queries(self, prompt_tokens: int) -> int | None:
-        """Return the observation window."""
-        return self.window
+    def limits(self, prompt_tokens: int) -> Limits:
+        """Return the budget in tokens, at least the window and one more; tokens of the output stay."""
+        return Limits(after_prompt=max(tokens_of(self.budget, prompt_tokens), self.window + 1))
+
+    @property
+    def received(self) -> Received:
+        """Return the attention that the observation window paid."""
+        return Received(queries=self.window, in_decode=False)
 
     def recent_tokens(self, prompt_tokens: int) -> int:
         """Return the observation window, which is kept."""
         return self.window
 
-    def scores(self, view: LayerView) -> Tensor:
+    def scores(self, view: LaneView) -> Tensor:
         """Return the pooled votes, and infinity for the window; slots come in position order."""
         from torch.nn.functional import avg_pool1d  # strategies load without torch
 
-        assert view.column_sums_BHS is not None
-        newest = view.positions_BHS >= (view.seen_B - view.recent_B)[:, None, None]
-        votes_BHS = view.column_sums_BHS.masked_fill(newest | ~view.valid_BHS, 0.0)
+        votes_BHS = view.received.masked_fill(view.newest | ~view.valid_BHS, 0.0)
         pooled_BHS: Tensor = avg_pool1d(votes_BHS, self.pool, stride=1, padding=self.pool // 2)
-        return pooled_BHS.masked_fill(newest, float("inf"))
+        return pooled_BHS.masked_fill(view.newest, float("inf"))

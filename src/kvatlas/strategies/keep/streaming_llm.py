@@ -6,18 +6,22 @@ inside the cache, which matters only beyond the length that a model was trained 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar
 
 from kvatlas.core.errors import ConfigError
-from kvatlas.core.vocabulary import Moment, Saves
+from kvatlas.core.plan import Traits
+from kvatlas.core.vocabulary import Saves
 from kvatlas.strategies.registry import register
-from kvatlas.strategies.stage import Keep, Reach, StageInfo, check_share, tokens_of
+from kvatlas.strategies.stage import Keep, Limits, Reach, StageInfo, check_share, tokens_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from kvatlas.core.views import LayerView
+    from kvatlas.core.views import LaneView
+
+
+_RECENT = 512
 
 
 @register(
@@ -26,7 +30,7 @@ if TYPE_CHECKING:
         summary="attention sinks and a recent window",
         paper="arXiv:2309.17453",
         saves=(Saves.CAPACITY, Saves.BANDWIDTH),
-        moments=frozenset({Moment.AFTER_CHUNK, Moment.AFTER_PREFILL, Moment.AFTER_STEP}),
+        traits=Traits(query_agnostic=True),
     ),
 )
 @dataclass(frozen=True, kw_only=True)
@@ -35,29 +39,53 @@ class StreamingLLM(Keep):
 
     Args:
         sinks: first tokens of the sequence, never evicted; tokens.
-        recent: newest tokens; an integer counts tokens, a fraction in (0, 1] is of the prompt.
+        recent: newest tokens; an integer counts tokens, a fraction in (0, 1] is of the prompt; 512 unless ``budget`` is
+            given.
+        budget: both together, likewise.
 
     Raises:
-        ConfigError: ``sinks`` is negative or ``recent`` is out of range.
+        ConfigError: ``sinks`` is negative, ``recent`` or ``budget`` is out of range, or both are given.
     """
 
+    streams: ClassVar[bool] = True
+    sizes: ClassVar[frozenset[str]] = frozenset({"recent", "budget"})
+
     sinks: int = 4
-    recent: int | float = 512
+    recent: int | float | None = None
+    budget: int | float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.sinks < 0:
             raise ConfigError(f"streaming_llm: sinks={self.sinks} is out of range; write at least 0 tokens")
-        check_share("streaming_llm", "recent", self.recent)
+        if self.budget is None:
+            object.__setattr__(self, "recent", _RECENT if self.recent is None else self.recent)
+            check_share("streaming_llm", "recent", self.recent or 0)
+            return
+        if self.recent is not None:
+            raise ConfigError("streaming_llm: budget is sinks and recent together; give 'budget' or 'recent'")
+        check_share("streaming_llm", "budget", self.budget)
+        if isinstance(self.budget, int) and self.budget <= self.sinks:
+            raise ConfigError(f"streaming_llm: budget={self.budget} must exceed sinks={self.sinks}; raise it")
 
-    def capacity(self, prompt_tokens: int) -> int | None:
-        """Return sinks + recent."""
-        return self.sinks + tokens_of(self.recent, prompt_tokens)
+    def sized(self, fraction: float) -> StreamingLLM:
+        """Return it with that many recent tokens beside the paper's four sinks."""
+        return replace(self, sinks=4, recent=fraction, budget=None)
+
+    def limits(self, prompt_tokens: int) -> Limits:
+        """Return sinks + recent, the token that joins included."""
+        return Limits.steady(self.sinks + self._recent(prompt_tokens) - 1)
+
+    def _recent(self, prompt_tokens: int) -> int:
+        if self.budget is not None:
+            return max(1, tokens_of(self.budget, prompt_tokens) - self.sinks)
+        assert self.recent is not None
+        return tokens_of(self.recent, prompt_tokens)
 
     def reach(self, prompt_tokens: int) -> Reach | None:
         """Return the same limit for prompt tokens, so that a prompt in chunks equals the prompt as a whole."""
-        return Reach(sinks=self.sinks, recent=tokens_of(self.recent, prompt_tokens))
+        return Reach(sinks=self.sinks, recent=self._recent(prompt_tokens))
 
-    def scores(self, view: LayerView) -> Tensor:
+    def scores(self, view: LaneView) -> Tensor:
         """Return the position as score: the oldest goes first, sinks never."""
         return view.positions_BHS.float().masked_fill(view.positions_BHS < self.sinks, float("inf"))

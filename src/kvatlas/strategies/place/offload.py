@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from kvatlas.core.errors import ConfigError
-from kvatlas.core.vocabulary import Moment, Saves, Tier
+from kvatlas.core.plan import NEUTRAL
+from kvatlas.core.vocabulary import Saves, Tier
 from kvatlas.strategies.registry import register
 from kvatlas.strategies.stage import Place, StageInfo
 
@@ -21,8 +22,7 @@ from kvatlas.strategies.stage import Place, StageInfo
         summary="keys and values on the host, fetched layer by layer",
         paper="arXiv:2303.06865",
         saves=(Saves.CAPACITY,),
-        lossless=True,
-        moments=frozenset({Moment.BEFORE_LAYER}),
+        traits=NEUTRAL,
     ),
 )
 @dataclass(frozen=True, kw_only=True)

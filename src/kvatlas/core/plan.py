@@ -1,0 +1,126 @@
+"""What a strategy means for a model, as far as storage must know: values without torch.
+
+Everything here is per layer, since a stage may be given to some layers only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, fields
+from functools import cached_property
+
+from kvatlas.core.layout import DEFAULT_BLOCK_SIZE, BlockLayout, layout_of, sketch_layout_of, staging_buffers
+from kvatlas.core.shapes import ModelShape
+from kvatlas.core.vocabulary import Format, Sidecar, Tier
+
+
+@dataclass(frozen=True, kw_only=True)
+class Traits:
+    """What holds of a stage; of a strategy holds what holds of all its stages.
+
+    Args:
+        exact: outputs equal those of the full cache.
+        keeps_all: nothing is ever dropped.
+        prompt_shareable: until a prompt's end, its keys and values depend on its tokens alone.
+        recomputable: all tokens so far, processed as one prompt, give the cache that prompts and steps gave.
+        query_agnostic: what was kept was not chosen by the questions asked so far.
+    """
+
+    exact: bool = False
+    keeps_all: bool = False
+    prompt_shareable: bool = False
+    recomputable: bool = False
+    query_agnostic: bool = False
+
+    def __and__(self, other: Traits) -> Traits:
+        """Return what holds of both."""
+        return Traits(**{each.name: getattr(self, each.name) and getattr(other, each.name) for each in fields(self)})
+
+
+NOTHING = Traits()
+"""Nothing holds for certain."""
+NEUTRAL = Traits(exact=True, keeps_all=True, prompt_shareable=True, recomputable=True, query_agnostic=True)
+"""Of a stage that changes no number: what holds of the others holds."""
+INEXACT = Traits(keeps_all=True, prompt_shareable=True, recomputable=True, query_agnostic=True)
+"""Of a stage that rounds each token by itself when it is written, or only divides what another keeps."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerCache:
+    """What is stored of a layer that owns lanes.
+
+    Args:
+        own: blocks of new tokens.
+        tier: where they live.
+        old: device blocks that full blocks are encoded to once they are old; None: they stay as they are.
+        residual: newest tokens of a lane that are not encoded, at least.
+        sketch: device blocks of partial keys, slot by slot beside keys on the host; None: not kept.
+    """
+
+    own: BlockLayout
+    tier: Tier = Tier.DEVICE
+    old: BlockLayout | None = None
+    residual: int = 0
+    sketch: BlockLayout | None = None
+
+
+@dataclass(frozen=True)
+class CachePlan:
+    """What is stored of a sequence.
+
+    Args:
+        shape: the model.
+        layers: (index, what is stored) of each layer that owns lanes, in order of execution.
+    """
+
+    shape: ModelShape
+    layers: tuple[tuple[int, LayerCache], ...]
+
+    @cached_property
+    def host_layers(self) -> tuple[int, ...]:
+        """Layers that own lanes on the host."""
+        return tuple(index for index, layer in self.layers if layer.tier is Tier.HOST)
+
+    @cached_property
+    def buffers(self) -> dict[int, int]:
+        """Layer that reads lanes on the host -> layer whose lanes name its staging buffer on the device."""
+        return staging_buffers(self.shape, self.host_layers)
+
+    @cached_property
+    def contents(self) -> str:
+        """What must be equal, tokens apart, for keys and values of a prompt to be the very same bytes."""
+        return ",".join(f"{layer.own.format.value}@{layer.tier.value}" for _, layer in self.layers)
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash(self.layers)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+
+def uniform_cache(
+    shape: ModelShape,
+    format: Format,
+    block_size: int = DEFAULT_BLOCK_SIZE,
+    sidecars: tuple[Sidecar, ...] = (Sidecar.POSITIONS,),
+    *,
+    host_layers: Collection[int] = (),
+    sketch_share: float = 0.0,
+    packed: Format | None = None,
+    residual: int = 0,
+) -> CachePlan:
+    """Return the plan in which all layers are alike, but for where they live; windowed layers are never packed."""
+
+    def cache(index: int) -> LayerCache:
+        layer, on_host = shape.layers[index], index in host_layers
+        old = packed if layer.window is None else None
+        return LayerCache(
+            own=layout_of(layer, format, block_size, sidecars),
+            tier=Tier.HOST if on_host else Tier.DEVICE,
+            old=None if old is None else layout_of(layer, old, block_size, sidecars),
+            residual=0 if old is None else residual,
+            sketch=sketch_layout_of(layer, format, block_size, sketch_share) if on_host and sketch_share else None,
+        )
+
+    return CachePlan(shape, tuple((index, cache(index)) for index in shape.owners))

@@ -1,0 +1,240 @@
+"""What a strategy means for a model, worked out once: per layer its stages and its storage. No torch.
+
+Storage, scheduler, admission and footprints take the plan and ask no stage by its name.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from kvatlas.core.errors import CompositionError, UnsupportedError
+from kvatlas.core.footprint import Footprint
+from kvatlas.core.layout import BlockLayout, layout_of, sketch_layout_of
+from kvatlas.core.plan import CachePlan, LayerCache, Traits
+from kvatlas.core.shapes import LayerShape, ModelShape
+from kvatlas.core.vocabulary import Axis, Format, Need, Sidecar, Tier
+from kvatlas.strategies.footprint import footprint
+from kvatlas.strategies.keep.full import Full
+from kvatlas.strategies.stage import Attend, Budget, Encode, Keep, Limits, Place
+from kvatlas.strategies.strategy import Strategy
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerPlan:
+    """One layer of a model under a strategy; a layer that reads another's lanes is planned as that one.
+
+    Args:
+        index: of the layer, in order of execution.
+        shape: its shape.
+        keep: which tokens stay.
+        budget: how the kept ones are divided; None: evenly.
+        attend: what a decode step reads; None: everything.
+        place: where keys and values live; None: on the device.
+        store: what is stored.
+        turn: place of the layer among those that the budget is divided among, and how many these are.
+    """
+
+    index: int
+    shape: LayerShape
+    keep: Keep
+    budget: Budget | None
+    attend: Attend | None
+    place: Place | None
+    store: LayerCache
+    turn: tuple[int, int] = (0, 1)
+
+    @property
+    def evicts(self) -> bool:
+        """Whether tokens are ever dropped, passed windows left out."""
+        return not self.keep.info.traits.keeps_all
+
+    @property
+    def ragged(self) -> bool:
+        """Whether heads may hold different numbers of tokens."""
+        return self.budget is not None and self.budget.ragged
+
+    def limits(self, prompt_tokens: int) -> Limits:
+        """Return how many tokens a lane holds, on average over the layer's lanes."""
+        limits = self.keep.limits(prompt_tokens)
+        if self.budget is None or limits.after_prompt is None:
+            return limits
+        recent = self.keep.recent_tokens(prompt_tokens)
+        return limits.resized(self.budget.of_layer(limits.after_prompt, recent, prompt_tokens, *self.turn))
+
+    def pages(self, block_size: int) -> int | None:
+        """Return the most blocks of a lane that a decode step reads; None: all."""
+        return None if self.attend is None else self.attend.pages(block_size)
+
+
+class Plan:
+    """A strategy resolved for a model.
+
+    Args:
+        strategy: what is resolved.
+        shape: the model.
+        own: the model's own element format, used where the strategy names none.
+        block_size: slots per block.
+
+    Attributes:
+        layers: one entry per layer of the model.
+        cache: what is stored of a sequence.
+        traits: what holds of the strategy.
+        kind: requests whose plans are of one kind run in one call, whatever their budgets.
+    """
+
+    def __init__(self, strategy: Strategy, shape: ModelShape, own: Format, block_size: int) -> None:
+        self.strategy = strategy
+        self.shape = shape
+        self.block_size = block_size
+        self.traits: Traits = strategy.traits
+        owned = {index: self._layer(index, own) for index in shape.owners}
+        _check_packing(strategy, shape, owned)
+        _check_places(owned)
+        owned = _with_turns(owned)
+        self.layers = [owned[_owner(shape, index)] for index in range(len(shape.layers))]
+        self.owned = list(owned.values())
+        self.cache = CachePlan(shape, tuple((index, layer.store) for index, layer in owned.items()))
+        stages = tuple(tuple(stage.kind for stage in strategy.stages if stage.covers(i)) for i in shape.owners)
+        self.kind = _KINDS.setdefault((stages, self.cache), len(_KINDS))
+
+    def _layer(self, index: int, own: Format) -> LayerPlan:
+        shape = self.shape.layers[index]
+        keep, budget, encode, attend, place = (self._stage(axis, index) for axis in _ORDER)
+        keep = keep or Full()
+        assert isinstance(keep, Keep) and isinstance(encode, Encode | None) and isinstance(attend, Attend | None)
+        assert isinstance(budget, Budget | None) and isinstance(place, Place | None)
+        bounded = attend is not None and Need.KEY_BOUNDS in attend.info.needs
+        dense = 0 if attend is None else attend.dense_layers
+        if attend is not None and (index < dense or (shape.window is not None and place is None)):
+            attend = None
+        if place is not None and index < dense:
+            place = None
+        return LayerPlan(
+            index=index,
+            shape=shape,
+            keep=keep,
+            budget=None if keep.info.traits.keeps_all else budget,
+            attend=attend,
+            place=place,
+            store=self._stored(shape, own, keep, encode, attend, place, bounded),
+        )
+
+    def _stage(self, axis: Axis, index: int) -> object | None:
+        return next((stage for stage in self.strategy.on(axis) if stage.covers(index)), None)
+
+    def _stored(
+        self,
+        shape: LayerShape,
+        own: Format,
+        keep: Keep,
+        encode: Encode | None,
+        attend: Attend | None,
+        place: Place | None,
+        bounded: bool,
+    ) -> LayerCache:
+        size = self.block_size
+        packed = encode.format if encode is not None and encode.format.is_packed and shape.window is None else None
+        format = own if encode is None else _beside_packed(own) if encode.format.is_packed else encode.format
+        sums = () if keep.received is None else (Sidecar.COLUMN_SUMS,)
+        bounds = (Sidecar.KEY_BOUNDS,) if bounded else ()
+        sidecars = (Sidecar.POSITIONS, *sums, *bounds)
+        share = 0.0 if place is None or attend is None else attend.sketch_share
+        old: BlockLayout | None = None if packed is None else layout_of(shape, packed, size, sidecars)
+        return LayerCache(
+            own=layout_of(shape, format, size, sidecars),
+            tier=Tier.DEVICE if place is None else place.tier,
+            old=old,
+            residual=0 if old is None or encode is None else encode.residual,
+            sketch=sketch_layout_of(shape, format, size, share) if share else None,
+        )
+
+    @cached_property
+    def evicts(self) -> bool:
+        """Whether tokens are ever dropped, passed windows left out."""
+        return any(layer.evicts for layer in self.owned)
+
+    @cached_property
+    def packs(self) -> bool:
+        """Whether old blocks of some layer are packed."""
+        return any(layer.store.old is not None for layer in self.owned)
+
+    @cached_property
+    def chooses(self) -> bool:
+        """Whether what a decode step reads of the host is chosen token by token."""
+        return any(layer.place is not None and layer.attend is not None for layer in self.owned)
+
+    @cached_property
+    def fetches_ahead(self) -> bool:
+        """Whether a layer is fetched from the host while the one before it computes."""
+        return all(layer.place.fetches_ahead for layer in self.owned if layer.place is not None)
+
+    def most_fetched(self, cached_tokens: int) -> int:
+        """Return the most tokens of a lane on the host that a decode step reads beside the new one."""
+        asked = [layer.attend for layer in self.owned if layer.place is not None and layer.attend is not None]
+        return max(
+            (attend.most_read(cached_tokens, self.shape.largest_group) for attend in asked), default=cached_tokens
+        )
+
+    @cached_property
+    def forkable(self) -> bool:
+        """Whether a copy of a cache goes on as the original would: nothing depends on who made which block."""
+        return self.traits.keeps_all and not self.packs and not any(layer.store.sketch for layer in self.owned)
+
+    def unshared_tokens(self) -> int:
+        """Return how many of a prompt's last tokens are computed even if all are known: the last, or observed ones."""
+        queries = [layer.keep.received.queries for layer in self.owned if layer.keep.received is not None]
+        return max([1, *(count for count in queries if count is not None)])
+
+    def footprint(self, prompt_tokens: int, output_tokens: int, chunk_tokens: int) -> Footprint:
+        """Return the bounds of one request on each tier.
+
+        Args:
+            prompt_tokens: tokens of the prompt.
+            output_tokens: most tokens that may be generated.
+            chunk_tokens: most prompt tokens that one step processes.
+        """
+        return footprint(self, prompt_tokens, output_tokens, chunk_tokens)
+
+
+_KINDS: dict[object, int] = {}
+_ORDER = (Axis.KEEP, Axis.BUDGET, Axis.ENCODE, Axis.ATTEND, Axis.PLACE)
+
+
+def _owner(shape: ModelShape, index: int) -> int:
+    shared = shape.layers[index].shares_kv_with
+    return index if shared is None else shared
+
+
+def _beside_packed(own: Format) -> Format:
+    """Return the format of new tokens beside a packed one: two bytes an element are precise enough there."""
+    return Format.FP16 if own is Format.FP32 else own
+
+
+def _with_turns(owned: dict[int, LayerPlan]) -> dict[int, LayerPlan]:
+    """Tell each layer its place among those whose budget one stage divides; a window is a limit of its own."""
+    members: dict[Budget, list[int]] = {}
+    for index, layer in owned.items():
+        if layer.budget is not None and layer.shape.window is None:
+            members.setdefault(layer.budget, []).append(index)
+    turns = {index: (turn, len(found)) for found in members.values() for turn, index in enumerate(found)}
+    return {
+        index: replace(layer, turn=turns[index]) if index in turns else replace(layer, budget=None)
+        for index, layer in owned.items()
+    }
+
+
+def _check_packing(strategy: Strategy, shape: ModelShape, owned: dict[int, LayerPlan]) -> None:
+    packs = any(isinstance(stage, Encode) and stage.format.is_packed for stage in strategy.stages)
+    if packs and all(layer.store.old is None for layer in owned.values()):
+        raise UnsupportedError(
+            f"every layer of {shape.name} has a sliding window, which drops tokens before they are old; use 'int8'"
+        )
+
+
+def _check_places(owned: dict[int, LayerPlan]) -> None:
+    hosted = [layer for layer in owned.values() if layer.place is not None]
+    if len({layer.attend is None for layer in hosted}) > 1:
+        raise CompositionError(
+            "what is offloaded is chosen in all its layers or in none; give both stages one 'layers'"
+        )
