@@ -35,11 +35,12 @@ demo: setup ## compare all strategies on this machine in minutes: tables here, a
 test: setup ## run the fast tests, two at a time
 	$(BIN)/python -m pytest -n 2
 
-check: setup ## lint, check format, types and import layers
+check: setup ## lint, check format, types, import layers and where strategies are named
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python tools/dispersal.py
 
 # torch for GPUs brings the Triton that it needs, so no other may be asked for there; torch for CPUs brings none.
 check-slow: setup ## run the slow tests
