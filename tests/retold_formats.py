@@ -49,8 +49,8 @@ class Kivi(Retelling):
         blocks = self.encoded.setdefault(id(cache), [])
         if self.position < self.prompt_tokens:
             return
-        old = [token for block in blocks for token in block]
-        waiting = sorted((t for t in cache[:-1] if all(t is not o for o in old)), key=lambda t: t.position)
+        old = {id(token) for block in blocks for token in block}
+        waiting = sorted((token for token in cache[:-1] if id(token) not in old), key=lambda t: t.position)
         while len(waiting) >= self.residual + GROUP:
             block, waiting = waiting[:GROUP], waiting[GROUP:]
             encode(block, self.bits)
@@ -68,9 +68,9 @@ class H2OKivi(Kivi, H2O):
     def after_attention(self, cache: list[Token]) -> None:
         """Evict as H2O does; then make one block of the first two that are half empty, as long as there are two."""
         H2O.after_attention(self, cache)
-        blocks = self.encoded[id(cache)]
+        blocks, kept = self.encoded[id(cache)], {id(token) for token in cache}
         for index, block in enumerate(blocks):
-            blocks[index] = [token for token in block if any(token is kept for kept in cache)]
+            blocks[index] = [token for token in block if id(token) in kept]
         blocks[:] = [block for block in blocks if block]
         while len(half := [block for block in blocks if len(block) <= GROUP // 2]) >= 2:
             merged = half[0] + half[1]
@@ -100,7 +100,7 @@ class Quest(Retelling):
             newest = Token(self.position, key[0, head, 0], value[0, head, 0])
             pages = [[*cache, newest][i : i + GROUP] for i in range(0, len(cache) + 1, GROUP)]
             queries = query[0, head * group : (head + 1) * group, 0]
-            bounds = [max(float(self.bound(q, page)) for q in queries) for page in pages[:-1]]
+            bounds = [self.bound(queries, page) for page in pages[:-1]]
             best = sorted(range(len(bounds)), key=lambda i: bounds[i], reverse=True)[: self.pages - 1]
             read = [*sorted(best), len(pages) - 1]
             self.chosen.append(read)
@@ -113,7 +113,8 @@ class Quest(Retelling):
         return out
 
     @staticmethod
-    def bound(query: Tensor, page: list[Token]) -> Tensor:
-        """Return the largest score that a key within the page's channel-wise bounds could have."""
+    def bound(queries: Tensor, page: list[Token]) -> float:
+        """Return the largest score that a key within the page's channel-wise bounds could have with any query."""
         keys = torch.stack([token.key for token in page])
-        return torch.maximum(query * keys.min(dim=0).values, query * keys.max(dim=0).values).sum()
+        low, high = keys.min(dim=0).values, keys.max(dim=0).values
+        return max(float(torch.maximum(query * low, query * high).sum()) for query in queries)
