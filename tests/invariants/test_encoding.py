@@ -71,7 +71,7 @@ def check_blocks(store: KVStore, seq: Sequence) -> None:
     store.arena.check()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(data=st.data(), residual=st.sampled_from([0, 5, 40]), packed=st.sampled_from([Format.INT4, Format.INT2]))
 def test_random_schedules(data: st.DataObject, residual: int, packed: Format) -> None:
     store = KVStore(MIXED, Format.FP32, 1 << 20, block_size=GROUP, host_bytes=1 << 20)
@@ -121,6 +121,13 @@ def test_random_schedules(data: st.DataObject, residual: int, packed: Format) ->
             break
     store.close(seq)
     assert store.books().used == 0
+
+
+@pytest.mark.slow
+@settings(max_examples=300, deadline=None)
+@given(data=st.data(), residual=st.sampled_from([0, 5, 40]), packed=st.sampled_from([Format.INT4, Format.INT2]))
+def test_random_schedules_long(data: st.DataObject, residual: int, packed: Format) -> None:
+    test_random_schedules.hypothesis.inner_test(data, residual, packed)
 
 
 def evict(store: KVStore, seq: Sequence, held: list[set[int]], seed: int) -> None:

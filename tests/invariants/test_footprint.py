@@ -76,11 +76,14 @@ def held(engine: Engine, request: Request, *, on_host: bool = False) -> int:
     return 0 if request.seq is None or tier is None else engine.store.allocated_bytes(request.seq, tier)
 
 
-@settings(max_examples=50, deadline=None)
-@given(
+FOOTPRINTS = given(
     data=st.data(), family=st.sampled_from(FAMILIES), prompt=st.integers(1, 60), outputs=st.integers(1, 20),
     chunk=st.integers(1, 70), block_size=st.integers(1, 9),
 )  # fmt: skip
+
+
+@settings(max_examples=25, deadline=None)
+@FOOTPRINTS
 def test_bounds_hold_and_are_tight(data, family, prompt, outputs, chunk, block_size) -> None:
     engine = Engine(
         model(family), kv_memory="8MiB", host_memory="8MiB", max_batched_tokens=chunk, block_size=block_size,
@@ -117,7 +120,7 @@ def test_bounds_hold_and_are_tight(data, family, prompt, outputs, chunk, block_s
     assert_empty(engine)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(data=st.data(), family=st.sampled_from(FAMILIES), slabs=st.integers(1, 5), host_slabs=st.integers(0, 6))
 def test_random_schedules_end_within_their_footprints(data, family, slabs, host_slabs) -> None:
     """Requests come and go under tiny memory; nobody exceeds a footprint, everything ends, no byte is lost."""
@@ -166,11 +169,14 @@ def step(engine: Engine, requests: list[Request]) -> None:
         assert held(engine, request, on_host=True) <= request.footprint.host_bytes
 
 
-@settings(max_examples=40, deadline=None)
-@given(
+PACKED_FOOTPRINTS = given(
     strategy=packed, family=st.sampled_from(("llama", "gemma2")), prompt=st.integers(1, 100),
     outputs=st.integers(1, 28), chunk=st.integers(1, 120),
 )  # fmt: skip
+
+
+@settings(max_examples=25, deadline=None)
+@PACKED_FOOTPRINTS
 def test_bounds_of_packed_formats_hold(strategy, family, prompt, outputs, chunk) -> None:
     engine = Engine(model(family), kv_memory="8MiB", max_batched_tokens=chunk)
     request = engine.add_request(IDS[:prompt], params(outputs), strategy)
@@ -184,8 +190,11 @@ def test_bounds_of_packed_formats_hold(strategy, family, prompt, outputs, chunk)
     assert_empty(engine)
 
 
-@settings(max_examples=15, deadline=None)
-@given(data=st.data(), share=st.floats(1.0, 3.0), chunk=st.integers(8, 60), host=st.booleans())
+SHARES = given(data=st.data(), share=st.floats(1.0, 3.0), chunk=st.integers(8, 60), host=st.booleans())
+
+
+@settings(max_examples=12, deadline=None)
+@SHARES
 def test_packed_requests_share_tiny_memory(data, share, chunk, host) -> None:
     """Caches of two formats come and go, are swapped or replayed; nobody exceeds a footprint, everything ends."""
     sentences = [data.draw(packed) for _ in range(data.draw(st.integers(1, 5)))]
@@ -210,8 +219,11 @@ def test_packed_requests_share_tiny_memory(data, share, chunk, host) -> None:
     assert_empty(engine)
 
 
-@settings(max_examples=25, deadline=None)
-@given(data=st.data(), family=st.sampled_from(FAMILIES))
+SESSIONS = given(data=st.data(), family=st.sampled_from(FAMILIES))
+
+
+@settings(max_examples=15, deadline=None)
+@SESSIONS
 def test_sessions_keep_to_their_footprints(data, family) -> None:
     llm = LLM(
         model(family), kv_memory="8MiB", host_memory="8MiB", block_size=3,
@@ -309,3 +321,14 @@ def test_memory_of_few_full_requests_admits_more_of_h2o() -> None:
 @given(data=st.data(), family=st.sampled_from(FAMILIES), slabs=st.integers(1, 5), host_slabs=st.integers(0, 6))
 def test_random_schedules_wide(data, family, slabs, host_slabs) -> None:
     test_random_schedules_end_within_their_footprints.hypothesis.inner_test(data, family, slabs, host_slabs)
+
+
+def wide(drawn, test):
+    """Return a fast test with many more cases, for the slow run."""
+    return pytest.mark.slow(settings(max_examples=200, deadline=None)(drawn(test.hypothesis.inner_test)))
+
+
+test_bounds_hold_and_are_tight_wide = wide(FOOTPRINTS, test_bounds_hold_and_are_tight)
+test_bounds_of_packed_formats_hold_wide = wide(PACKED_FOOTPRINTS, test_bounds_of_packed_formats_hold)
+test_packed_requests_share_tiny_memory_wide = wide(SHARES, test_packed_requests_share_tiny_memory)
+test_sessions_keep_to_their_footprints_wide = wide(SESSIONS, test_sessions_keep_to_their_footprints)

@@ -112,7 +112,7 @@ def requests_compete(data: st.DataObject, family: str, count: int) -> None:
             assert error < TOLERANCE, f"{done.strategy}, prompt of {len(done.prompt)}, output {number}: {error:.1e}"
 
 
-@settings(SETTINGS, max_examples=12)
+@settings(SETTINGS, max_examples=8)
 @given(st.data(), st.sampled_from(["llama", "llama", "gemma4_text"]))
 def test_requests_that_compete_answer_as_alone(data: st.DataObject, family: str) -> None:
     requests_compete(data, family, 6)
@@ -217,7 +217,7 @@ def sessions_compete(data: st.DataObject, family: str, count: int) -> None:
         assert talk.answers == retold(family, talk), f"{talk.strategy}, {[len(p) for p, _ in talk.turns]}"
 
 
-@settings(SETTINGS, max_examples=12)
+@settings(SETTINGS, max_examples=8)
 @given(st.data(), st.sampled_from(["llama", "llama", "gemma4_text"]))
 def test_sessions_that_compete_answer_as_alone(data: st.DataObject, family: str) -> None:
     sessions_compete(data, family, 14)

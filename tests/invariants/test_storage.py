@@ -504,7 +504,7 @@ def _store(slabs: int, host_slabs: int) -> KVStore:
 
 
 TestStore = StoreMachine.TestCase
-TestStore.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
+TestStore.settings = settings(max_examples=40, stateful_step_count=40, deadline=None)
 
 
 @pytest.mark.slow

@@ -72,7 +72,7 @@ def schedule(data: st.DataObject, length: int) -> None:
 SETTINGS = settings(deadline=None, suppress_health_check=list(HealthCheck))
 
 
-@settings(SETTINGS, max_examples=30)
+@settings(SETTINGS, max_examples=15)
 @given(st.data())
 def test_what_comes_back_is_what_went(data: st.DataObject) -> None:
     schedule(data, 25)
