@@ -94,11 +94,15 @@ def choices(monkeypatch: pytest.MonkeyPatch) -> list[Choice]:
 @pytest.mark.parametrize(
     ("strategy", "prompt_tokens", "chunk", "block_size", "kv_heads"),
     [
-        *((each, *rest) for each in SPECULATIONS for rest in ((34, 512, 4, GROUPED), (34, 7, 5, GROUPED))),
         *(
             (each, *rest)
             for each in SPECULATIONS
-            for rest in ((1, 8, 3, SINGLE), (9, 4, 16, SINGLE), (9, 4, 16, GROUPED))
+            for rest in ((34, 7, 5, GROUPED), (1, 8, 3, SINGLE), (9, 4, 16, SINGLE))
+        ),
+        *(
+            pytest.param(each, *rest, marks=pytest.mark.slow)
+            for each in SPECULATIONS
+            for rest in ((34, 512, 4, GROUPED), (9, 4, 16, GROUPED))
         ),
         *((ONE_TOKEN, 34, 16, 4, kv_heads) for kv_heads in (SINGLE, GROUPED)),
     ],

@@ -210,7 +210,13 @@ INTERRUPTED = ("full", *KEEPS, "offload(host)", "h2o(heavy=5, recent=4) | offloa
 
 @pytest.mark.parametrize(
     ("strategy", "host_memory"),
-    [(each, room) for each in INTERRUPTED for room in ("8MiB", 60_000, 0) if room or "offload" not in each],
+    [
+        *((each, room) for each in INTERRUPTED for room in ("8MiB", 0) if room or "offload" not in each),
+        *(
+            pytest.param(each, 60_000, marks=[] if each in INTERRUPTED[2:5:2] else pytest.mark.slow)
+            for each in INTERRUPTED
+        ),
+    ],
 )
 def test_interrupted_is_uninterrupted(strategy: str, host_memory: str | int) -> None:
     """With room on the host caches wait there; with little or none they are computed or replayed anew."""

@@ -115,8 +115,15 @@ def test_the_truth_is_that_of_generate(kind: str) -> None:
         assert_close(generated(plain(kind), list(done.prompt), list(done.outputs)), truth(kind, length), length)
 
 
-@pytest.mark.parametrize("interrupt_every", [None, 3], ids=["undisturbed", "preempted"])
-@pytest.mark.parametrize("max_batched_tokens", [64, 7], ids=["whole", "chunked"])
+@pytest.mark.parametrize(
+    ("max_batched_tokens", "interrupt_every"),
+    [
+        pytest.param(64, None, id="whole"),
+        pytest.param(7, 3, id="chunked and preempted"),
+        pytest.param(7, None, id="chunked", marks=pytest.mark.slow),
+        pytest.param(64, 3, id="preempted", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("kind", [*RENEWING, *KEEPING])
 def test_a_batch_is_what_generate_says(kind: str, max_batched_tokens: int, interrupt_every: int | None) -> None:
     jobs = [job("full", length) for length in PROMPTS]

@@ -7,6 +7,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 
 import pytest
 from tests.driving import assert_empty, finish
@@ -40,10 +41,15 @@ def new_engine(**options) -> Engine:
 
 
 def alone(ids: list[int], params: SamplingParams, strategy: str) -> list[int]:
+    return list(_alone(tuple(ids), params, strategy))
+
+
+@cache
+def _alone(ids: tuple[int, ...], params: SamplingParams, strategy: str) -> tuple[int, ...]:
     engine = new_engine(max_batched_tokens=512)
     request = engine.add_request(ids, params, strategy)
     finish(engine)
-    return request.output_ids
+    return tuple(request.output_ids)
 
 
 class BrokenError(Exception):

@@ -48,7 +48,12 @@ def test_every_stage_takes_part():
     assert all(any(name in sentence for sentence in sentences) for name in stages())
 
 
-@pytest.mark.parametrize("sentence", compositions())
+def slow_if_long(sentence):
+    """Return a case that only the wide run takes where more than two stages meet."""
+    return pytest.param(sentence, marks=pytest.mark.slow if sentence.count("|") > 1 else [])
+
+
+@pytest.mark.parametrize("sentence", map(slow_if_long, compositions()))
 def test_they_add_up_to_the_books_after_every_step(model, sentence):
     memory = {"kv_memory": "8MiB", "host_memory": "8MiB", "enable_prefix_caching": False}
     engine = Engine(model, max_batched_tokens=CHUNK, **memory)

@@ -73,8 +73,18 @@ def test_what_is_read_changes_the_points_and_nothing_else_does(experiment, name)
     assert (name in experiment.reads(BASE)) is (keys(experiment, changed) != keys(experiment, BASE))
 
 
-@pytest.mark.parametrize("name", [field.name for field in fields(Settings)])
-@pytest.mark.parametrize("experiment", EXPERIMENTS.values(), ids=EXPERIMENTS)
+def pairs():
+    """Yield every experiment with every setting; fast is one that reads the setting and one that does not."""
+    for number, field in enumerate(fields(Settings)):
+        readers = [name for name, experiment in EXPERIMENTS.items() if field.name in experiment.reads(BASE)]
+        others = [name for name in EXPERIMENTS if name not in readers]
+        fast = {names[number % len(names)] for names in (readers, others) if names}  # another one for each setting
+        for name, experiment in EXPERIMENTS.items():
+            marks = [] if name in fast else pytest.mark.slow
+            yield pytest.param(experiment, field.name, marks=marks, id=f"{name}-{field.name}")
+
+
+@pytest.mark.parametrize(("experiment", "name"), pairs())
 def test_the_command_refuses_what_is_not_read(experiment, name):
     value = ("60",) if name == "time_limits" else 5.0 if name == "repeat_limit_s" else other(name)
     result = kvatlas("characterize", experiment.name, "--list", *given_as(name, value))

@@ -132,7 +132,7 @@ def test_damaged_copies_are_made_anew(cache, file, expected, unpackings, caplog,
     assert [record.message.endswith("is damaged; unpacking anew") for record in caplog.records] == [True]
 
 
-@pytest.mark.parametrize("moment", ["the tokenizer", "the renaming"])
+@pytest.mark.parametrize("moment", ["the tokenizer", pytest.param("the renaming", marks=pytest.mark.slow)])
 def test_killed_in_the_middle(cache, file, expected, moment):
     """The process ends itself right before or inside what writes a copy; nobody cleans up after it."""
     kill = {
