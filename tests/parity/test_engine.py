@@ -55,8 +55,15 @@ def logits_of(job: Job) -> torch.Tensor:
 
 def alone(loaded_model: LoadedModel, wanted: Job, **options) -> torch.Tensor:
     """Return the logits of a job in an engine of its own: large memory, one chunk, no prefix cache."""
+    return _alone(loaded_model, tuple(wanted.prompt), tuple(wanted.outputs), wanted.strategy, **options)
+
+
+@cache
+def _alone(
+    loaded_model: LoadedModel, prompt: tuple[int, ...], outputs: tuple[int, ...], strategy: str, **options
+) -> torch.Tensor:
     options = {"kv_memory": "4MiB", "block_size": 4, "enable_prefix_caching": False, **options}
-    return logits_of(*drive(Engine(loaded_model, **options), [Job(wanted.prompt, wanted.outputs, wanted.strategy)]))
+    return logits_of(*drive(Engine(loaded_model, **options), [Job(prompt, outputs, strategy)]))
 
 
 def assert_close(job: Job, wanted: torch.Tensor, tolerance: float = TOLERANCE) -> None:
@@ -192,7 +199,7 @@ def test_every_stage_interrupted(host_memory: str | int) -> None:
 
 
 @pytest.mark.parametrize("strategy", [*STRATEGIES, "full | fp16", "h2o(heavy=5, recent=4) | bf16"])
-@pytest.mark.parametrize("family", ["llama", slow("gemma2"), "gemma4_text", "phi3"])
+@pytest.mark.parametrize("family", ["llama", slow("gemma2"), "gemma4_text", slow("phi3")])
 def test_interrupted_is_uninterrupted(family: str, strategy: str) -> None:
     """Requests lose their caches now and then, in prompts and in outputs, and make them again."""
     jobs = [job(strategy, n, seed=n, outputs=20) for n in (9, 17, 30)]
@@ -206,7 +213,7 @@ def test_interrupted_is_uninterrupted(family: str, strategy: str) -> None:
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("family", ["llama", slow("mistral"), "gemma4_text"])
+@pytest.mark.parametrize("family", ["llama", slow("mistral"), slow("gemma4_text")])
 def test_little_memory_changes_nothing(family: str, strategy: str) -> None:
     """Memory for one request, but not for all of them: some wait, some lose their caches."""
     jobs = [job(strategy, n, seed=n, outputs=30) for n in (9, 6, 17, 6, 11)]
@@ -268,7 +275,7 @@ def run_one(engine: Engine, prompt: list[int], strategy: str = "full", outputs: 
     return request
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "mistral", "gemma3n_text"])
+@pytest.mark.parametrize("family", ["llama", "gemma2", slow("mistral"), "gemma3n_text"])
 @pytest.mark.parametrize("max_batched_tokens", [5, 64])
 def test_prefix_cache_changes_nothing(family: str, max_batched_tokens: int) -> None:
     common = ids(22)
@@ -361,7 +368,7 @@ def test_two_turns_are_one_long_prompt(family: str, lengths: list[tuple[int, int
 
 @pytest.mark.parametrize("lengths", CONVERSATIONS, ids=str)
 @pytest.mark.parametrize("strategy", [*STRATEGIES, "h2o(heavy=0.3, recent=0.2)", "full | fp16"])
-@pytest.mark.parametrize("family", ["llama", slow("gemma2"), "phi3"])
+@pytest.mark.parametrize("family", ["llama", slow("gemma2"), slow("phi3")])
 def test_session_without_its_cache_answers_the_same(family: str, strategy: str, lengths) -> None:
     answers = [
         turns(LLM(model(family), kv_memory="4MiB", block_size=4, max_batched_tokens=chunk), strategy, lengths, taken)
