@@ -33,7 +33,7 @@ demo: setup ## compare all strategies on this machine in minutes: tables here, a
 	$(BIN)/kvatlas report --records $(DEMO_RECORDS) --out $(DEMO_REPORT)
 
 test: setup ## run the fast tests, two at a time
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 check: setup ## lint, check format, types, import layers and where strategies are named
 	$(BIN)/ruff check
