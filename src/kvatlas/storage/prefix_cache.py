@@ -145,11 +145,12 @@ class PrefixCache:
 
     def withdraw(self, seq: Sequence) -> None:
         """Forget the entries that hold blocks of a sequence, so that these are its alone again."""
+        table, end = self._store.table[seq.row], self._store.columns_held(seq)  # what is behind is left from other times
         for index, digest in enumerate(seq.digests):
             columns = self._columns(seq, index)
-            held = self._store.table[seq.row].gather(1, columns.clamp(min=0)[:, None]).squeeze(1)
+            held = table.gather(1, columns.clamp(min=0, max=table.shape[1] - 1)[:, None]).squeeze(1)
             entry = self._entries.get(digest)
-            if entry is not None and bool(((entry.ids == held) & (columns >= 0)).any()):
+            if entry is not None and bool(((entry.ids == held) & (columns >= 0) & (columns < end)).any()):
                 self._forget(digest)
 
     def reclaim(self, wanted_bytes: int, tier: Arena | None = None) -> int:
