@@ -27,9 +27,14 @@ STRATEGIES = {
     "llama": (
         "full", "h2o(heavy=5, recent=4)", "snapkv(budget=9, window=4)", "streaming_llm(sinks=2, recent=9)",
         "offload(host)", "offload(host, false)", "h2o(heavy=5, recent=4) | offload(host)",
-        "speculate(alpha=inf, cap=0.5) | offload(host)",
+        "speculate(alpha=inf, cap=0.5) | offload(host)", "tova(budget=9)", "snapkv(budget=9, window=4) | ada",
+        "h2o(heavy=5, recent=4) | ada | offload(host)", "knorm(budget=9, sinks=1, recent=2) | pyramid(beta=3)",
+        "h2o(heavy=5, recent=4, layers=1-)", "quest(budget=12, dense=1)",
     ),
-    "gemma4_text": ("full", "h2o(heavy=5, recent=4)", "offload(host)", "h2o(heavy=5, recent=4) | offload(host)"),
+    "gemma4_text": (
+        "full", "snapkv(budget=9, window=4) | ada", "tova(budget=9, layers=1-)", "h2o(heavy=5, recent=4)",
+        "offload(host)", "h2o(heavy=5, recent=4) | offload(host)",
+    ),
 }  # fmt: skip
 SETTINGS = settings(deadline=None, suppress_health_check=list(HealthCheck))
 IDS = token_ids(128)[0].tolist()

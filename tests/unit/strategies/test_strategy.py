@@ -11,7 +11,7 @@ from hypothesis import given, strategies as st
 
 from kvatlas.core.errors import CompositionError, ConfigError, UnknownNameError
 from kvatlas.core.grammar import format_value
-from kvatlas.core.plan import NEUTRAL, NOTHING, ROUNDS
+from kvatlas.core.plan import INEXACT, NEUTRAL, NOTHING
 from kvatlas.core.shapes import LayerShape, ModelShape
 from kvatlas.core.vocabulary import Axis, Format, Moment, Sidecar
 from kvatlas.strategies.keep.full import Full
@@ -132,7 +132,7 @@ def test_what_a_strategy_declares() -> None:
     (stored,) = (layer.store for layer in full.plan(SHAPE, Format.FP32).layers)
     assert full.traits == NEUTRAL and not full.on(Axis.ENCODE) and stored.own.sidecars == (Sidecar.POSITIONS,)
     assert not full.needs and not any(stage.moments or stage.asks_for for stage in full.stages)
-    assert Strategy.parse("full | fp16").traits == ROUNDS and not ROUNDS.exact
+    assert Strategy.parse("full | fp16").traits == INEXACT and not INEXACT.exact
     assert Strategy.parse("full | fp32").traits.exact
 
 
