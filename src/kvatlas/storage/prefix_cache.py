@@ -145,7 +145,7 @@ class PrefixCache:
 
     def withdraw(self, seq: Sequence) -> None:
         """Forget the entries that hold blocks of a sequence, so that these are its alone again."""
-        table, end = self._store.table[seq.row], self._store.columns_held(seq)  # what is behind is left from other times
+        table, end = self._store.table[seq.row], self._store.columns_held(seq)  # ids behind it are stale
         for index, digest in enumerate(seq.digests):
             columns = self._columns(seq, index)
             held = table.gather(1, columns.clamp(min=0, max=table.shape[1] - 1)[:, None]).squeeze(1)

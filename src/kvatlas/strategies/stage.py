@@ -79,7 +79,11 @@ class Stage:
         for field in dataclasses.fields(self):
             value = _coerce(self.name, field.name, getattr(self, field.name), hints[field.name])
             object.__setattr__(self, field.name, value)
-        object.__setattr__(self, "_span", _span(self.name, self.layers))
+        first, last = _span(self.name, self.layers)
+        object.__setattr__(self, "_span", (first, last))
+        if self.layers is not None:  # one spelling for one meaning
+            until = "" if last == float("inf") else int(last)
+            object.__setattr__(self, "layers", first if first == last else f"{first}-{until}")
 
     @classmethod
     def parameters(cls) -> list[dataclasses.Field[Any]]:
@@ -127,9 +131,9 @@ class Stage:
 
     @property
     def kind(self) -> tuple[object, ...]:
-        """What two stages must have in common to act in one call: all but their sizes."""
+        """What two stages must have in common to act in one call: all but their sizes; 1 is not 1.0 here."""
         fixed = [getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in self.sizes]
-        return (type(self), *fixed)
+        return (type(self), *((type(value), value) for value in fixed))
 
     @property
     def moments(self) -> frozenset[Moment]:
