@@ -18,7 +18,6 @@ import random
 import statistics
 import time
 
-import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -28,13 +27,12 @@ from kvatlas.engine.engine import Engine
 from kvatlas.engine.params import SamplingParams
 from kvatlas.models.loading import LoadedModel, load_model
 from kvatlas.models.precision import fastest_on_cpu
+from paired import T_975, mean_ratio, turned
 
 DTYPES = ("auto", "float32", "bfloat16")
 PROMPTS = {"prefill 1 x 1,024": [1024], "prefill 4 x 256": [256] * 4}
 BATCHES = {"decode, batch 1": 1, "decode, batch 4": 4}
 STEPS = 12
-T_975 = {15: 2.145, 20: 2.093, 30: 2.045}
-"""Student's t at 97.5 % for so many rounds."""
 
 
 def new_engine(model: LoadedModel) -> Engine:
@@ -90,19 +88,6 @@ def measure(models: dict[str, LoadedModel], rounds: int) -> dict[str, dict[str, 
     return taken
 
 
-def turned(dtypes: list[str], number: int) -> list[str]:
-    """Return the order of a round: each is first in its turn."""
-    first = number % len(dtypes)
-    return dtypes[first:] + dtypes[:first]
-
-
-def paired(auto: list[float], best: list[float]) -> tuple[float, float, float]:
-    """Return the geometric mean of the ratios and its 95 % interval."""
-    logs = np.log(np.array(auto) / np.array(best))
-    half = T_975[len(logs)] * logs.std(ddof=1) / math.sqrt(len(logs))
-    return tuple(math.exp(logs.mean() + shift) for shift in (0, -half, half))  # type: ignore[return-value]
-
-
 def logits_error(model: LoadedModel, name: str) -> dict[str, float]:
     """Return how far the logits over a text are from transformers' own in float32."""
     from kvatlas.workloads.recall import read_filler
@@ -140,7 +125,7 @@ def main() -> None:
     for cell, by_dtype in taken.items():
         medians = {dtype: statistics.median(seconds) for dtype, seconds in by_dtype.items()}
         best = min((dtype for dtype in DTYPES if dtype != "auto"), key=medians.__getitem__)
-        ratios[cell] = paired(by_dtype["auto"], by_dtype[best])
+        ratios[cell] = mean_ratio(by_dtype["auto"], by_dtype[best])
         ratio, low, high = ratios[cell]
         shown = (f"{medians[dtype] * 1e3:.1f}" for dtype in DTYPES)
         table.add_row(cell, *shown, best, f"{ratio:.3f} [{low:.3f}, {high:.3f}]")
