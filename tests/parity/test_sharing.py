@@ -6,16 +6,19 @@ through the model.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import cache
 
 import pytest
 from tests.driving import assert_empty, check, finish, loaded
 from tests.families import tiny_model, token_ids
 
+from kvatlas.core.errors import CapacityError
 from kvatlas.engine.engine import Engine
 from kvatlas.engine.params import SamplingParams
 from kvatlas.engine.request import Request
 from kvatlas.models.loading import LoadedModel
+from kvatlas.storage import eviction
 
 GREEDY = SamplingParams(max_tokens=8, ignore_eos=True)
 PROMPT = 83
@@ -121,6 +124,40 @@ def test_where_memory_is_short_the_cache_gives_way_to_the_cut(strategy: str) -> 
         finish(engine)
         assert [request.output_ids for request in requests] == [wanted] * 3
         assert_empty(engine)
+
+
+@pytest.mark.parametrize("family", ["mistral", "llama"])
+def test_where_making_room_takes_what_was_to_be_adopted(family: str) -> None:
+    """Entries may be given up for the copies of others; what is left of them is adopted, and nobody fails."""
+    for strategy in ("snapkv(budget=20, window=4)", "tova(budget=20)"):
+        wanted = run(engine_of(family, enable_prefix_caching=False, block_size=8), ids(), strategy).output_ids
+        for kib in range(17, 120, 9):
+            engine = engine_of(family, block_size=8, kv_memory=f"{kib}KiB")
+            try:
+                run(engine, ids(), "full")
+                assert run(engine, ids(), strategy).output_ids == wanted, kib
+            except CapacityError:
+                continue
+            assert_empty(engine)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_cut_that_breaks_off_loses_no_block(error: type[BaseException], monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, broken, move = engine_of(), iter([True]), eviction.move_slots
+    requests = [engine.add_request(ids(), GREEDY, "snapkv(budget=20, window=4)") for _ in range(2)]
+
+    def breaking(*given):
+        if next(broken, False):
+            raise error
+        move(*given)
+
+    monkeypatch.setattr(eviction, "move_slots", breaking)
+    with pytest.raises(KeyboardInterrupt) if error is KeyboardInterrupt else nullcontext():
+        finish(engine)
+    finish(engine)
+    wanted = run(engine_of(enable_prefix_caching=False), ids(), "snapkv(budget=20, window=4)").output_ids
+    assert all(request.output_ids == wanted for request in requests if request.error is None)
+    assert_empty(engine)
 
 
 def test_tokens_written_to_evicted_slots_reach_nobody_else() -> None:

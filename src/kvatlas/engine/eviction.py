@@ -117,7 +117,10 @@ class Evictor:
         target = kept.repeat_interleave(acting.heads, dim=1)
         budget = acting.layers[0].budget
         if budget is not None and budget.ragged:
-            even, target = target, budget.counts(view.by_layer(scores), kept.to(scores.device)).flatten(1).cpu()
+            counts = budget.counts(view.by_layer(scores), kept.to(scores.device)).cpu()
+            if bool((counts.sum(dim=-1) > kept * acting.heads).any()):
+                raise ValueError(f"{budget} gives the heads of a layer more than they may keep together")
+            even, target = target, counts.flatten(1)
             rows = torch.tensor([seq.row for seq in seqs])
             limit = store.tables.limit[rows[:, None], acting.group.lanes]
             limit = torch.where(limit < NO_LIMIT, limit + target - even, NO_LIMIT)
@@ -176,7 +179,7 @@ class Evictor:
             if seq.shared and self._prefixes is not None:
                 self._prefixes.withdraw(seq)
                 seq.shared = False
-        victims = _lowest(scores.masked_fill(~slots.live, torch.inf), view.positions_BHS).cpu()
+        victims = _lowest(scores, view.positions_BHS, slots.live).cpu()
         open_holes(store, seqs, acting.group, victims.masked_fill(~full, -1), slots.num_old)
 
     # Looking
@@ -202,10 +205,13 @@ class Evictor:
             sums_BHS=slots.sums,
             read=slots.read,
         )
-        scores = _keep(requests[0], acting).scores(view).masked_fill(~view.valid_BHS, -torch.inf)
+        given = _keep(requests[0], acting).scores(view)
+        # What is no number goes first, but after slots that hold nothing to be kept.
+        least = torch.finfo(given.dtype).min
+        scores = given.nan_to_num(nan=least, posinf=torch.inf, neginf=least).masked_fill(~view.valid_BHS, -torch.inf)
         if view.has_read:
             self._readers.add(type(acting.keep))
-        return slots, view, scores.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+        return slots, view, scores
 
     def _tiles(
         self, requests: list[Request], acting: _Acting, *, moves: bool
@@ -325,12 +331,12 @@ def _sequence(request: Request) -> Sequence:
     return request.seq
 
 
-def _lowest(scores: Tensor, positions: Tensor) -> Tensor:
-    """Return the slot with the lowest score [..., S] of each lane; of equal ones that of the oldest token.
+def _lowest(scores: Tensor, positions: Tensor, live: Tensor) -> Tensor:
+    """Return the live slot with the lowest score [..., S] of each lane; of equal ones that of the oldest token.
 
     Where slots lie depends on what happened to a lane besides, as being swapped or packed; positions do not.
     """
-    lowest = scores == scores.amin(dim=-1, keepdim=True)
+    lowest = live & (scores == scores.masked_fill(~live, torch.inf).amin(dim=-1, keepdim=True))
     return positions.masked_fill(~lowest, torch.iinfo(positions.dtype).max).argmin(dim=-1)
 
 

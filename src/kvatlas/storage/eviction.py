@@ -174,7 +174,12 @@ def _keep_slots(
     else:
         column = (torch.arange(kept.shape[-1]) // size).clamp(max=table.shape[-1] - 1)
         where = table.gather(-1, column.expand_as(kept))[used]
-    move_slots(group.blocks, source, (where.long(), slot % size))
+    try:
+        move_slots(group.blocks, source, (where.long(), slot % size))
+    except BaseException:  # Ctrl-C too: new blocks that no table names would be lost
+        if table is not None:
+            group.blocks.arena.release(group.blocks, torch.unique(where))
+        raise
     if table is None:
         store.shorten(rows, group, count)
     else:

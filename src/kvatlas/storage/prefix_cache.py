@@ -76,7 +76,7 @@ class PrefixCache:
     def _copy(self, seq: Sequence, hits: Seq[bytes]) -> None:
         """Give a sequence copies of entries, as many as there is room for; all at once, where no window passes any."""
         step = 1 if self._store.lanes.windows else len(hits)
-        while hits:
+        while hits := list(takewhile(lambda digest: digest in self._entries, hits)):
             part = self._with_room(seq, hits[:step])
             if not part:
                 return

@@ -88,6 +88,7 @@ class Plan:
         self.shape = shape
         self.block_size = block_size
         self.traits: Traits = strategy.traits
+        _check_layers(strategy, shape)
         owned = {index: self._layer(index, own) for index in shape.owners}
         _check_packing(strategy, shape, owned)
         _check_places(owned)
@@ -222,6 +223,15 @@ def _with_turns(owned: dict[int, LayerPlan]) -> dict[int, LayerPlan]:
         index: replace(layer, turn=turns[index]) if index in turns else replace(layer, budget=None)
         for index, layer in owned.items()
     }
+
+
+def _check_layers(strategy: Strategy, shape: ModelShape) -> None:
+    for stage in strategy.stages:
+        if not any(stage.covers(index) for index in shape.owners):
+            raise UnsupportedError(
+                f"{stage} is for no layer of {shape.name} that keeps keys and values; it has {len(shape.layers)} "
+                "layers, counted from 0"
+            )
 
 
 def _check_packing(strategy: Strategy, shape: ModelShape, owned: dict[int, LayerPlan]) -> None:

@@ -51,7 +51,7 @@ class Strategy:
         if not any(stage.axis is Axis.KEEP for stage in ordered):
             ordered.insert(0, Full())
         for stage in ordered:
-            if missing := stage.lacks([other for other in ordered if other is not stage]):
+            if missing := stage.lacks([other for other in ordered if other is not stage and other.overlaps(stage)]):
                 raise CompositionError(f"{stage.name!r} cannot stand alone: {missing}")
         object.__setattr__(self, "stages", tuple(ordered))
 

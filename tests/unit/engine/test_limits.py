@@ -46,6 +46,15 @@ class Sawtooth(Keep):
         return torch.full(view.positions_BHS.shape, {"nan": torch.nan, "inf": torch.inf, "none": -torch.inf}[self.by])
 
 
+@dataclass(frozen=True, kw_only=True)
+class OneByOne(Sawtooth):
+    """Evicts one token at each step."""
+
+    name: ClassVar[str] = "one_by_one"
+
+    high: int = 9
+
+
 @cache
 def model(family: str = "llama") -> LoadedModel:
     return loaded(tiny_model(family))
@@ -109,10 +118,35 @@ def test_tiles_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [one.kept for one in whole] == [one.kept for one in tiles]
 
 
+def full() -> Job:
+    """Return a long request that leaves stale ids and positions behind."""
+    return Job(token_ids(80)[0].tolist(), [5, 6], Strategy.parse("full"))
+
+
+@pytest.mark.parametrize("others", [(), (Kivi(bits=4, residual=4),)], ids=str)
 @pytest.mark.parametrize("by", ["nan", "inf", "none"])
-def test_scores_that_say_nothing_keep_the_newest(by: str) -> None:
-    """Of equal scores the newest token's count more, whatever they are."""
-    done = job(Strategy((Sawtooth(by=by),)))
-    run(done)
-    for step, wanted in zip(done.kept, held(8, 14, 30), strict=False):
-        assert all(lane == wanted for lane in step)
+def test_scores_that_say_nothing_keep_the_newest(by: str, others: tuple) -> None:
+    """Of equal scores the newest token's count more, whatever they are; slots that hold no token are nobody's."""
+    jobs = [job(Strategy((Sawtooth(by=by), *others)), prompt=n, seed=n) for n in (60, 9, 30)]
+    run(full(), *jobs, block_size=32)
+    for done, prompt in zip(jobs, (60, 9, 30), strict=True):
+        for step, wanted in zip(done.kept, held(8, 14, prompt), strict=False):
+            assert all(lane == wanted for lane in step), prompt
+    for by_one in ("nan", "inf"):
+        single = job(Strategy((OneByOne(by=by_one),)), prompt=30)
+        run(full(), single, job(Strategy((OneByOne(by=by_one),)), prompt=60, seed=60))
+        newest = [max(max(lane) for lane in step) for step in single.kept]
+        assert newest == list(range(29, 29 + len(newest))) or by_one == "inf"
+        assert all(len(lane) == 8 for step in single.kept for lane in step)
+
+
+def test_a_budget_that_gives_too_much_ends_its_request_alone() -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Generous(Ada):
+        name: ClassVar[str] = "generous"
+
+        def counts(self, scores_BLHS, kept_BL):
+            return super().counts(scores_BLHS, kept_BL) + 1
+
+    with pytest.raises(ValueError, match="gives the heads of a layer more than they may keep together"):
+        run(job(Strategy((Sawtooth(), Generous()))))

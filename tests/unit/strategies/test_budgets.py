@@ -6,7 +6,9 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from kvatlas.core.errors import CompositionError, ConfigError
+from kvatlas.core.errors import CompositionError, ConfigError, UnsupportedError
+from kvatlas.core.shapes import LayerShape, ModelShape
+from kvatlas.core.vocabulary import Format
 from kvatlas.strategies.budget.ada import Ada
 from kvatlas.strategies.budget.pyramid import Pyramid
 from kvatlas.strategies.strategy import Strategy
@@ -24,11 +26,13 @@ def test_heads_share_all_of_a_layers_budget(seed, batch, layers, heads, slots, f
     scores = torch.randn(batch, layers, heads, slots, generator=generator) * torch.rand(heads, 1, generator=generator)
     scores = scores.round() if ties else scores
     scores[..., :certain] = INF
+    too_many = scores.clone().fill_(INF)
     kept = torch.tensor([[data.draw(st.integers(certain + 1, slots)) for _ in range(layers)] for _ in range(batch)])
     ada = Ada(floor=floor)
     counts = ada.counts(scores, kept)
     assert counts.shape == (batch, layers, heads) and counts.dtype == torch.int64
     assert torch.equal(counts.sum(dim=-1), heads * kept), "the layer's budget, to the last token"
+    assert torch.equal(ada.counts(too_many, kept), kept[..., None].expand(-1, -1, heads)), "certain or not"
     assert int(counts.min()) >= certain and bool((counts - certain >= floor * (kept[..., None] - certain) - 1).all())
     for index in range(layers):
         for row in range(batch):
@@ -89,6 +93,13 @@ def test_layers_share_a_budget(kept: int, recent: int, prompt: int, layers: int,
         ("h2o(budget=0.2, heavy=0.3)", ConfigError, "h2o: budget is heavy and recent together"),
         ("streaming_llm(budget=9, recent=4)", ConfigError, "streaming_llm: budget is sinks and recent together"),
         ("knorm(budget=14)", ConfigError, "knorm: budget=14 must exceed sinks + recent"),
+        (
+            "streaming_llm | pyramid",
+            CompositionError,
+            "'streaming_llm' and 'pyramid' cannot be composed: what a",
+        ),
+        ("snapkv(layers=0-1) | ada(layers=2-)", CompositionError, "'ada' cannot stand alone"),
+        ("offload(host, layers=2-) | speculate(layers=0-1)", CompositionError, "'speculate' cannot stand alone"),
         ("tova(budget=0)", ConfigError, "tova: budget=0 is out of range"),
     ],
 )
@@ -96,6 +107,16 @@ def test_refused(text: str, kind: type[Exception], message: str) -> None:
     with pytest.raises(kind) as refusal:
         Strategy.parse(text)
     assert message in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("text", ["tova(layers=9-)", "quest(layers=7-)", "kivi(layers=3-4)", "offload(host, layers=5)"])
+def test_layers_that_a_model_does_not_have(text: str) -> None:
+    layer = LayerShape(num_query_heads=2, num_kv_heads=1, key_dim=8, value_dim=8)
+    shape = ModelShape(
+        name="small", layers=(layer,) * 3, hidden_size=8, vocab_size=9, max_positions=99, num_parameters=1
+    )
+    with pytest.raises(UnsupportedError, match=r"is for no layer of small .*; it has 3 layers"):
+        Strategy.parse(text).plan(shape, Format.FP32)
 
 
 @pytest.mark.parametrize(

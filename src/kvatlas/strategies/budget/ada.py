@@ -57,8 +57,8 @@ class Ada(Budget):
 
     def counts(self, scores_BLHS: Tensor, kept_BL: Tensor) -> Tensor:
         """Return each head's floor, its share among the best of the layer, and what it holds for certain."""
-        certain = scores_BLHS.isposinf().sum(dim=-1)
-        even = (kept_BL[..., None] - certain).clamp(min=0)
+        certain = scores_BLHS.isposinf().sum(dim=-1).minimum(kept_BL[..., None])
+        even = kept_BL[..., None] - certain
         rivals = scores_BLHS.masked_fill(scores_BLHS.isposinf(), -float("inf")).flatten(2)
         order = rivals.sort(dim=-1, descending=True, stable=True)
         slot = order.indices.new_tensor(range(rivals.shape[-1]))

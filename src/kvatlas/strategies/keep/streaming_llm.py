@@ -13,7 +13,7 @@ from kvatlas.core.errors import ConfigError
 from kvatlas.core.plan import Traits
 from kvatlas.core.vocabulary import Saves
 from kvatlas.strategies.registry import register
-from kvatlas.strategies.stage import Keep, Limits, Reach, StageInfo, check_share, tokens_of
+from kvatlas.strategies.stage import Budget, Keep, Limits, Reach, Stage, StageInfo, check_share, tokens_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -67,6 +67,12 @@ class StreamingLLM(Keep):
         check_share("streaming_llm", "budget", self.budget)
         if isinstance(self.budget, int) and self.budget <= self.sinks:
             raise ConfigError(f"streaming_llm: budget={self.budget} must exceed sinks={self.sinks}; raise it")
+
+    def conflict(self, other: Stage) -> str | None:
+        """Refuse what gives layers or heads different shares."""
+        if isinstance(other, Budget):
+            return "what a prompt query may see would differ from what is kept; leave one out"
+        return None
 
     def sized(self, fraction: float) -> StreamingLLM:
         """Return it with that many recent tokens beside the paper's four sinks."""
