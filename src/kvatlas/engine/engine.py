@@ -54,7 +54,7 @@ class Engine:
         max_num_seqs: most requests that run at once.
         max_batched_tokens: step token limit; also the most prompt tokens of one chunk.
         block_size: slots per block.
-        enable_prefix_caching: share the blocks of equal prefixes among lossless requests.
+        enable_prefix_caching: share equal prefixes among requests whose strategies allow it.
         kv_format: storage format where a strategy names none; None: the model's own.
         clock: returns seconds; times of requests are on it.
         isolate_failures: let what raises in a step end the requests it belongs to; False: let it raise out of the step,

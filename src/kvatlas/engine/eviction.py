@@ -71,6 +71,7 @@ class Evictor:
         self._prefixes = prefixes
         self._acting: dict[tuple[int, int], list[_Acting]] = {}
         self._readers: set[type[Keep]] = set()
+        self._plain: set[type[Keep]] = set()
 
     def act(self, moment: Moment, requests: Seq[Request]) -> None:
         """Cut all lanes that hold more than they may at a moment.
@@ -211,6 +212,10 @@ class Evictor:
         scores = given.nan_to_num(nan=least, posinf=torch.inf, neginf=least).masked_fill(~view.valid_BHS, -torch.inf)
         if view.has_read:
             self._readers.add(type(acting.keep))
+        if type(acting.keep) in self._readers:
+            self._plain.discard(type(acting.keep))
+        else:
+            self._plain.add(type(acting.keep))
         return slots, view, scores
 
     def _tiles(
@@ -218,7 +223,7 @@ class Evictor:
     ) -> Iterator[tuple[list[Request], _Acting]]:
         """Yield the requests and layers that are looked at together.
 
-        A stage is found out to read keys by the first tile that it is shown, which is therefore small.
+        A stage is found out to read keys by the first tiles that it is shown, which are therefore small.
         """
         if not requests:
             return
@@ -226,7 +231,7 @@ class Evictor:
         longest = int(self._store.length[rows][:, acting.group.lanes].amax())
         layout, heads = acting.group.blocks.layout, acting.heads
         slot_bytes = max(1, layout.kv_bytes // layout.block_size)
-        small = moves or type(acting.keep) in self._readers
+        small = moves or type(acting.keep) not in self._plain
         limit = _TILE_BYTES // slot_bytes if small else _TILE_SLOTS
         some = max(1, limit // max(1, heads * longest))
         for first in range(0, len(requests), some):

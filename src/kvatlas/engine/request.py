@@ -48,7 +48,7 @@ class Request:
 
     The cache of a request is made by *prefill spans*, ranges of ``tokens`` processed in chunks, and by decode steps
     for everything between. A request that lost its cache is brought back by walking through the same spans and
-    steps again, with tokens that are known already; where the strategy is lossless, one span serves instead.
+    steps again, with tokens that are known already; where the plan is *recomputable*, one span serves instead.
 
     Args:
         id: unique name.

@@ -250,8 +250,8 @@ class KVStore:
         ]
         if seq.forked:
             own = [(group, self._copy_shared_tails(seq, group, ids)) for group, ids in own]
-        seq.reserved = self.columns_held(seq) + new
         self.put(seq, new, own)
+        seq.reserved = self.columns_held(seq) + new  # not before: what is not entered must not be given back
         for row, slots, more in companions:
             self.put(row, more, rest[: len(row.layout.groups)])
             rest = rest[len(row.layout.groups) :]

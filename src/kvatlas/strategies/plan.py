@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from kvatlas.core.errors import CompositionError, UnsupportedError
+from kvatlas.core.errors import CompositionError, ConfigError, UnsupportedError
 from kvatlas.core.footprint import Footprint
 from kvatlas.core.layout import BlockLayout, layout_of, sketch_layout_of
 from kvatlas.core.plan import CachePlan, LayerCache, Traits
@@ -89,6 +89,7 @@ class Plan:
         self.block_size = block_size
         self.traits: Traits = strategy.traits
         _check_layers(strategy, shape)
+        _check_sharing(strategy)
         owned = {index: self._layer(index, own) for index in shape.owners}
         _check_packing(strategy, shape, owned)
         _check_places(owned)
@@ -231,6 +232,20 @@ def _check_layers(strategy: Strategy, shape: ModelShape) -> None:
             raise UnsupportedError(
                 f"{stage} is for no layer of {shape.name} that keeps keys and values; it has {len(shape.layers)} "
                 "layers, counted from 0"
+            )
+
+
+def _check_sharing(strategy: Strategy) -> None:
+    """Refuse a trait that cannot be: what an entry of the prefix cache does not hold would be missing in silence."""
+    for stage in strategy.stages:
+        if not isinstance(stage, Keep) or not stage.info.traits.prompt_shareable:
+            continue
+        counts_all = stage.received is not None and stage.received.queries is None
+        if counts_all or stage.streams or stage.reach(1024) is not None:
+            raise ConfigError(
+                f"{stage.name} says that prompts are shareable, but it "
+                f"{'counts the attention of all queries' if counts_all else 'limits what a prompt sees'}; "
+                "take prompt_shareable out of its traits"
             )
 
 

@@ -85,7 +85,7 @@ def test_what_is_evicted_does_not_depend_on_where_slots_lie(seed: int, levels: i
     for lane, slots, places in zip(values.tolist(), kept, shuffled[1], strict=True):
         ranked = sorted(range(20), key=lambda token: (lane[token], token), reverse=True)
         assert places[slots].tolist() == ranked[:count]
-    victims = shuffled[1].gather(1, _lowest(*shuffled)[:, None])
+    victims = shuffled[1].gather(1, _lowest(*shuffled, torch.ones(3, 20, dtype=torch.bool))[:, None])
     assert victims[:, 0].tolist() == [
         min(range(20), key=lambda token: (lane[token], token)) for lane in values.tolist()
     ]

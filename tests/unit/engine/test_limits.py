@@ -12,14 +12,15 @@ import torch
 from tests.driving import Job, assert_empty, drive, loaded
 from tests.families import tiny_model, token_ids
 
-from kvatlas.core.plan import NOTHING
+from kvatlas.core.errors import ConfigError
+from kvatlas.core.plan import NOTHING, Traits
 from kvatlas.engine import eviction
 from kvatlas.engine.engine import Engine
 from kvatlas.models.loading import LoadedModel
 from kvatlas.strategies.budget.ada import Ada
 from kvatlas.strategies.encode.kivi import Kivi
 from kvatlas.strategies.place.offload import Offload
-from kvatlas.strategies.stage import Keep, Limits, StageInfo
+from kvatlas.strategies.stage import Keep, Limits, Received, StageInfo
 from kvatlas.strategies.strategy import Strategy
 
 
@@ -150,3 +151,17 @@ def test_a_budget_that_gives_too_much_ends_its_request_alone() -> None:
 
     with pytest.raises(ValueError, match="gives the heads of a layer more than they may keep together"):
         run(job(Strategy((Sawtooth(), Generous()))))
+
+
+def test_a_trait_that_cannot_be_is_refused() -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Claims(Sawtooth):
+        name: ClassVar[str] = "claims"
+        info: ClassVar[StageInfo] = StageInfo(summary="", paper="", traits=Traits(prompt_shareable=True))
+
+        @property
+        def received(self) -> Received:
+            return Received()
+
+    with pytest.raises(ConfigError, match="claims says that prompts are shareable, but it counts the attention of all"):
+        Engine(model(), kv_memory="1MiB").add_request([1, 2, 3], None, Strategy((Claims(),)))
