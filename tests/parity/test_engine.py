@@ -124,6 +124,7 @@ STAGES = {
     "snapkv(budget=29, window=8) | pyramid(beta=4)": TOLERANCE,
     "snapkv(budget=29, window=8) | ada(floor=0.2)": TOLERANCE,
     "h2o(heavy=15, recent=14, layers=1-) | int8(layers=2-)": 3e-2,
+    "h2o(heavy=15, recent=14, layers=1-) | offload(host)": TOLERANCE,
     "quest(budget=32, dense=1)": TOLERANCE,
     "streaming_llm(sinks=2, recent=60) | quest(budget=32, dense=0)": TOLERANCE,
     "offload(host)": TOLERANCE,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -129,23 +129,25 @@ def sketch_layout_of(layer: LayerShape, format: Format, block_size: int, share: 
     )
 
 
-def staging_buffers(shape: ModelShape, host_layers: Collection[int]) -> dict[int, int]:
+def staging_buffers(shape: ModelShape, host: Mapping[int, BlockLayout]) -> dict[int, int]:
     """Return for each layer that reads lanes on the host the layer whose lanes name its buffer on the device.
 
     Layers whose lanes are alike take turns with two buffers: one is filled while the other is read.
 
     Args:
         shape: the model.
-        host_layers: layers that own lanes on the host.
+        host: layer that owns lanes on the host -> layout of its blocks.
     """
-    owners: dict[tuple[int, int, int], list[int]] = {}
-    readers: dict[tuple[int, int, int], list[int]] = {}
+    owners: dict[tuple[int, BlockLayout], list[int]] = {}
+    readers: dict[tuple[int, BlockLayout], list[int]] = {}
     for index, layer in enumerate(shape.layers):
-        kind = (layer.num_kv_heads, layer.key_dim, layer.value_dim)
-        if index in host_layers:
+        layout = host.get(index if layer.shares_kv_with is None else layer.shares_kv_with)
+        if layout is None:
+            continue
+        kind = (layer.num_kv_heads, layout)
+        readers.setdefault(kind, []).append(index)
+        if index in host:
             owners.setdefault(kind, []).append(index)
-        if (index if layer.shares_kv_with is None else layer.shares_kv_with) in host_layers:
-            readers.setdefault(kind, []).append(index)
     return {
         index: owners[kind][:2][turn % len(owners[kind][:2])]
         for kind, indices in readers.items()

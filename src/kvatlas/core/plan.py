@@ -84,7 +84,7 @@ class CachePlan:
     @cached_property
     def buffers(self) -> dict[int, int]:
         """Layer that reads lanes on the host -> layer whose lanes name its staging buffer on the device."""
-        return staging_buffers(self.shape, self.host_layers)
+        return staging_buffers(self.shape, {i: layer.own for i, layer in self.layers if layer.tier is Tier.HOST})
 
     @cached_property
     def contents(self) -> str:

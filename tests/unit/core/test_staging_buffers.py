@@ -6,11 +6,24 @@ from itertools import pairwise
 
 from hypothesis import given, strategies as st
 
-from kvatlas.core.layout import BlockLayout, sketch_layout_of, staging_buffers
+from kvatlas.core.layout import BlockLayout, layout_of, sketch_layout_of, staging_buffers
 from kvatlas.core.shapes import LayerShape, ModelShape
-from kvatlas.core.vocabulary import Format
+from kvatlas.core.vocabulary import Format, Sidecar
 
 KINDS = [(1, 4, 4), (2, 4, 4), (2, 8, 4)]
+
+
+def blocks(shape: ModelShape, hosted) -> dict[int, BlockLayout]:
+    """Return the layouts of layers on the host, all in one format."""
+    return {i: layout_of(shape.layers[i], Format.FP32, 32, (Sidecar.POSITIONS,)) for i in hosted}
+
+
+def test_blocks_of_different_layouts_do_not_visit_through_one_buffer() -> None:
+    layer = LayerShape(num_query_heads=2, num_kv_heads=1, key_dim=4, value_dim=4)
+    shape = ModelShape(name="m", layers=(layer,) * 4, hidden_size=8, vocab_size=9, max_positions=9, num_parameters=1)
+    sums = layout_of(layer, Format.FP32, 32, (Sidecar.POSITIONS, Sidecar.COLUMN_SUMS))
+    assert staging_buffers(shape, blocks(shape, (0, 1)) | {2: sums, 3: sums}) == {0: 0, 1: 1, 2: 2, 3: 3}
+    assert staging_buffers(shape, blocks(shape, (0,)) | {2: sums}) == {0: 0, 2: 2}
 
 
 def kind_of(layer: LayerShape) -> tuple[int, int, int]:
@@ -41,7 +54,7 @@ def models(draw: st.DrawFn) -> ModelShape:
 @given(models(), st.data())
 def test_layers_of_a_kind_take_turns(shape: ModelShape, data: st.DataObject) -> None:
     hosted = data.draw(st.sets(st.sampled_from(shape.owners)))
-    buffers = staging_buffers(shape, hosted)
+    buffers = staging_buffers(shape, blocks(shape, hosted))
     sources = enumerate(layer.shares_kv_with for layer in shape.layers)
     owner = [index if source is None else source for index, source in sources]
     assert sorted(buffers) == [index for index in range(len(shape.layers)) if owner[index] in hosted]
@@ -62,10 +75,10 @@ def test_an_offloaded_layer_and_those_that_share_it() -> None:
     shape = ModelShape(
         name="m", layers=(own, own, own, shared), hidden_size=8, vocab_size=9, max_positions=99, num_parameters=1
     )
-    assert staging_buffers(shape, (0, 1, 2)) == {0: 0, 1: 1, 2: 0, 3: 1}
-    assert staging_buffers(shape, (1, 2)) == {1: 1, 2: 2, 3: 1}
-    assert staging_buffers(shape, (1,)) == {1: 1, 3: 1}, "a single buffer serves one after another"
-    assert staging_buffers(shape, ()) == {}
+    assert staging_buffers(shape, blocks(shape, (0, 1, 2))) == {0: 0, 1: 1, 2: 0, 3: 1}
+    assert staging_buffers(shape, blocks(shape, (1, 2))) == {1: 1, 2: 2, 3: 1}
+    assert staging_buffers(shape, blocks(shape, (1,))) == {1: 1, 3: 1}, "a single buffer serves one after another"
+    assert staging_buffers(shape, blocks(shape, ())) == {}
 
 
 @given(
