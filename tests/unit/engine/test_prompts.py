@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, strategies as st
+from hypothesis import given, settings, strategies as st
 from tests.unit.engine.vocabularies import byte_tokenizer, metaspace_tokenizer
 from transformers import BatchEncoding
 
@@ -102,6 +102,7 @@ no_tokens = st.one_of(
 )
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 2**70)), st.data())
 def test_token_ids_refuse_whatever_is_no_whole_number(ids: list[int], data: st.DataObject) -> None:
     odd = data.draw(no_tokens)
