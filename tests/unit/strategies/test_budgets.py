@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
@@ -39,6 +41,24 @@ def test_heads_share_all_of_a_layers_budget(seed, batch, layers, heads, slots, f
             assert int(counts[row, index].max()) <= ada.most_of_lane(int(kept[row, index]), heads)
 
 
+@settings(deadline=None)
+@given(
+    seed=st.integers(0, 10**6), heads=st.integers(1, 6), slots=st.integers(1, 30), floor=st.floats(0, 1),
+    data=st.data(),
+)  # fmt: skip
+def test_shares_are_the_floor_and_the_best_of_all_heads(seed, heads, slots, floor, data) -> None:
+    """Counted score by score; a share is rounded up or down, no more."""
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.randn(heads, slots, generator=generator) * torch.rand(heads, 1, generator=generator)
+    kept = data.draw(st.integers(1, slots))
+    ranked = sorted(((score, head) for head, row in enumerate(scores.tolist()) for score in row), reverse=True)
+    winners = [head for _, head in ranked[: heads * kept]]
+    counts = Ada(floor=floor).counts(scores[None, None], torch.tensor([[kept]]))[0, 0].tolist()
+    for head, count in enumerate(counts):
+        share = floor * kept + (1 - floor) * winners.count(head)
+        assert abs(count - share) < 1 and count <= slots
+
+
 @given(kept=st.integers(1, 30), heads=st.integers(1, 6))
 def test_equal_heads_keep_as_much(kept: int, heads: int) -> None:
     row = torch.randperm(40, generator=torch.Generator().manual_seed(kept)).float()
@@ -46,6 +66,13 @@ def test_equal_heads_keep_as_much(kept: int, heads: int) -> None:
     assert int(counts.max() - counts.min()) <= 1
     uneven = torch.stack([row + 100 * head for head in range(heads)])[None, None]
     assert Ada(floor=1.0).counts(uneven, torch.tensor([[kept]])).flatten().tolist() == [kept] * heads
+
+
+@given(kept=st.integers(1, 30), heads=st.integers(1, 6), floor=st.sampled_from([0.0, 0.2, 1.0]))
+def test_equal_scores_go_round_among_the_heads(kept: int, heads: int, floor: float) -> None:
+    """Votes may underflow to zero for most tokens."""
+    counts = Ada(floor=floor).counts(torch.zeros(1, 1, heads, 40), torch.tensor([[kept]]))
+    assert int(counts.max() - counts.min()) <= 1 and int(counts.sum()) == heads * kept
 
 
 def test_the_head_with_the_best_scores_keeps_most() -> None:
@@ -72,7 +99,9 @@ def test_layers_share_a_budget(kept: int, recent: int, prompt: int, layers: int,
     if prompt <= kept:
         assert shares == [kept] * layers, "nothing to divide"
         return
-    assert max(shares) <= prompt and sum(shares) <= layers * kept + layers * layers, "steps are whole tokens"
+    assert max(shares) <= prompt and len({high - low for high, low in pairwise(shares)}) <= 1, "equal steps"
+    more = sum(shares) - layers * kept
+    assert 0 <= more <= layers * max(0, layers - 2) / 2, "steps are whole tokens, what is left of them is kept"
     if beta == 1 or layers == 1:
         assert shares == [kept] * layers
 

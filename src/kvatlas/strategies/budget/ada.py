@@ -59,11 +59,12 @@ class Ada(Budget):
         """Return each head's floor, its share among the best of the layer, and what it holds for certain."""
         certain = scores_BLHS.isposinf().sum(dim=-1).minimum(kept_BL[..., None])
         even = kept_BL[..., None] - certain
-        rivals = scores_BLHS.masked_fill(scores_BLHS.isposinf(), -float("inf")).flatten(2)
-        order = rivals.sort(dim=-1, descending=True, stable=True)
-        slot = order.indices.new_tensor(range(rivals.shape[-1]))
+        rivals = scores_BLHS.masked_fill(scores_BLHS.isposinf(), -float("inf")).sort(dim=-1, descending=True).values
+        # The heads' best first, then their second bests: so equal scores go round among the heads in turn.
+        order = rivals.transpose(2, 3).flatten(2).sort(dim=-1, descending=True, stable=True)
+        slot = order.indices.new_tensor(range(order.values.shape[-1]))
         best = (slot < even.sum(dim=-1, keepdim=True)) & order.values.isfinite()
-        won = certain.new_zeros(certain.shape).scatter_add_(-1, order.indices // scores_BLHS.shape[-1], best.long())
+        won = certain.new_zeros(certain.shape).scatter_add_(-1, order.indices % scores_BLHS.shape[2], best.long())
         share = self.floor * even.double() + (1 - self.floor) * won.double()
         whole = share.floor().long()
         left = (even.sum(dim=-1, keepdim=True) - whole.sum(dim=-1, keepdim=True)).clamp(min=0)

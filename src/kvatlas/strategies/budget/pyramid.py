@@ -1,8 +1,9 @@
 """PyramidKV: lower layers keep more, upper layers less, as many in all (arXiv:2406.02069).
 
 Attention of lower layers is spread over the context, that of upper layers gathers on few tokens. Budgets fall from
-layer to layer by equal steps in whole tokens, so all layers together may keep a few more than evenly divided. What
-is kept is the *keep* stage's choice; its newest tokens stay in every layer.
+layer to layer by equal steps in whole tokens, rounded down as in the official code: so L layers together may keep up to
+L * (L - 2) / 2 tokens more than evenly divided, which is much where budgets are small and models deep. What is kept is
+the *keep* stage's choice; its newest tokens stay in every layer.
 
 Differs from the official code: every layer keeps at least one token beside the newest; layers with a sliding window,
 whose limit is their own, are left out of the ramp.
