@@ -77,6 +77,22 @@ class SnapKV(Retelling):
         cache[:] = [prefix[i] for i in sorted(ranked[: self.budget - self.window])] + newest
 
 
+class ByLayer(Retelling):
+    """Each layer is told by a re-telling of its own, and all of them by one text."""
+
+    def __init__(self, prompt_tokens: int, layers: Sequence[Retelling]) -> None:
+        super().__init__(prompt_tokens)
+        self.layers = layers
+
+    def attend(self, call: AttentionCall, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Ask the layer's own; what it keeps is kept here."""
+        own = self.layers[call.layer]
+        own.position = self.position
+        out = own.attend(call, query, key, value)
+        self.heads |= own.heads
+        return out
+
+
 class InfiniGen(Retelling):
     """Each decode step reads, of every later layer, the tokens that its input one layer earlier makes likely.
 

@@ -29,7 +29,8 @@ STRATEGIES = {
         "offload(host)", "offload(host, false)", "h2o(heavy=5, recent=4) | offload(host)",
         "speculate(alpha=inf, cap=0.5) | offload(host)", "tova(budget=9)", "snapkv(budget=9, window=4) | ada",
         "h2o(heavy=5, recent=4) | ada | offload(host)", "knorm(budget=9, sinks=1, recent=2) | pyramid(beta=3)",
-        "h2o(heavy=5, recent=4, layers=1-)", "quest(budget=12, dense=1)",
+        "h2o(heavy=5, recent=4, layers=1-)", "quest(budget=12, dense=1)", "h2o(heavy=5, recent=4) | ada(floor=0.0)",
+        "snapkv(budget=9, window=4) | pyramid(beta=3)", "h2o(heavy=5, recent=4, layers=0) | offload(host, layers=1-)",
     ),
     "gemma4_text": (
         "full", "snapkv(budget=9, window=4) | ada", "tova(budget=9, layers=1-)", "h2o(heavy=5, recent=4)",

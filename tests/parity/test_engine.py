@@ -123,7 +123,14 @@ STAGES = {
     "knorm(budget=29, sinks=2, recent=8)": TOLERANCE,
     "snapkv(budget=29, window=8) | pyramid(beta=4)": TOLERANCE,
     "snapkv(budget=29, window=8) | ada(floor=0.2)": TOLERANCE,
+    "snapkv(budget=29, window=8) | ada | int8": 3e-2,
+    "h2o(heavy=15, recent=14) | ada(floor=0.0)": TOLERANCE,
+    "h2o(heavy=15, recent=14) | ada | offload(host)": TOLERANCE,
     "h2o(heavy=15, recent=14, layers=1-) | int8(layers=2-)": 3e-2,
+    "h2o(heavy=20, recent=12, layers=0-1) | kivi(bits=4, residual=8, layers=2-)": 3e-2,
+    "int8(layers=0-1) | bf16(layers=2-)": 3e-2,
+    "quest(budget=32, dense=0, layers=2-)": TOLERANCE,
+    "snapkv(budget=29, window=8, layers=1-) | offload(host, layers=0-1)": TOLERANCE,
     "h2o(heavy=15, recent=14, layers=1-) | offload(host)": TOLERANCE,
     "quest(budget=32, dense=1)": TOLERANCE,
     "streaming_llm(sinks=2, recent=60) | quest(budget=32, dense=0)": TOLERANCE,
@@ -194,6 +201,16 @@ def test_packed_chunks_are_near(strategy: str) -> None:
     assert torch.equal(logits_of(*near), logits_of(*same)), LASTING
     whole, full = stage_alone(strategy, LENGTHS[0]), stage_alone("full", LENGTHS[0])
     assert relative_error(logits_of(*near), whole) < 1.5 * relative_error(whole, full)
+
+
+@pytest.mark.parametrize(
+    "strategy", ["fp16(layers=0-1) | bf16(layers=2-)", "int8(layers=1-)", "h2o(heavy=15, recent=14, layers=1-) | ada"]
+)
+def test_layers_that_differ_answer_the_same_from_the_host(strategy: str) -> None:
+    """Above, what is on the host is compared with itself; formats of equal sizes could be taken for each other."""
+    wanted = stage_alone(strategy, LENGTHS[0])
+    for place in ("offload(host)", "offload(host, false)", "offload(host, layers=1-)"):
+        assert torch.equal(stage_alone(f"{strategy} | {place}", LENGTHS[0]), wanted), place
 
 
 @pytest.mark.parametrize("host_memory", ["32MiB", 400_000], ids=["swapped", "made anew"])

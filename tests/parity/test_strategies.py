@@ -13,7 +13,8 @@ import pytest
 import torch
 from tests.driving import Job, drive, loaded, relative_error
 from tests.families import VOCAB_SIZE, tiny_model, token_ids
-from tests.retold import H2O, Retelling, SnapKV, StreamingLLM
+from tests.retold import H2O, ByLayer, Retelling, SnapKV, StreamingLLM
+from tests.retold_budgets import Knorm, Tova
 
 from kvatlas.engine.engine import Engine
 
@@ -29,14 +30,33 @@ def tokens(length: int) -> list[int]:
     return token_ids(length + OUTPUT_TOKENS, seed=length)[0].tolist()
 
 
+LAYERED = {
+    "h2o(heavy=4, recent=4, layers=0)": ("h2o(heavy=4, recent=4)", "full"),
+    "snapkv(budget=9, window=4, pool=3, layers=1-)": ("full", "snapkv(budget=9, window=4, pool=3)"),
+    "streaming_llm(sinks=2, recent=6, layers=1)": ("full", "streaming_llm(sinks=2, recent=6)"),
+    "snapkv(budget=0.4, window=3, pool=5, layers=0) | h2o(heavy=0.2, recent=0.3, layers=1-)": (
+        "snapkv(budget=0.4, window=3, pool=5)",
+        "h2o(heavy=0.2, recent=0.3)",
+    ),
+    "tova(budget=6, layers=0) | knorm(budget=12, sinks=1, recent=2, layers=1)": (
+        "tova(budget=6)",
+        "knorm(budget=12, sinks=1, recent=2)",
+    ),
+}
+"""What is given to some layers -> what each layer then does."""
+
+
 def retelling(strategy: str, prompt_tokens: int) -> Retelling:
+    if strategy in LAYERED:
+        return ByLayer(prompt_tokens, [retelling(own, prompt_tokens) for own in LAYERED[strategy]])
     if strategy == "full":
         return Retelling(prompt_tokens)
     name, *numbers = re.findall(r"^\w+|[\d.]+", strategy)
     sizes = [max(1, round(float(n) * prompt_tokens)) if "." in n else int(n) for n in numbers]
     if name == "snapkv":
         sizes[0] = max(sizes[0], sizes[1] + 1)
-    return {"h2o": H2O, "streaming_llm": StreamingLLM, "snapkv": SnapKV}[name](prompt_tokens, *sizes)
+    told = {"h2o": H2O, "streaming_llm": StreamingLLM, "snapkv": SnapKV, "tova": Tova, "knorm": Knorm}
+    return told[name](prompt_tokens, *sizes)
 
 
 @cache
@@ -82,6 +102,7 @@ STRATEGIES = [
     "snapkv(budget=9, window=4, pool=3)",
     "snapkv(budget=4, window=1, pool=1)",
     "snapkv(budget=0.4, window=3, pool=5)",
+    *LAYERED,
 ]
 
 
@@ -96,7 +117,7 @@ def test_alone(strategy: str, max_batched_tokens: int) -> None:
 @pytest.mark.parametrize("block_size", [1, 5, 32])
 @pytest.mark.parametrize("max_batched_tokens", [16, 64, 512])
 def test_different_strategies_in_one_batch(max_batched_tokens: int, block_size: int) -> None:
-    jobs = [job(strategy, length) for strategy, length in zip(STRATEGIES * 2, [34, 7, 34, 20, 7, 20] * 5, strict=False)]
+    jobs = [job(strategy, length) for strategy, length in zip(STRATEGIES * 2, [34, 7, 34, 20, 7, 20] * 6, strict=False)]
     engine = Engine(MODEL, kv_memory="4MiB", block_size=block_size, max_batched_tokens=max_batched_tokens)
     for done in drive(engine, jobs):
         assert_as_told(done)
