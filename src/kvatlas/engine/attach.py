@@ -11,15 +11,16 @@ from torch import Tensor
 from kvatlas.core.errors import CapacityError
 from kvatlas.core.units import format_bytes
 from kvatlas.engine.engine import Engine
-from kvatlas.engine.eviction import residual_holds, staged_slots
 from kvatlas.engine.params import SamplingParams
 from kvatlas.engine.request import Request
 from kvatlas.engine.runner import Batch, Runner, renewed_at
+from kvatlas.engine.staging import staged_slots
 from kvatlas.models.bridge import GenerateBridge
 from kvatlas.models.linear import LinearChoice
 from kvatlas.models.loading import LoadedModel, adapt
 from kvatlas.models.owner import adapter_of
 from kvatlas.models.wrappers import running_eagerly, unwrapped
+from kvatlas.strategies.plan import Plan
 from kvatlas.strategies.strategy import Strategy
 
 
@@ -64,11 +65,11 @@ def attach(
         try:
             loaded = LoadedModel(adapter=adapter, tokenizer=None, name=adapter.shape.name)
             engine = Engine(loaded, kv_memory=kv_memory, **engine_options)
-            engine.prepare(parsed)
+            plan = engine.prepare(parsed)
         except BaseException:
             adapter.restore()
             raise
-    return Attachment(engine, parsed)
+    return Attachment(engine, plan)
 
 
 def detach(model: Any) -> None:
@@ -93,13 +94,13 @@ class Attachment:
 
     Args:
         engine: owns the adapter and the store.
-        strategy: what manages the cache.
+        plan: what manages the cache.
     """
 
-    def __init__(self, engine: Engine, strategy: Strategy) -> None:
+    def __init__(self, engine: Engine, plan: Plan) -> None:
         self.engine = engine
         self._adapter = engine.model.adapter
-        bridge = GenerateBridge(self._adapter.model, _Rows(engine, strategy))
+        bridge = GenerateBridge(self._adapter.model, _Rows(engine, plan))
         self._adapter.on_restore(bridge.restore)
 
     def detach(self) -> None:
@@ -116,9 +117,9 @@ class Attachment:
 class _Rows:
     """The rows of one generation as requests that only transformers schedules."""
 
-    def __init__(self, engine: Engine, strategy: Strategy) -> None:
+    def __init__(self, engine: Engine, plan: Plan) -> None:
         self._engine = engine
-        self._strategy = strategy
+        self._plan = plan
         self._runner = Runner(engine.model.adapter, engine.store, engine.transport)
         self._requests: list[Request] = []
 
@@ -161,8 +162,8 @@ class _Rows:
             id=f"row-{len(self._requests)}",
             tokens=prompt,
             params=SamplingParams(),
-            plan=self._engine.plan(self._strategy),
-            footprint=self._engine.checked_footprint(self._strategy, len(prompt), 1),
+            plan=self._plan,
+            footprint=self._engine.checked_footprint(self._plan, len(prompt), 1),
             arrival_s=self._engine.clock(),
             prefill_spans=[(0, len(prompt))],
             output_start=len(prompt),
@@ -172,7 +173,7 @@ class _Rows:
         """Process the prompt of a row in chunks, on a sequence of its own, and return the logits after it [1, V]."""
         store, logits = self._engine.store, torch.empty(0)
         request.seq = store.open(store.layout(request.plan.cache))
-        request.seq.encodes = residual_holds(request.plan, in_prompt=True)
+        request.seq.encodes = request.plan.encodes(in_prompt=True)
         while (end := request.prefill_end) is not None:
             count = min(end - request.computed, self._engine.max_batched_tokens)
             self._extend(request, count)

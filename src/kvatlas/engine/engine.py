@@ -144,16 +144,18 @@ class Engine:
         self.transport.speculator = self.transport.speculator or make_speculator(self.model)
         self.transport.speculator.account = Account()
 
-    def prepare(self, strategy: Strategy) -> None:
-        """Make ready what a strategy needs beside memory.
+    def prepare(self, strategy: Strategy) -> Plan:
+        """Make ready what a strategy needs beside memory; return what it means for this engine's model.
 
         Raises:
             UnsupportedError: the model cannot serve it.
             CapacityError: it places keys and values on the host, and there is no host tier.
         """
-        self.store.layout(self.plan(strategy).cache)
+        plan = self.plan(strategy)
+        self.store.layout(plan.cache)
         if Need.ROTATION in strategy.needs and self.transport.speculator is None:
             self.transport.speculator = make_speculator(self.model)
+        return plan
 
     def plan(self, strategy: Strategy) -> Plan:
         """Return what a strategy means for this engine's model."""
@@ -161,7 +163,10 @@ class Engine:
 
     def footprint(self, strategy: Strategy, prompt_tokens: int, output_tokens: int) -> Footprint:
         """Return the bounds on one request's bytes in this engine."""
-        bounds = partial(self.plan(strategy).footprint, chunk_tokens=self.max_batched_tokens)
+        return self._footprint(self.plan(strategy), prompt_tokens, output_tokens)
+
+    def _footprint(self, plan: Plan, prompt_tokens: int, output_tokens: int) -> Footprint:
+        bounds = partial(plan.footprint, chunk_tokens=self.max_batched_tokens)
         bound = bounds(prompt_tokens=prompt_tokens, output_tokens=output_tokens)
         total = prompt_tokens + output_tokens
         renewed = self.model.adapter.renewed_at(prompt_tokens, total)
@@ -187,8 +192,7 @@ class Engine:
             CapacityError: the request could never fit, even alone.
         """
         params = SamplingParams() if params is None else params
-        parsed = Strategy.parse(strategy)
-        self.prepare(parsed)
+        plan = self.prepare(Strategy.parse(strategy))
         ids = self._checked_tokens(prompt_ids, params)
         if not self.has_work:
             self.model.adapter.linears.refresh()
@@ -196,8 +200,8 @@ class Engine:
             id=request_id or next(self._ids),
             tokens=ids,
             params=params,
-            plan=self.plan(parsed),
-            footprint=self.checked_footprint(parsed, len(ids), params.max_tokens),
+            plan=plan,
+            footprint=self.checked_footprint(plan, len(ids), params.max_tokens),
             arrival_s=self.clock() if arrival_s is None else arrival_s,
             prefill_spans=[(0, len(ids))],
             output_start=len(ids),
@@ -210,7 +214,7 @@ class Engine:
         """Queue a further turn of a finished request that a session holds, on the cache it has."""
         ids = self._checked_tokens(prompt_ids, params)
         tokens = len(request.tokens) + len(ids)
-        request.footprint = self.checked_footprint(request.strategy, tokens, params.max_tokens)
+        request.footprint = self.checked_footprint(request.plan, tokens, params.max_tokens)
         start = len(request.tokens) - 1  # the last token of the turn before was never fed
         request.tokens += ids
         request.prefill_spans = [(first, min(end, start)) for first, end in request.prefill_spans] + [(start, tokens)]
@@ -367,20 +371,20 @@ class Engine:
             raise ConfigError(f"token id {wrong} is outside the vocabulary of {vocabulary} tokens")
         return ids
 
-    def checked_footprint(self, strategy: Strategy, prompt_tokens: int, output_tokens: int) -> Footprint:
+    def checked_footprint(self, plan: Plan, prompt_tokens: int, output_tokens: int) -> Footprint:
         """Return the bounds on a request's bytes.
 
         Raises:
             CapacityError: the request exceeds the model's positions, or could never fit, even alone.
         """
-        bound = self.footprint(strategy, prompt_tokens, output_tokens)
+        bound = self._footprint(plan, prompt_tokens, output_tokens)
         longest = self.store.lanes.shape.max_positions
         if prompt_tokens + output_tokens > longest:
             raise CapacityError(
                 f"prompt of {prompt_tokens} tokens + max_tokens {output_tokens} exceeds the {longest} positions of "
                 f"{self.model.name}; shorten the prompt or lower max_tokens"
             )
-        layout = self.store.layout(self.plan(strategy).cache)
+        layout = self.store.layout(plan.cache)
         tiers = [(bound.peak_bytes, self.store.arena, "pool", "--kv-memory")]
         if self.store.host is not None:
             tiers.append((bound.host_bytes, self.store.host, "host tier", "--host-memory"))
@@ -389,7 +393,7 @@ class Engine:
             if needed > capacity:
                 raise CapacityError(
                     f"prompt of {prompt_tokens} tokens + max_tokens {output_tokens} needs "
-                    f"{format_bytes(needed)} under {strategy}, the {name} has {format_bytes(capacity)}; "
+                    f"{format_bytes(needed)} under {plan.strategy}, the {name} has {format_bytes(capacity)}; "
                     f"raise {option} or choose another strategy"
                 )
         return bound

@@ -15,13 +15,14 @@ from torch import Tensor
 from kvatlas.core.views import LaneView
 from kvatlas.core.vocabulary import Moment
 from kvatlas.engine.request import Request
+from kvatlas.engine.segments import sequence_of
 from kvatlas.storage.eviction import LaneSlots, compact_windows, cut, lane_slots, open_holes
 from kvatlas.storage.lanes import LaneGroup
 from kvatlas.storage.prefix_cache import PrefixCache
 from kvatlas.storage.sequence import LaneRow, Sequence
 from kvatlas.storage.store import KVStore
 from kvatlas.storage.tables import NO_LIMIT
-from kvatlas.strategies.plan import LayerPlan, Plan
+from kvatlas.strategies.plan import LayerPlan
 from kvatlas.strategies.stage import Keep, Limits
 
 _TILE_BYTES = 32 << 20
@@ -70,8 +71,7 @@ class Evictor:
         self._store = store
         self._prefixes = prefixes
         self._acting: dict[tuple[int, int], list[_Acting]] = {}
-        self._readers: set[type[Keep]] = set()
-        self._plain: set[type[Keep]] = set()
+        self._reads: dict[type[Keep], bool] = {}  # which of the stages seen have read keys or values
 
     def act(self, moment: Moment, requests: Seq[Request]) -> None:
         """Cut all lanes that hold more than they may at a moment.
@@ -102,17 +102,17 @@ class Evictor:
             if prompt_over:
                 self._limit(requests, acting)
             least = _per_layer(requests, acting, lambda limits: _or_all(limits.after_prompt)).amin(dim=1).tolist()
-            due = [each for each, kept in zip(requests, least, strict=True) if _sequence(each).seen > kept]
+            due = [each for each, kept in zip(requests, least, strict=True) if sequence_of(each).seen > kept]
             for some, tile in self._tiles(due, acting, moves=True):
                 self._cut_tile(some, tile)
 
     def _limit(self, requests: Seq[Request], acting: _Acting) -> None:
-        rows = torch.tensor([_sequence(request).row for request in requests])
+        rows = _rows([sequence_of(request) for request in requests])
         high = _per_layer(requests, acting, lambda limits: _or_all(limits.high))
         self._store.tables.set_limits(rows, acting.group.lanes, high.repeat_interleave(acting.heads, dim=1))
 
     def _cut_tile(self, requests: list[Request], acting: _Acting) -> None:
-        store, seqs = self._store, [_sequence(request) for request in requests]
+        store, seqs = self._store, [sequence_of(request) for request in requests]
         slots, view, scores = self._look(requests, acting)
         kept = _per_layer(requests, acting, lambda limits: _or_all(limits.after_prompt))
         target = kept.repeat_interleave(acting.heads, dim=1)
@@ -122,10 +122,9 @@ class Evictor:
             if bool((counts.sum(dim=-1) > kept * acting.heads).any()):
                 raise ValueError(f"{budget} gives the heads of a layer more than they may keep together")
             even, target = target, counts.flatten(1)
-            rows = torch.tensor([seq.row for seq in seqs])
-            limit = store.tables.limit[rows[:, None], acting.group.lanes]
+            limit = store.tables.limit[_rows(seqs)[:, None], acting.group.lanes]
             limit = torch.where(limit < NO_LIMIT, limit + target - even, NO_LIMIT)
-            store.tables.set_limits(rows, acting.group.lanes, limit)
+            store.tables.set_limits(_rows(seqs), acting.group.lanes, limit)
         windows = store.lanes.window_of_lane[acting.group.lanes]
         self._keep_best(seqs, acting, slots, view, scores, torch.minimum(target, windows - 1))
 
@@ -153,8 +152,8 @@ class Evictor:
     def _due(self, requests: Seq[Request], acting: _Acting) -> Tensor:
         """Return which lanes [B, H] may be full; whether those with encoded blocks are, only a look at these tells."""
         store, lanes = self._store, acting.group.lanes
-        seqs = [_sequence(request) for request in requests]
-        rows = torch.tensor([seq.row for seq in seqs])[:, None]
+        seqs = [sequence_of(request) for request in requests]
+        rows = _rows(seqs)[:, None]
         held = store.length[rows, lanes] - (store.hole[rows, lanes] >= 0).long()
         encoded = [seq.encoded.row for seq in seqs if seq.encoded is not None]
         if encoded:
@@ -164,9 +163,9 @@ class Evictor:
         return (seen >= limit) & (held >= torch.minimum(limit, store.lanes.window_of_lane[lanes]))
 
     def _evict(self, requests: list[Request], acting: _Acting) -> None:
-        store, seqs = self._store, [_sequence(request) for request in requests]
+        store, seqs = self._store, [sequence_of(request) for request in requests]
         slots, view, scores = self._look(requests, acting)
-        rows, lanes = torch.tensor([seq.row for seq in seqs])[:, None], acting.group.lanes
+        rows, lanes = _rows(seqs)[:, None], acting.group.lanes
         limit, seen = store.tables.limit[rows, lanes], torch.tensor([seq.seen for seq in seqs])[:, None]
         most = torch.minimum(limit, store.lanes.window_of_lane[lanes])
         live = slots.live.sum(dim=-1).cpu()
@@ -188,7 +187,7 @@ class Evictor:
     def _look(self, requests: list[Request], acting: _Acting) -> tuple[LaneSlots, LaneView, Tensor]:
         """Return the slots of a tile, what a stage may see of them, and its scores, lowest where there is no token."""
         store = self._store
-        seqs = [_sequence(request) for request in requests]
+        seqs = [sequence_of(request) for request in requests]
         slots = lane_slots(store, seqs, acting.group)
         on = slots.live.device
         seen = torch.tensor([seq.seen for seq in seqs], device=on)
@@ -210,12 +209,7 @@ class Evictor:
         # What is no number goes first, but after slots that hold nothing to be kept.
         least = torch.finfo(given.dtype).min
         scores = given.nan_to_num(nan=least, posinf=torch.inf, neginf=least).masked_fill(~view.valid_BHS, -torch.inf)
-        if view.has_read:
-            self._readers.add(type(acting.keep))
-        if type(acting.keep) in self._readers:
-            self._plain.discard(type(acting.keep))
-        else:
-            self._plain.add(type(acting.keep))
+        self._reads[type(acting.keep)] = self._reads.get(type(acting.keep), False) or view.has_read
         return slots, view, scores
 
     def _tiles(
@@ -227,11 +221,11 @@ class Evictor:
         """
         if not requests:
             return
-        rows = [row.row for request in requests for row in _held_rows(_sequence(request))]
+        rows = [row.row for request in requests for row in _held_rows(sequence_of(request))]
         longest = int(self._store.length[rows][:, acting.group.lanes].amax())
         layout, heads = acting.group.blocks.layout, acting.heads
         slot_bytes = max(1, layout.kv_bytes // layout.block_size)
-        small = moves or type(acting.keep) not in self._plain
+        small = moves or self._reads.get(type(acting.keep), True)
         limit = _TILE_BYTES // slot_bytes if small else _TILE_SLOTS
         some = max(1, limit // max(1, heads * longest))
         for first in range(0, len(requests), some):
@@ -242,7 +236,7 @@ class Evictor:
 
     def _acting_lanes(self, request: Request) -> list[_Acting]:
         """Return the lanes that requests of one kind may evict from, those together that can be looked at together."""
-        plan, layout = request.plan, _sequence(request).layout
+        plan, layout = request.plan, sequence_of(request).layout
         key = plan.kind, id(layout)
         if key not in self._acting:
             found: dict[Hashable, list[LayerPlan]] = {}
@@ -270,35 +264,11 @@ class Evictor:
     def _compact(self, requests: Seq[Request], *, in_steps: bool) -> None:
         """Drop what windows have passed in sequences that were cut; from full lanes, steps evict token by token."""
         for request in requests:
-            seq = _sequence(request)
+            seq = sequence_of(request)
             if not seq.dense:
                 full = self._store.tables.limit[seq.row] <= seq.seen
                 due = ~full if in_steps else torch.ones_like(full)
                 compact_windows(self._store, seq, due, self._prefixes)
-
-
-def residual_holds(plan: Plan, *, in_prompt: bool) -> bool:
-    """Return whether old blocks are encoded now.
-
-    What will be cut at the end of a prompt is encoded after it: encoded blocks cannot be cut well.
-    """
-    return plan.packs and not (in_prompt and plan.evicts)
-
-
-def end_prompt(store: KVStore, request: Request) -> None:
-    """Give back what only the prompt needed of the staging buffers, once all that goes is gone; encode from now on."""
-    seq = _sequence(request)
-    store.shrink_staging(seq, staged_slots(store, request, 1))
-    seq.encodes = residual_holds(request.plan, in_prompt=False)
-
-
-def staged_slots(store: KVStore, request: Request, count: int) -> int:
-    """Return how many slots of each lane a step of ``count`` tokens reads through a staging buffer; 0 without any."""
-    seq = _sequence(request)
-    if seq.staging is None:
-        return 0
-    slots = store.longest_on_host(seq)
-    return count + (request.plan.most_fetched(slots) if request.prefill_end is None else slots)
 
 
 def _layers(request: Request, acting: _Acting) -> list[LayerPlan]:
@@ -327,13 +297,12 @@ def _drop(limits: Limits) -> int:
     return 1 if limits.high is None or limits.low is None else limits.high - limits.low
 
 
+def _rows(seqs: Seq[Sequence]) -> Tensor:
+    return torch.tensor([seq.row for seq in seqs])
+
+
 def _held_rows(seq: Sequence) -> list[LaneRow]:
     return [seq] if seq.encoded is None else [seq, seq.encoded]
-
-
-def _sequence(request: Request) -> Sequence:
-    assert request.seq is not None
-    return request.seq
 
 
 def _lowest(scores: Tensor, positions: Tensor, live: Tensor) -> Tensor:

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from kvatlas.core.timeline import EventKind
 from kvatlas.core.vocabulary import Moment
-from kvatlas.engine.eviction import Evictor, end_prompt
+from kvatlas.engine.eviction import Evictor
 from kvatlas.engine.forward import ForwardPass, Transport
 from kvatlas.engine.request import Request
 from kvatlas.engine.segments import Chunk, DecodeGroup, make_chunk, make_group, sequence_of
+from kvatlas.engine.staging import staged_slots
 from kvatlas.models.adapter import Adapter
 from kvatlas.storage.eviction import drop_passed_windows
 from kvatlas.storage.prefix_cache import PrefixCache
@@ -150,10 +151,10 @@ class Runner:
         self._evictor.act(Moment.AFTER_STEP, [request for group in groups for request in group.requests])
         if self._store.lanes.windows:
             for request in [chunk.request for chunk in chunks] + [r for group in groups for r in group.requests]:
-                assert request.seq is not None
-                drop_passed_windows(self._store, request.seq)
-        for request in prompts:
-            end_prompt(self._store, request)
+                drop_passed_windows(self._store, sequence_of(request))
+        for request in prompts:  # what only a prompt needed goes, once all that goes is gone
+            self._store.shrink_staging(sequence_of(request), staged_slots(self._store, request, 1))
+            sequence_of(request).encodes = request.plan.encodes(in_prompt=False)
 
 
 def _grouped(store: KVStore, requests: Seq[Request]) -> list[list[Request]]:

@@ -14,9 +14,9 @@ from collections import deque
 from collections.abc import Iterator, Sequence as Seq
 from contextlib import contextmanager
 
-from kvatlas.engine.eviction import residual_holds, staged_slots
 from kvatlas.engine.request import Request
 from kvatlas.engine.runner import Batch, renewed_at
+from kvatlas.engine.staging import staged_slots
 from kvatlas.models.adapter import Adapter
 from kvatlas.storage.arena import Arena
 from kvatlas.storage.eviction import close_holes
@@ -110,10 +110,7 @@ class Scheduler:
     def suspect(self, requests: Seq[Request]) -> None:
         """Take the caches of a step that failed; its requests run one by one until each has got a token."""
         for request in requests:
-            self._drop_swapped(request)
-            self._leave(request)
-            if request.seq is not None:
-                self._store.close(request.seq)
+            self.release(request)
             self._forget(request)
             self.suspects.append(request)
 
@@ -138,19 +135,20 @@ class Scheduler:
     def _chunk(self, request: Request, limit: int, protect: list[Request]) -> int:
         """Return how many prompt tokens a request runs in this step, with room made for them; 0: it must wait."""
         assert request.seq is not None and request.prefill_end is not None
-        request.seq.encodes = residual_holds(request.plan, in_prompt=True)
+        request.seq.encodes = request.plan.encodes(in_prompt=True)
         close_holes(self._store, request.seq)  # before room is counted: a closed hole may free a block
         count = self._within_footprint(request, min(request.prefill_end - request.computed, limit))
         return count if self._make_room(request, count, protect) else 0
 
-    def _leave(self, request: Request) -> None:
+    def release(self, request: Request) -> None:
+        """Take a request out of all queues and give its blocks back."""
         for queue in (self.waiting, self.running, self.idle, self.suspects):
             if request in queue:
                 queue.remove(request)
+        self._close(request)
 
-    def release(self, request: Request) -> None:
-        """Take a request out of all queues and give its blocks back."""
-        self._leave(request)
+    def _close(self, request: Request) -> None:
+        """Give back what a request holds on any tier."""
         if request.seq is not None:
             self._store.close(request.seq)
             request.seq = None
@@ -260,9 +258,7 @@ class Scheduler:
         tokens = renewed_at(self._adapter, request)
         if tokens is None:
             return False
-        if request.seq is not None:
-            self._store.close(request.seq)
-        self._drop_swapped(request)
+        self._close(request)
         request.forget_cache()
         request.begin_anew(tokens)
         return True

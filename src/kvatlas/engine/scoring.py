@@ -132,6 +132,6 @@ def _add(engine: Engine, job: ScoreJob, strategy: Strategy, held_back: int, outp
     if prompt < len(job.context):
         steps = len(job.context) - prompt + len(job.continuation)
         request.prefill_spans = [(0, prompt)]
-        request.footprint = engine.checked_footprint(strategy, prompt, steps)
+        request.footprint = engine.checked_footprint(request.plan, prompt, steps)
     request.forced = output
     return request

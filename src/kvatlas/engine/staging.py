@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from kvatlas.core.timeline import EventKind, Timeline
+from kvatlas.engine.request import Request
 from kvatlas.storage.arena import BlockClass, copy_blocks
 from kvatlas.storage.link import AHEAD, URGENT, Link, Move, Traffic
 from kvatlas.storage.sequence import Sequence
@@ -223,3 +224,12 @@ class Staging:
         if self._timeline is None:
             return None
         return partial(self._timeline.add, kind, layer, num_bytes=num_bytes)
+
+
+def staged_slots(store: KVStore, request: Request, count: int) -> int:
+    """Return how many slots of each lane a step of ``count`` tokens reads through a staging buffer; 0 without any."""
+    assert request.seq is not None
+    if request.seq.staging is None:
+        return 0
+    slots = store.longest_on_host(request.seq)
+    return count + (request.plan.most_fetched(slots) if request.prefill_end is None else slots)

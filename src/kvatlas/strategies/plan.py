@@ -161,6 +161,13 @@ class Plan:
         """Whether old blocks of some layer are packed."""
         return any(layer.store.old is not None for layer in self.owned)
 
+    def encodes(self, *, in_prompt: bool) -> bool:
+        """Whether old blocks are packed now.
+
+        Packed blocks cannot be cut well, so what will be cut at the end of a prompt is packed after it.
+        """
+        return self.packs and not (in_prompt and self.evicts)
+
     @cached_property
     def chooses(self) -> bool:
         """Whether what a decode step reads of the host is chosen token by token."""

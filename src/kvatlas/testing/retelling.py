@@ -60,7 +60,8 @@ class Retelling:
             group = num_query_heads // num_heads
             for query_head in range(head * group, (head + 1) * group):
                 exponents = [math.exp(float(query[0, query_head, 0] @ token.key) * call.scale) for token in cache]
-                row = [exponent / sum(exponents) for exponent in exponents]
+                total = sum(exponents)
+                row = [exponent / total for exponent in exponents]
                 for token, probability in zip(cache, row, strict=True):
                     token.score += probability
                 out[0, 0, query_head] = sum(p * token.value for p, token in zip(row, cache, strict=True))
