@@ -50,7 +50,7 @@ def arithmetic(model: LoadedModel, strategy: str, prompt_tokens: int) -> float:
             loose = layer.store.residual + (kept - layer.store.residual) % GROUP
         for count, stored in ((loose, layer.store.own), (kept - loose, layer.store.old)):
             if stored is not None:
-                layout = layout_of(layer.shape, stored.format, GROUP, ())
+                layout = layout_of(layer.shape, stored.format, GROUP)
                 total += layer.shape.num_kv_heads * count * layout.kv_bytes / GROUP
     return total
 

@@ -29,7 +29,7 @@ from rich.table import Table
 from kvatlas.engine import forward, selection
 from kvatlas.engine.engine import Engine
 from kvatlas.engine.params import SamplingParams
-from kvatlas.kernels.pool import Part
+from kvatlas.kernels.pool import Entries, Part
 from kvatlas.models.loading import load_model
 from kvatlas.strategies.strategy import Strategy
 
@@ -60,9 +60,9 @@ class Meter:
             self.read[self.layer][-1] += sum(blocks(part) * part.pool.layout.kv_bytes for part in parts)
             return self.timed(attention, q, parts, **options)
 
-        def scored(q: torch.Tensor, part: Part) -> torch.Tensor:
-            self.read[self.layer][-1] += blocks(part) * 2 * part.pool.layout.key_dim * 4
-            return score(q, part)
+        def scored(q: torch.Tensor, bounds: Entries) -> torch.Tensor:
+            self.read[self.layer][-1] += blocks(bounds) * bounds.pool.layout.num_bytes(bounds.name)
+            return score(q, bounds)
 
         forward.ForwardPass._attend_group, forward.decode_attention = group, counted  # type: ignore[method-assign]
         forward.choose_pages = lambda *arguments: self.timed(choose, *arguments)
@@ -80,7 +80,7 @@ class Meter:
         return result
 
 
-def blocks(part: Part) -> int:
+def blocks(part: Part | Entries) -> int:
     return int((-(-part.length // part.pool.layout.block_size)).sum())
 
 

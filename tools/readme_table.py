@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from kvatlas.core.vocabulary import Axis, Moment, Need
+from kvatlas.core.vocabulary import Axis, Moment
 from kvatlas.strategies.recipes import RECIPES, Recipe
 from kvatlas.strategies.registry import stages
 from kvatlas.strategies.stage import Stage
@@ -29,11 +29,6 @@ _MOMENTS = {
     Moment.AFTER_CHUNK: "after each chunk",
     Moment.AFTER_PREFILL: "after the prompt",
     Moment.AFTER_STEP: "after each decode step",
-}
-_NEEDS = {
-    "received": "attention received",
-    Need.ROTATION.value: "calibrated rotations",
-    Need.KEY_BOUNDS.value: "bounds of keys",
 }
 
 
@@ -94,7 +89,7 @@ def _row(stage: type[Stage]) -> tuple[str, ...]:
         ", ".join(saved.value for saved in info.saves) or "-",
         "equal to the full cache's" if info.traits.exact else "may differ",
         ", ".join(_MOMENTS.get(moment, moment.value) for moment in Moment if moment in stage().moments) or "-",
-        ", ".join(_NEEDS.get(need, need) for need in stage().asks_for) or "-",
+        ", ".join(need.about for need in stage().needs) or "-",
         _linked(info.paper),
     )
 

@@ -6,8 +6,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from kvatlas.core.needs import Derived as Derived, Received as Received
     from kvatlas.core.plan import Traits as Traits
-    from kvatlas.core.views import LaneView as LaneView
+    from kvatlas.core.streams import Per as Per
+    from kvatlas.core.views import LaneView as LaneView, TokenView as TokenView
     from kvatlas.core.vocabulary import Saves as Saves
     from kvatlas.engine.attach import attach as attach, detach as detach
     from kvatlas.engine.llm import LLM as LLM
@@ -21,7 +23,6 @@ if TYPE_CHECKING:
         Limits as Limits,
         Place as Place,
         Reach as Reach,
-        Received as Received,
         Stage as Stage,
         StageInfo as StageInfo,
         check_share as check_share,
@@ -40,10 +41,13 @@ _LAZY = {
     "detach": "kvatlas.engine.attach",
     # what a strategy of one's own is made of
     **dict.fromkeys(("Stage", "Keep", "Budget", "Encode", "Place", "Attend"), "kvatlas.strategies.stage"),
-    **dict.fromkeys(("Limits", "Reach", "Received", "check_share", "tokens_of"), "kvatlas.strategies.stage"),
+    **dict.fromkeys(("Limits", "Reach", "check_share", "tokens_of"), "kvatlas.strategies.stage"),
+    **dict.fromkeys(("Derived", "Received"), "kvatlas.core.needs"),
     "LaneView": "kvatlas.core.views",
+    "Per": "kvatlas.core.streams",
     "Saves": "kvatlas.core.vocabulary",
     "StageInfo": "kvatlas.strategies.stage",
+    "TokenView": "kvatlas.core.views",
     "Traits": "kvatlas.core.plan",
     "register": "kvatlas.strategies.registry",
 }

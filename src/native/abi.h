@@ -6,7 +6,7 @@
 #pragma once
 #include <cstdint>
 
-#define KVA_ABI_VERSION 3
+#define KVA_ABI_VERSION 4
 
 #define KVA_JOIN_(a, b) a##_##b
 #define KVA_JOIN(a, b) KVA_JOIN_(a, b)
@@ -26,7 +26,6 @@ struct kva_pool {
     int32_t values_at;           // codes of the values; those of the keys are at 0
     int32_t key_params_at, value_params_at;  // scales and minima; -1: none
     int32_t positions_at;        // int32 per slot; -1: none
-    int32_t bounds_at;           // minimum, then maximum of each key channel; -1: none
 };
 
 // Blocks of [R, H] lanes.

@@ -10,22 +10,23 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from tests.driving import kept_positions
-from tests.invariants.test_storage import MIXED, WINDOW_LANES
+from tests.invariants.test_storage import MIXED, NUMBER, RANGE, SUMS, WINDOW_LANES, shown
 
 from kvatlas.core.errors import ConfigError, UnsupportedError
 from kvatlas.core.layout import GROUP
 from kvatlas.core.plan import uniform_cache
 from kvatlas.core.shapes import ModelShape
-from kvatlas.core.vocabulary import Format, Sidecar
+from kvatlas.core.vocabulary import Format
 from kvatlas.kernels.blocks import read_keys, read_values
 from kvatlas.storage.eviction import close_holes, cut, lane_slots, open_holes
+from kvatlas.storage.lanes import KVGroup
 from kvatlas.storage.link import Link
 from kvatlas.storage.sequence import Sequence, Slots
 from kvatlas.storage.store import KVStore
+from kvatlas.storage.streams import derive_run, derive_tokens
 from kvatlas.storage.swap import Swapper
 from kvatlas.strategies.strategy import Strategy
 
-SIDECARS = (Sidecar.POSITIONS, Sidecar.COLUMN_SUMS)
 LANES = [lane for lane in range(4) if lane not in WINDOW_LANES]
 SPAN = 400
 
@@ -37,8 +38,17 @@ def write(store: KVStore, seq: Sequence, slots: Slots, first: int) -> None:
         number = torch.arange(first, first + len(block), dtype=torch.float32)[:, None, None]
         group.blocks.pool.keys[block, offset] = (number / SPAN).to(group.blocks.pool.keys.dtype)
         group.blocks.pool.values[block, offset] = (-number / SPAN).to(group.blocks.pool.values.dtype)
-        assert group.blocks.column_sums is not None
-        group.blocks.column_sums[block, offset] = number.squeeze(-1)
+        assert group.side is not None and slots.side is not None
+        group.side.pool.view("received")[slots.side[:, group.lanes], offset] = number
+        keys = group.blocks.pool.keys[block, offset].float()
+        derived = shown(keys)
+        table = store.table[seq.side.row, group.lanes]
+        if len(block) > 1:
+            derive_run(group.side, group.derived, table, slots.index[0, group.lanes], derived)
+        else:
+            index = slots.index[:, group.lanes]
+            fresh = (index == store.length[seq.row, group.lanes] - 1) & (index % store.block_size == 0)
+            derive_tokens(group.side, group.derived, slots.side[:, group.lanes], offset, fresh, derived)
 
 
 def check_contents(store: KVStore, seq: Sequence, tolerance: float) -> None:
@@ -57,7 +67,24 @@ def check_contents(store: KVStore, seq: Sequence, tolerance: float) -> None:
         number = positions[live].float()[:, None] / SPAN
         assert ((k - number).abs() <= tolerance).all() and ((v + number).abs() <= 2e-3).all()
         assert torch.equal(slots.read("keys")[0][live], k) and torch.equal(slots.read("values")[0][live], v)
-        assert slots.sums is not None and (slots.sums[0][live] == positions[live]).all()
+        assert (slots.side("received")[0][live][:, 0] == positions[live]).all()
+        stored = (positions[live].float() / SPAN).half()
+        assert (slots.side("number")[0][live][:, 0] == stored).all()
+        check_ranges(store, seq, group, keys)
+
+
+def check_ranges(store: KVStore, seq: Sequence, group: KVGroup, keys: list[torch.Tensor]) -> None:
+    """What is said of a block holds of each of its tokens, as they were written or as they are read."""
+    for row, blocks, read in zip(seq.parts, (group.old, group.blocks), keys, strict=False) if group.old else ():
+        columns = read.shape[1] // store.block_size
+        table, beside = (store.table[each.row, group.lanes, :columns] for each in row.with_side)
+        low, high = group.side.pool.view("range")[beside.long()].unbind(-1)
+        number = blocks.positions[table.long()].float() / SPAN
+        slot = torch.arange(columns * store.block_size).view(columns, store.block_size)
+        length, hole = store.length[row.row, group.lanes], store.hole[row.row, group.lanes]
+        live = (slot < length[:, None, None]) & (slot != hole[:, None, None]) & (number >= 0)
+        inside = (number >= low[..., None] - 1e-2) & (number <= high[..., None] + 1e-2)
+        assert inside[live].all()
 
 
 def check_blocks(store: KVStore, seq: Sequence) -> None:
@@ -77,7 +104,11 @@ def test_random_schedules(data: st.DataObject, residual: int, packed: Format) ->
     store = KVStore(MIXED, Format.FP32, 1 << 20, block_size=GROUP, host_bytes=1 << 20)
     store.arena._memory.view(torch.float32).fill_(torch.nan)
     swapper = Swapper(store, Link())
-    seq = store.open(store.layout(uniform_cache(MIXED, Format.FP16, GROUP, SIDECARS, packed=packed, residual=residual)))
+    seq = store.open(
+        store.layout(
+            uniform_cache(MIXED, Format.FP16, GROUP, (SUMS,), derived=(NUMBER, RANGE), packed=packed, residual=residual)
+        )
+    )
     seq.encodes = True
     held: list[set[int]] = [set() for _ in range(store.lanes.count)]
     merged = False
@@ -159,7 +190,9 @@ def forget(store: KVStore, seq: Sequence, held: list[set[int]], seed: int) -> No
 
 def test_half_empty_blocks_are_merged() -> None:
     store = KVStore(MIXED, Format.FP32, 1 << 20, block_size=GROUP)
-    seq = store.open(store.layout(uniform_cache(MIXED, Format.FP16, GROUP, SIDECARS, packed=Format.INT2)))
+    seq = store.open(
+        store.layout(uniform_cache(MIXED, Format.FP16, GROUP, (SUMS,), derived=(NUMBER, RANGE), packed=Format.INT2))
+    )
     seq.encodes = True
     assert store.try_extend(seq, 4 * GROUP)
     write(store, seq, store.append(seq, 4 * GROUP), 0)
@@ -177,7 +210,9 @@ def test_half_empty_blocks_are_merged() -> None:
 
 def test_full_pool_refuses_and_loses_nothing() -> None:
     store = KVStore(MIXED, Format.FP32, 64 << 10, block_size=GROUP)
-    seq = store.open(store.layout(uniform_cache(MIXED, Format.FP16, GROUP, SIDECARS, packed=Format.INT4)))
+    seq = store.open(
+        store.layout(uniform_cache(MIXED, Format.FP16, GROUP, (SUMS,), derived=(NUMBER, RANGE), packed=Format.INT4))
+    )
     seq.encodes = True
     while store.try_extend(seq, 16):
         write(store, seq, store.append(seq, 16), seq.seen - 16)
@@ -188,7 +223,7 @@ def test_full_pool_refuses_and_loses_nothing() -> None:
 
 def test_what_cannot_be_packed_is_refused() -> None:
     with pytest.raises(ConfigError, match="block size of 16"):
-        uniform_cache(MIXED, Format.FP16, 16, SIDECARS, packed=Format.INT4)
+        uniform_cache(MIXED, Format.FP16, 16, packed=Format.INT4)
     with pytest.raises(ConfigError, match="block size of 16"):
         Strategy.parse("kivi").plan(MIXED, Format.FP32, block_size=16)
     windowed = ModelShape(

@@ -106,7 +106,7 @@ def test_bounds_hold_and_are_tight(data, family, prompt, outputs, chunk, block_s
     )  # fmt: skip
     request = engine.add_request(IDS[:prompt], params(outputs), data.draw(strategies_for(family)))
     bound, layout = request.footprint, engine.store.layout(request.plan.cache)
-    rows = [row for row in (layout, layout.staging, layout.staging, layout.sketch) if row is not None]
+    rows = [row for row in (layout, layout.staging, layout.staging, layout.side) if row is not None]
     one_block_per_lane = sum(len(group.lanes) * group.blocks.block_bytes for row in rows for group in row.groups)
     windowed = any(layer.window for layer in model(family).adapter.shape.layers)
     ragged = any(layer.ragged for layer in request.plan.layers)

@@ -3,7 +3,8 @@
 The model of a sequence is a list of positions per lane. Every token's key and value hold numbers made of sequence,
 lane and position, so that a slot with the right position and somebody else's bytes is found. All memory of both tiers
 is NaN at first, and blocks are NaN again while nobody owns them. Sequences live on the device, or with some layers on
-the host, with or without a sketch; they are swapped out and in while others take the memory they leave.
+the host; beside their keys and values lie streams, some written by somebody, some made of keys, per slot and per block.
+They are swapped out and in while others take the memory they leave.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ from torch import Tensor
 from kvatlas.core.layout import GRANULE
 from kvatlas.core.plan import CachePlan, uniform_cache
 from kvatlas.core.shapes import LayerShape, ModelShape
-from kvatlas.core.vocabulary import Format, Sidecar
+from kvatlas.core.streams import Per, Stream
+from kvatlas.core.views import TokenView
+from kvatlas.core.vocabulary import Format
 from kvatlas.storage.arena import Arena
 from kvatlas.storage.eviction import (
     close_holes,
@@ -40,16 +43,37 @@ from kvatlas.storage.eviction import (
     lane_slots,
     open_holes,
 )
-from kvatlas.storage.lanes import LaneGroup
+from kvatlas.storage.lanes import KVGroup, LaneGroup
 from kvatlas.storage.link import Link
 from kvatlas.storage.prefix_cache import PrefixCache
 from kvatlas.storage.sequence import LaneRow, Sequence, Slots
 from kvatlas.storage.store import KVStore
+from kvatlas.storage.streams import derive_run, derive_tokens
 from kvatlas.storage.swap import SwappedSequence, Swapper
 
 BLOCK = 3
 WINDOW = 4
-PLAIN, SUMS = (Sidecar.POSITIONS,), (Sidecar.POSITIONS, Sidecar.COLUMN_SUMS)
+SUMS = Stream(name="received", fill=0.0)
+
+
+def shown(keys: Tensor) -> TokenView:
+    return TokenView(read=lambda _: keys)
+
+
+class Maker:
+    """Makes streams of keys: the number that each is made of, and the range of those of a block."""
+
+    def derive(self, name: str, tokens: TokenView) -> Tensor:
+        number = tokens.keys()[..., :1]
+        return number if name == "number" else torch.cat([number, number], dim=-1)
+
+    def merge(self, name: str, one: Tensor, other: Tensor) -> Tensor:
+        return torch.stack([torch.minimum(one, other)[..., 0], torch.maximum(one, other)[..., 1]], dim=-1)
+
+
+NUMBER = (Stream(name="number", dtype="float16"), Maker())
+RANGE = (Stream(name="range", width=2, per=Per.BLOCK), Maker())
+BESIDE = {"nothing": ((), ()), "sums": ((SUMS,), ()), "made": ((), (NUMBER, RANGE)), "all": ((SUMS,), (RANGE, NUMBER))}
 
 
 def shape(*layers: LayerShape) -> ModelShape:
@@ -65,12 +89,13 @@ def layer(heads: int, key_dim: int, value_dim: int, window: int | None = None, s
 
 MIXED = shape(layer(2, 4, 4), layer(1, 6, 2, window=WINDOW), layer(2, 4, 4, shares=0), layer(1, 4, 4, window=WINDOW))
 WINDOW_LANES = (2, 3)
-PLACES = [((), 0.0), ((), 0.0), ((0, 1, 3), 0.0), ((1,), 0.0), ((1, 3), 0.5), ((0,), 0.3)]
-"""Layers on the host, and the share of the sketch."""
+PLACES = [(), (), (0, 1, 3), (1,), (0,)]
+"""Layers on the host."""
 
 
-def planned(format: Format | None, sidecars: tuple[Sidecar, ...], place: tuple[tuple[int, ...], float]) -> CachePlan:
-    return uniform_cache(MIXED, format or Format.FP32, BLOCK, sidecars, host_layers=place[0], sketch_share=place[1])
+def planned(format: Format | None, beside: str, place: tuple[int, ...]) -> CachePlan:
+    streams, derived = BESIDE[beside]
+    return uniform_cache(MIXED, format or Format.FP32, BLOCK, streams, derived=derived, host_layers=place)
 
 
 @dataclass(eq=False)
@@ -83,14 +108,15 @@ class Model:
     cut: bool = False
 
     @property
-    def fixed(self) -> bool:
-        """Whether its tokens never move, because partial keys lie beside them."""
-        return self.seq.sketch is not None
+    def plain(self) -> bool:
+        """Whether all that lies beside its keys and values is made of these."""
+        return len(self.streams) == len(self.seq.layout.groups[0].derived)
 
     @property
-    def plain(self) -> bool:
-        """Whether nothing but positions lies beside its keys and values."""
-        return self.seq.layout.groups[0].blocks.layout.sidecars == PLAIN
+    def streams(self) -> list[str]:
+        """Names of what lies beside its keys and values."""
+        side = self.seq.layout.groups[0].side
+        return [] if side is None else [stream.name for stream in side.layout.streams]
 
 
 class StoreMachine(RuleBasedStateMachine):
@@ -112,10 +138,15 @@ class StoreMachine(RuleBasedStateMachine):
 
     # Operations
 
-    @rule(target=live, format=st.sampled_from([None, Format.FP16]), sums=st.booleans(), place=st.sampled_from(PLACES))
-    def open(self, format: Format | None, sums: bool, place: tuple[tuple[int, ...], float]) -> Model:
-        place = place if self.store.host is not None else ((), 0.0)
-        seq = self.store.open(self.store.layout(planned(format, SUMS if sums else PLAIN, place)))
+    @rule(
+        target=live,
+        format=st.sampled_from([None, Format.FP16]),
+        beside=st.sampled_from([*BESIDE]),
+        place=st.sampled_from(PLACES),
+    )
+    def open(self, format: Format | None, beside: str, place: tuple[int, ...]) -> Model:
+        place = place if self.store.host is not None else ()
+        seq = self.store.open(self.store.layout(planned(format, beside, place)))
         model = Model(seq, [], [{} for _ in range(self.store.lanes.count)])
         self.models.append(model)
         return model
@@ -130,6 +161,11 @@ class StoreMachine(RuleBasedStateMachine):
         model.tokens += [token] * count
         for row in range(count):
             self.write(model, slots, row, first + row)
+        for group in model.seq.layout.groups:
+            if group.derived:
+                keys = self.keys(model, slots, group)
+                table = self.store.table[model.seq.side.row, group.lanes]
+                derive_run(group.side, group.derived, table, slots.index[0, group.lanes], shown(keys))
 
     @rule(models=st.lists(live, min_size=1, max_size=3, unique=True))
     def append_step(self, models: list[Model]) -> None:
@@ -141,10 +177,17 @@ class StoreMachine(RuleBasedStateMachine):
         for row, model in enumerate(models):
             model.tokens.append(9)
             self.write(model, slots, row, len(model.tokens) - 1)
+        for group in models[0].seq.layout.groups:
+            if group.derived:
+                keys, index = self.keys(models[0], slots, group), slots.index[:, group.lanes]
+                length = self.store.length[torch.tensor([m.seq.row for m in models])][:, group.lanes]
+                place = slots.side[:, group.lanes], slots.offset[:, group.lanes]
+                fresh = (index == length - 1) & (index % BLOCK == 0)
+                derive_tokens(group.side, group.derived, *place, fresh, shown(keys))
 
     @rule(model=live, data=st.data())
     def open_holes(self, model: Model, data: st.DataObject) -> None:
-        if model.fixed or model.seq.shared or bool((self.store.hole[model.seq.row] >= 0).any()):
+        if model.seq.shared or bool((self.store.hole[model.seq.row] >= 0).any()):
             return
         for group in model.seq.layout.groups:
             victims = []
@@ -164,7 +207,7 @@ class StoreMachine(RuleBasedStateMachine):
     @rule(model=live, data=st.data())
     def keep_slots(self, model: Model, data: st.DataObject) -> None:
         """Cut lanes; blocks that the prefix cache has as well are left to it, whatever room there is."""
-        if model.fixed or self.has_partners(model):
+        if self.has_partners(model):
             return
         close_holes(self.store, model.seq)
         for group in model.seq.layout.groups:
@@ -182,8 +225,6 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(model=live)
     def drop_passed_windows(self, model: Model) -> None:
-        if model.fixed:
-            return
         drop_passed_windows(self.store, model.seq)
         if model.cut:
             return
@@ -193,7 +234,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(model=live)
     def compact_windows(self, model: Model) -> None:
-        if model.fixed or model.seq.shared:
+        if model.seq.shared:
             return
         close_holes(self.store, model.seq)
         compact_windows(self.store, model.seq, torch.ones(self.store.lanes.count, dtype=torch.bool))
@@ -204,7 +245,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(target=live, model=live)
     def fork(self, model: Model) -> Model | MultipleResults:
-        if model.cut or model.fixed:
+        if model.cut:
             return multiple()
         child = Model(self.store.fork(model.seq), list(model.tokens), [dict(lane) for lane in model.lanes])
         self.models.append(child)
@@ -212,12 +253,12 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(model=live)
     def publish(self, model: Model) -> None:
-        if not model.cut and not model.fixed and model.plain:
+        if not model.cut and model.plain:
             self.cache.publish(model.seq, model.tokens, "", 0)
 
     @rule(model=live, tokens=st.lists(st.integers(0, 1), min_size=1, max_size=12))
     def adopt(self, model: Model, tokens: list[int]) -> None:
-        if model.tokens or model.fixed or model.seq.shared or not model.plain:
+        if model.tokens or model.seq.shared or not model.plain:
             return
         adopted = self.cache.adopt(model.seq, tokens, "", most=len(tokens) - 1)
         assert adopted % BLOCK == 0 and adopted < len(tokens)
@@ -251,7 +292,8 @@ class StoreMachine(RuleBasedStateMachine):
                 numbers = [held[position] for position in slots.positions[0, row][live].tolist()]
                 assert slots.read("keys")[0, row][live][:, 0].tolist() == numbers
                 assert slots.read("values")[0, row][live][:, 0].tolist() == [-number for number in numbers]
-                assert slots.sums is None or slots.sums[0, row][live].tolist() == numbers
+                for name in {"received", "number"} & {*model.streams}:
+                    assert slots.side(name)[0, row][live][:, 0].tolist() == numbers
 
     @rule(target=live, model=consumes(live))
     def swap_out(self, model: Model) -> Model | MultipleResults:
@@ -311,8 +353,6 @@ class StoreMachine(RuleBasedStateMachine):
             for lane, wanted in enumerate(model.lanes):
                 held = self.read(model, lane)
                 assert dict(held) == wanted and len(held) == len(wanted)
-            if model.seq.sketch is not None:
-                self.read_sketch(model)
 
     @invariant()
     def books_balance(self) -> None:
@@ -348,7 +388,7 @@ class StoreMachine(RuleBasedStateMachine):
         for model in self.models:
             for row in model.seq.rows:
                 for group in row.layout.groups:
-                    assert (self.store.table[row.row, group.lanes] < group.blocks.pool.rows).all()
+                    assert (self.store.table[row.row, group.lanes] < len(group.blocks.raw)).all()
 
     @invariant()
     def poison(self) -> None:
@@ -358,7 +398,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     def poison_arena(self, arena: Arena) -> None:
         owned = torch.zeros(arena.total_bytes // GRANULE, dtype=torch.int32)
-        for blocks in arena._classes.values():
+        for blocks in arena.classes():
             starts = blocks.ids((blocks.refs > 0).nonzero().flatten()).long()
             places = starts[:, None] + torch.arange(blocks.block_bytes // GRANULE)
             owned.index_add_(0, places.flatten(), torch.ones(places.numel(), dtype=torch.int32))
@@ -430,15 +470,18 @@ class StoreMachine(RuleBasedStateMachine):
         """Return all that the tables say of a sequence: lengths, holes and block ids, row by row."""
         store = self.store
         return [
-            (store.length[row.row].tolist(), store.hole[row.row].tolist(),
+            (row is model.seq.staging, store.length[row.row].tolist(), store.hole[row.row].tolist(),
              [(group.blocks, ids.tolist()) for group, ids in store.ids_between(row, *self.span(row))])
             for row in model.seq.rows
         ]  # fmt: skip
 
     def state(self, rows: list[object]) -> list[object]:
         """Return what of `rows` a swap must not change: all but staging, and block ids by number only."""
-        kept = [(length, hole, [(blocks, len(ids)) for blocks, ids in groups]) for length, hole, groups in rows]
-        return [row for index, row in enumerate(kept) if index != 1 or len(kept) == 1]
+        return [
+            (length, hole, [(blocks, len(ids)) for blocks, ids in groups])
+            for staging, length, hole, groups in rows
+            if not staging
+        ]
 
     def write(self, model: Model, slots: Slots, row: int, position: int) -> None:
         number = float(next(self.numbers) % 2000)  # exact in fp16
@@ -446,43 +489,33 @@ class StoreMachine(RuleBasedStateMachine):
             block, offset = slots.block[row, group.lanes], slots.offset[row, group.lanes]
             group.blocks.pool.keys[block, offset] = number
             group.blocks.pool.values[block, offset] = -number
-            if group.blocks.column_sums is not None:
-                assert (group.blocks.column_sums[block, offset] == 0.0).all()
-                group.blocks.column_sums[block, offset] = number
+            if "received" in model.streams:
+                sums, beside = group.side.pool.view("received"), slots.side[row, group.lanes]
+                assert (sums[beside, offset] == 0.0).all()
+                sums[beside, offset] = number
         for lane in model.lanes:
             lane[position] = number
-        if model.seq.sketch is not None:
-            for group, block, offset in self.sketch_slots(model, torch.tensor([position])):
-                group.blocks.pool.keys[block, offset] = number
 
-    def sketch_slots(self, model: Model, slots: Tensor) -> list[tuple[LaneGroup, Tensor, Tensor]]:
-        """Return for each group of sketched lanes the block ids and offsets [lanes, n] of slots [n]."""
-        row = model.seq.sketch
-        assert row is not None
-        found = []
-        for group in row.layout.groups:
-            block = self.store.table[row.row, group.lanes][:, slots // BLOCK].long()
-            found.append((group, block, (slots % BLOCK).expand_as(block)))
-        return found
-
-    def read_sketch(self, model: Model) -> None:
-        """Assert that partial keys lie slot by slot beside the keys."""
-        numbers = torch.tensor([model.lanes[0][position] for position in range(len(model.tokens))])
-        for group, block, offset in self.sketch_slots(model, torch.arange(len(model.tokens))):
-            held = group.blocks.pool.keys[block, offset].float()
-            assert (held == numbers[None, :, None]).all()
+    def keys(self, model: Model, slots: Slots, group: KVGroup) -> Tensor:
+        """Return the keys of new tokens of one group as an engine has them at hand."""
+        return group.blocks.pool.keys[slots.block[:, group.lanes], slots.offset[:, group.lanes]].float()
 
     def slot(
-        self, model: Model, group: LaneGroup, lane: int, slot: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Return key [n, Dk], value [n, Dv], position [n] and sum [n] of slots [n]."""
+        self, model: Model, group: KVGroup, lane: int, slot: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+        """Return key [n, Dk], value [n, Dv], position [n] and what lies beside, by name, of slots [n]."""
         block, offset = self.store.table[model.seq.row, lane, slot // BLOCK].long(), slot % BLOCK
-        sums = group.blocks.column_sums
+        beside: dict[str, Tensor] = {}
+        if group.side is not None:
+            place = self.store.table[model.seq.side.row, lane, slot // BLOCK].long()
+            for name in model.streams:
+                view = group.side.pool.view(name)
+                beside[name] = view[place] if name == "range" else view[place, offset]
         return (
             group.blocks.pool.keys[block, offset],
             group.blocks.pool.values[block, offset],
             group.blocks.positions[block, offset],
-            None if sums is None else sums[block, offset],
+            beside,
         )
 
     def read(self, model: Model, lane: int) -> list[tuple[int, float]]:
@@ -490,10 +523,14 @@ class StoreMachine(RuleBasedStateMachine):
         group = next(group for group in model.seq.layout.groups if lane in group.lanes.tolist())
         slot = torch.arange(int(self.store.length[model.seq.row, lane]))
         slot = slot[slot != self.store.hole[model.seq.row, lane]]
-        key, value, position, sums = self.slot(model, group, lane, slot)
+        key, value, position, beside = self.slot(model, group, lane, slot)
         number = key[:, :1]
         assert (key == number).all() and (value == -number).all(), "torn or foreign bytes"
-        assert sums is None or (sums == number[:, 0]).all()
+        for name, entries in beside.items():
+            if name == "range":
+                assert ((entries[:, :1] <= number) & (number <= entries[:, 1:])).all(), "a token outside of its block's"
+            else:
+                assert (entries.float() == number).all(), f"{name} of another token"
         return list(zip(position.tolist(), number[:, 0].tolist(), strict=True))
 
 

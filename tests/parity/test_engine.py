@@ -174,7 +174,7 @@ def assert_as_alone(jobs: Iterable[Job]) -> None:
 
 def test_the_matrix_has_every_stage() -> None:
     used = {stage.name for strategy in STAGES for stage in Strategy.parse(strategy).stages}
-    assert used == set(stages())
+    assert used == {name for name, stage in stages().items() if stage.__module__.startswith("kvatlas.")}
 
 
 def test_every_stage_in_one_batch_is_itself_alone() -> None:
@@ -404,7 +404,7 @@ def test_session_without_its_cache_answers_the_same(family: str, strategy: str, 
 def test_session_under_pressure(strategy: str) -> None:
     """Others need the memory between the turns: the idle cache goes, the conversation does not notice."""
     answers = []
-    for memory in ("4MiB", "40KiB"):
+    for memory in ("4MiB", "56KiB"):
         llm = LLM(model(), strategy, kv_memory=memory, block_size=4, enable_prefix_caching=False)
         params = SamplingParams(max_tokens=6, ignore_eos=True)
         with llm.session() as session:

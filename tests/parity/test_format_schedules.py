@@ -61,8 +61,8 @@ def test_blocks_moved_together_keep_what_they_hold() -> None:
 def test_quest_always_reads_the_newest_token(keep: str, monkeypatch: pytest.MonkeyPatch) -> None:
     choose, seen = selection.choose_pages, []
 
-    def noting(query, cached, most, slot):
-        part = choose(query, cached, most, slot)
+    def noting(query, cached, side, most, slot):
+        part = choose(query, cached, side, most, slot)
         block = cached.table.long().gather(-1, (slot // 32)[..., None])
         used = torch.arange(part.table.shape[-1]) * 32 < part.length[..., None]
         seen.append(bool(((part.table == block) & used).any(dim=-1).all()))
@@ -90,7 +90,8 @@ def test_bounds_are_never_narrower_than_the_keys(keep: str, encode: str) -> None
                 length, hole = (int(each[request.seq.row, lane]) for each in (engine.store.length, engine.store.hole))
                 table = engine.store.table[request.seq.row, lane, : -(-length // 32)]
                 keys = read_keys(group.blocks.pool, table, torch.float32)
-                low, high = group.blocks.pool.key_bounds[table.long()].repeat_interleave(32, dim=0).unbind(1)
+                beside = engine.store.table[request.seq.side.row, lane, : len(table)].long()
+                low, high = group.side.pool.view("bounds")[beside].repeat_interleave(32, dim=0).chunk(2, dim=-1)
                 live = torch.tensor([slot for slot in range(length) if slot != hole])
                 assert (keys[live] >= low[live]).all() and (keys[live] <= high[live]).all()
 

@@ -35,7 +35,7 @@ def measure_blocks(formats: Sequence[Format], count: int, threads: int, repeats:
     target = torch.empty_like(keys)
     forms: dict[str, Callable[[], object]] = {f"copy {COPY}": lambda: (target.copy_(keys), target.copy_(values))}
     for format in formats:
-        layout = BlockLayout(key_dim=_HEAD_DIM, value_dim=_HEAD_DIM, format=format, sidecars=())
+        layout = BlockLayout(key_dim=_HEAD_DIM, value_dim=_HEAD_DIM, format=format, positions=False)
         pool = BlockPool(torch.zeros(count * layout.block_bytes, dtype=torch.uint8), layout)
         ids = torch.randperm(count, generator=generator) * (layout.block_bytes // GRANULE)
         encode_blocks(pool, ids, keys, values)

@@ -56,7 +56,7 @@ class Lanes:
     def layout(self, format: Format) -> BlockLayout:
         """Return how a block lies in a format; without sidecars."""
         return BlockLayout(
-            key_dim=self.head_dim, value_dim=self.head_dim, format=format, block_size=_BLOCK, sidecars=()
+            key_dim=self.head_dim, value_dim=self.head_dim, format=format, block_size=_BLOCK, positions=False
         )
 
     def layer_bytes(self, format: Format) -> int:

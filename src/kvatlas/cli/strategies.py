@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterable
 from typing import Annotated, Any
 
 import typer
@@ -55,9 +56,14 @@ def facts(stage: type[Stage]) -> dict[str, Any]:
         "saves": [saved.value for saved in info.saves],
         "lossless": info.traits.exact,
         "traits": dataclasses.asdict(info.traits),
-        "needs": stage().asks_for,
+        "needs": needs_of([stage()]),
         "moments": sorted(moment.value for moment in stage().moments),
     }
+
+
+def needs_of(parts: Iterable[Stage]) -> list[str]:
+    """Return what some stages need, for people."""
+    return sorted({need.about for stage in parts for need in stage.needs})
 
 
 def recipe_facts(name: str) -> dict[str, Any]:
@@ -75,7 +81,7 @@ def recipe_facts(name: str) -> dict[str, Any]:
         "saves": sorted({saved.value for stage in strategy.stages for saved in stage.info.saves}),
         "lossless": strategy.traits.exact,
         "traits": dataclasses.asdict(strategy.traits),
-        "needs": sorted({need for stage in parts for need in stage.asks_for}),
+        "needs": needs_of(parts),
         "moments": sorted({moment.value for stage in parts for moment in stage.moments}),
     }
 

@@ -1,4 +1,4 @@
-"""How the bytes of one block lie: keys, values, then sidecars; shared by storage, footprints and tests."""
+"""How the bytes of one block lie: keys, values, then positions; shared by storage, footprints and tests."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from functools import cached_property
 
 from kvatlas.core.errors import ConfigError
 from kvatlas.core.shapes import LayerShape, ModelShape
-from kvatlas.core.vocabulary import SIDECAR_SLOT_BYTES, Format, Sidecar
+from kvatlas.core.vocabulary import Format
 
 DEFAULT_BLOCK_SIZE = 32
 GRANULE = 64
@@ -19,8 +19,8 @@ GROUP = 32
 """Tokens, or channels, that share one scale in packed formats."""
 PARAM_BYTES = 2
 """Bytes of a scale or a minimum: float16."""
-BOUND_BYTES = 4
-"""Bytes of the bound of a key channel: float32, so that it is a bound in every format."""
+POSITION_BYTES = 4
+"""Bytes of a position: int32."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +28,7 @@ class BlockLayout:
     """A block: ``block_size`` slots of one lane.
 
     In this order: codes of the keys, codes of the values, parameters of the keys (scales, minima), parameters of the
-    values, sidecars. Parameters are float16. With s slots, Dk and Dv elements of a key and a value:
+    values, positions (int32 [s]). Parameters are float16. With s slots, Dk and Dv elements of a key and a value:
 
     - float formats: keys [s, Dk], values [s, Dv]; no parameters.
     - ``int8``: signed codes [s, Dk] and [s, Dv]; scales [s] of the keys, [s] of the values.
@@ -44,14 +44,14 @@ class BlockLayout:
         value_dim: elements of one value.
         format: element format of keys and values.
         block_size: slots of one block, tokens.
-        sidecars: what is stored per slot beside keys and values, 4 bytes each.
+        positions: whether the position of the token in each slot is stored.
     """
 
     key_dim: int
     value_dim: int
     format: Format
     block_size: int = DEFAULT_BLOCK_SIZE
-    sidecars: tuple[Sidecar, ...] = (Sidecar.POSITIONS,)
+    positions: bool = True
 
     def __post_init__(self) -> None:
         if self.format.is_packed and self.block_size != GROUP:
@@ -90,43 +90,18 @@ class BlockLayout:
         return self.value_params_offset + groups * self.block_size * PARAM_BYTES
 
     @cached_property
-    def sidecar_bytes(self) -> int:
-        """Bytes of the sidecars of one block, alignment included."""
-        return self.block_bytes - self.kv_bytes
+    def block_bytes(self) -> int:
+        """Bytes of one block, rounded up to a cache line."""
+        return _rounded(self.positions_offset + self.positions * self.block_size * POSITION_BYTES, GRANULE)
 
     @cached_property
-    def block_bytes(self) -> int:
-        """Bytes of one block with its sidecars, rounded up to a cache line."""
-        end = self.sidecar_start + sum(self.sidecar_size(sidecar) for sidecar in self.sidecars)
-        return _rounded(end, GRANULE)
-
-    def sidecar_offset(self, sidecar: Sidecar) -> int:
-        """Return where a sidecar starts inside the block, bytes."""
-        before = self.sidecars[: self.sidecars.index(sidecar)]
-        return self.sidecar_start + sum(self.sidecar_size(each) for each in before)
-
-    @property
-    def sidecar_start(self) -> int:
-        """Where the sidecars start inside the block, bytes: what is before depends on keys and values alone."""
-        return _rounded(self.kv_bytes, SIDECAR_SLOT_BYTES)
-
-    def sidecar_size(self, sidecar: Sidecar) -> int:
-        """Return how many bytes of a block a sidecar takes."""
-        if sidecar is Sidecar.KEY_BOUNDS:
-            return _rounded(2 * self.key_dim * BOUND_BYTES, SIDECAR_SLOT_BYTES)
-        return self.block_size * SIDECAR_SLOT_BYTES
+    def positions_offset(self) -> int:
+        """Where the positions start inside the block, bytes."""
+        return _rounded(self.kv_bytes, POSITION_BYTES)
 
 
 def _rounded(number: int, step: int) -> int:
     return -(-number // step) * step
-
-
-def sketch_layout_of(layer: LayerShape, format: Format, block_size: int, share: float) -> BlockLayout:
-    """Return the block layout of partial keys: a ``share`` of the columns of each key, and no values."""
-    format = format if format.is_float else Format.FP16
-    return BlockLayout(
-        key_dim=max(1, round(share * layer.key_dim)), value_dim=0, format=format, block_size=block_size, sidecars=()
-    )
 
 
 def staging_buffers(shape: ModelShape, host: Mapping[int, BlockLayout]) -> dict[int, int]:
@@ -155,8 +130,6 @@ def staging_buffers(shape: ModelShape, host: Mapping[int, BlockLayout]) -> dict[
     }
 
 
-def layout_of(layer: LayerShape, format: Format, block_size: int, sidecars: tuple[Sidecar, ...]) -> BlockLayout:
+def layout_of(layer: LayerShape, format: Format, block_size: int) -> BlockLayout:
     """Return the block layout of one layer's lanes."""
-    return BlockLayout(
-        key_dim=layer.key_dim, value_dim=layer.value_dim, format=format, block_size=block_size, sidecars=sidecars
-    )
+    return BlockLayout(key_dim=layer.key_dim, value_dim=layer.value_dim, format=format, block_size=block_size)

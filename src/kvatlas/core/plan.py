@@ -8,10 +8,17 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass, fields
 from functools import cached_property
+from typing import TYPE_CHECKING, Protocol
 
-from kvatlas.core.layout import DEFAULT_BLOCK_SIZE, BlockLayout, layout_of, sketch_layout_of, staging_buffers
+from kvatlas.core.layout import DEFAULT_BLOCK_SIZE, BlockLayout, layout_of, staging_buffers
 from kvatlas.core.shapes import ModelShape
-from kvatlas.core.vocabulary import Format, Sidecar, Tier
+from kvatlas.core.streams import SideLayout, Stream
+from kvatlas.core.vocabulary import Format, Tier
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from kvatlas.core.views import TokenView
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +52,16 @@ INEXACT = Traits(keeps_all=True, prompt_shareable=True, recomputable=True, query
 """Of a stage that rounds each token by itself when it is written, or only divides what another keeps."""
 
 
+class Deriver(Protocol):
+    """Who makes the entries of a stream from keys and values; stages are."""
+
+    def derive(self, name: str, tokens: TokenView) -> Tensor:
+        """Return the entry [.., width] of each token [..]."""
+
+    def merge(self, name: str, one: Tensor, other: Tensor) -> Tensor:
+        """Return the entry [.., width] of the tokens of two entries together."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class LayerCache:
     """What is stored of a layer that owns lanes.
@@ -54,14 +71,16 @@ class LayerCache:
         tier: where they live.
         old: device blocks that full blocks are encoded to once they are old; None: they stay as they are.
         residual: newest tokens of a lane that are not encoded, at least.
-        sketch: device blocks of partial keys, slot by slot beside keys on the host; None: not kept.
+        side: device blocks of streams beside all those blocks; None: there are none.
+        derived: streams made from keys and values, each with who makes them.
     """
 
     own: BlockLayout
     tier: Tier = Tier.DEVICE
     old: BlockLayout | None = None
     residual: int = 0
-    sketch: BlockLayout | None = None
+    side: SideLayout | None = None
+    derived: tuple[tuple[Stream, Deriver], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -103,24 +122,26 @@ def uniform_cache(
     shape: ModelShape,
     format: Format,
     block_size: int = DEFAULT_BLOCK_SIZE,
-    sidecars: tuple[Sidecar, ...] = (Sidecar.POSITIONS,),
+    streams: tuple[Stream, ...] = (),
     *,
+    derived: tuple[tuple[Stream, Deriver], ...] = (),
     host_layers: Collection[int] = (),
-    sketch_share: float = 0.0,
     packed: Format | None = None,
     residual: int = 0,
 ) -> CachePlan:
     """Return the plan in which all layers are alike, but for where they live; windowed layers are never packed."""
+    beside = streams + tuple(stream for stream, _ in derived)
 
     def cache(index: int) -> LayerCache:
         layer, on_host = shape.layers[index], index in host_layers
         old = packed if layer.window is None else None
         return LayerCache(
-            own=layout_of(layer, format, block_size, sidecars),
+            own=layout_of(layer, format, block_size),
             tier=Tier.HOST if on_host else Tier.DEVICE,
-            old=None if old is None else layout_of(layer, old, block_size, sidecars),
+            old=None if old is None else layout_of(layer, old, block_size),
             residual=0 if old is None else residual,
-            sketch=sketch_layout_of(layer, format, block_size, sketch_share) if on_host and sketch_share else None,
+            side=SideLayout(beside, block_size) if beside else None,
+            derived=derived,
         )
 
     return CachePlan(shape, tuple((index, cache(index)) for index in shape.owners))

@@ -14,6 +14,25 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+@dataclass(frozen=True, kw_only=True)
+class TokenView:
+    """Tokens of which entries of streams are to be made.
+
+    Args:
+        read: returns their keys and values [.., D].
+    """
+
+    read: Callable[[str], Tensor]
+
+    def keys(self) -> Tensor:
+        """Return the keys as a query meets them, rotated, float32 [.., Dk]."""
+        return self.read("keys")
+
+    def values(self) -> Tensor:
+        """Return the values, float32 [.., Dv]."""
+        return self.read("values")
+
+
 @dataclass(kw_only=True)
 class LaneView:
     """Cached tokens of B sequences in some layers.
@@ -27,7 +46,7 @@ class LaneView:
         seen_B: int64, tokens that each sequence has processed; the newest has position ``seen - 1``.
         prompt_B: int64, tokens up to the end of the prompt that fractions refer to.
         recent_B: int64, newest tokens that the strategy protects, as ``Keep.recent_tokens`` answered.
-        sums_BHS: float32, attention received, as ``Keep.received`` asked; None if it asks for none.
+        side: returns the entries of a stream [B, H, S, width] of all slots.
         read: returns keys and values [B, H, S, D] of all slots.
         has_read: whether keys or values were asked for.
     """
@@ -40,15 +59,14 @@ class LaneView:
     seen_B: Tensor
     prompt_B: Tensor
     recent_B: Tensor
-    sums_BHS: Tensor | None
+    side: Callable[[str], Tensor]
     read: Callable[[str], Tensor]
     has_read: bool = False
 
     @property
     def received(self) -> Tensor:
-        """Attention received, float32 [B, H, S]."""
-        assert self.sums_BHS is not None, "only a stage that declares 'received' may ask for it"
-        return self.sums_BHS
+        """Attention received, float32 [B, H, S]; only a stage that needs `Received` may ask for it."""
+        return self.side("received").squeeze(-1)
 
     @property
     def newest(self) -> Tensor:

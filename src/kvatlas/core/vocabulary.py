@@ -1,4 +1,4 @@
-"""The words every part of kvatlas shares: axes, moments, needs, sidecars, formats, tiers."""
+"""The words every part of kvatlas shares: axes, moments, formats, tiers."""
 
 from __future__ import annotations
 
@@ -25,26 +25,11 @@ class Moment(StrEnum):
     AFTER_STEP = "after_step"
 
 
-class Need(StrEnum):
-    """Something that must be computed for a stage while queries and keys are at hand; gone later."""
-
-    ROTATION = "rotation"
-    KEY_BOUNDS = "key_bounds"
-
-
 class Tier(StrEnum):
     """Where bytes live. Without an accelerator both tiers are RAM, and a move between them is a copy."""
 
     DEVICE = "device"
     HOST = "host"
-
-
-class Sidecar(StrEnum):
-    """Data that storage carries beside the keys and values of a block; its bytes are shown apart."""
-
-    POSITIONS = "positions"
-    COLUMN_SUMS = "column_sums"
-    KEY_BOUNDS = "key_bounds"
 
 
 class Saves(StrEnum):
@@ -93,6 +78,3 @@ class Format(StrEnum):
 _BITS = {Format.FP32: 32, Format.BF16: 16, Format.FP16: 16, Format.INT8: 8, Format.INT4: 4, Format.INT2: 2}
 _FLOATS = frozenset({Format.FP32, Format.BF16, Format.FP16})
 _PACKED = frozenset({Format.INT4, Format.INT2})
-
-SIDECAR_SLOT_BYTES = 4
-"""Bytes of one sidecar entry of one slot: an int32 position or a float32 sum. Key bounds are per block."""

@@ -15,9 +15,10 @@ import torch
 from kvatlas.core.errors import CapacityError, ConfigError, UnsupportedError
 from kvatlas.core.footprint import Footprint
 from kvatlas.core.layout import DEFAULT_BLOCK_SIZE
+from kvatlas.core.needs import LayerInputs
 from kvatlas.core.timeline import Event, Timeline
 from kvatlas.core.units import format_bytes, parse_bytes, parse_tier_bytes
-from kvatlas.core.vocabulary import Format, Need
+from kvatlas.core.vocabulary import Format
 from kvatlas.engine.detokenizer import Detokenizer
 from kvatlas.engine.drafts import Draft
 from kvatlas.engine.forward import Transport
@@ -153,7 +154,7 @@ class Engine:
         """
         plan = self.plan(strategy)
         self.store.layout(plan.cache)
-        if Need.ROTATION in strategy.needs and self.transport.speculator is None:
+        if any(isinstance(need, LayerInputs) for need in strategy.needs) and self.transport.speculator is None:
             self.transport.speculator = make_speculator(self.model)
         return plan
 

@@ -17,9 +17,9 @@ from kvatlas.core.vocabulary import Moment
 from kvatlas.engine.request import Request
 from kvatlas.engine.segments import sequence_of
 from kvatlas.storage.eviction import LaneSlots, compact_windows, cut, lane_slots, open_holes
-from kvatlas.storage.lanes import LaneGroup
+from kvatlas.storage.lanes import KVGroup
 from kvatlas.storage.prefix_cache import PrefixCache
-from kvatlas.storage.sequence import LaneRow, Sequence
+from kvatlas.storage.sequence import Sequence
 from kvatlas.storage.store import KVStore
 from kvatlas.storage.tables import NO_LIMIT
 from kvatlas.strategies.plan import LayerPlan
@@ -41,7 +41,7 @@ class _Acting:
     """
 
     layers: tuple[LayerPlan, ...]
-    group: LaneGroup
+    group: KVGroup
 
     @property
     def keep(self) -> Keep:
@@ -202,7 +202,7 @@ class Evictor:
             seen_B=seen,
             prompt_B=torch.tensor([request.prompt_tokens for request in requests], device=on),
             recent_B=torch.tensor(recent, device=on),
-            sums_BHS=slots.sums,
+            side=slots.side,
             read=slots.read,
         )
         given = _keep(requests[0], acting).scores(view)
@@ -221,7 +221,7 @@ class Evictor:
         """
         if not requests:
             return
-        rows = [row.row for request in requests for row in _held_rows(sequence_of(request))]
+        rows = [row.row for request in requests for row in sequence_of(request).parts]
         longest = int(self._store.length[rows][:, acting.group.lanes].amax())
         layout, heads = acting.group.blocks.layout, acting.heads
         slot_bytes = max(1, layout.kv_bytes // layout.block_size)
@@ -243,16 +243,15 @@ class Evictor:
             for layer in plan.owned:
                 if layer.evicts:
                     budget = None if layer.budget is None else layer.budget.kind
-                    stored = layout.of_layer(layer.index), layout.old_of_layer(layer.index)
+                    group = layout.group_of_layer(layer.index)
+                    stored = group.blocks, group.old, group.side, group.derived
                     together = layer.keep.kind, budget, layer.shape.num_kv_heads, *stored
                     found.setdefault(together, []).append(layer)
             self._acting[key] = [
                 _Acting(
                     tuple(layers),
-                    LaneGroup(
-                        blocks=layout.of_layer(layers[0].index),
-                        lanes=self._store.lanes.lanes_of([layer.index for layer in layers]),
-                        old=layout.old_of_layer(layers[0].index),
+                    layout.group_of_layer(layers[0].index).only(
+                        self._store.lanes.lanes_of([layer.index for layer in layers])
                     ),
                 )
                 for layers in found.values()
@@ -299,10 +298,6 @@ def _drop(limits: Limits) -> int:
 
 def _rows(seqs: Seq[Sequence]) -> Tensor:
     return torch.tensor([seq.row for seq in seqs])
-
-
-def _held_rows(seq: Sequence) -> list[LaneRow]:
-    return [seq] if seq.encoded is None else [seq, seq.encoded]
 
 
 def _lowest(scores: Tensor, positions: Tensor, live: Tensor) -> Tensor:

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from kvatlas.core.timeline import EventKind, Timeline
-from kvatlas.engine.segments import Chunk, DecodeGroup, GroupLayer, sequence_of
+from kvatlas.core.views import TokenView
+from kvatlas.engine.segments import Chunk, DecodeGroup, sequence_of
 from kvatlas.engine.selection import choose_pages
 from kvatlas.engine.sources import Blocks, old_blocks
 from kvatlas.engine.speculation import Choice, Foresee, Sketch, Speculator, by_kv_head, choose
@@ -27,11 +28,11 @@ from kvatlas.kernels.column_sums import column_sums
 from kvatlas.kernels.decode_attention import NewTokens, decode_attention
 from kvatlas.kernels.pool import Part
 from kvatlas.models.adapter import AttentionCall
-from kvatlas.storage.arena import BlockClass
-from kvatlas.storage.bounds import bound_blocks, widen
+from kvatlas.storage.arena import BlockClass, SideClass
 from kvatlas.storage.link import Link
 from kvatlas.storage.sequence import Sequence
 from kvatlas.storage.store import KVStore
+from kvatlas.storage.streams import derive_run, derive_tokens
 
 _SKETCH_SLOTS = 4096  # past keys that enter a sketch at a time, about: whole blocks do
 
@@ -145,8 +146,7 @@ class ForwardPass:
         home = seq.layout.of_layer(call.layer)
         block, offset = chunk.slots.block[:, lanes], chunk.slots.offset[:, lanes]
         k, v = self._write(call, home, block, offset, k, v, source.visiting)
-        if home.pool.key_bounds is not None:
-            bound_blocks(home, *self._touched(chunk, lanes))
+        self._derive_chunk(call, chunk, k, v)
         reach = keep.reach(chunk.request.prompt_tokens)
         limits = _Limits(
             scale=call.scale,
@@ -156,30 +156,37 @@ class ForwardPass:
         )
         parts = self._past_parts(call, chunk, Blocks.of(source.blocks, source.table[0], past.to(q.device), past))
         out, lse = chunk_attention(q, k, v, chunk.positions, parts, sinks=call.sinks, **limits)
-        if keep.received is not None:
-            self._add_column_sums(call, chunk, source, q, k, lse, limits, keep.received.queries)
-        if seq.sketch is not None and source.visiting:
+        received = chunk.request.plan.layers[call.layer].received
+        if received is not None:
+            self._add_column_sums(call, chunk, source, q, k, lse, limits, received.queries)
+        if source.visiting and chunk.request.plan.layers[call.layer].attend is not None:
             self._extend_sketch(call, chunk, source, q, k)
         return out
 
-    def _touched(self, chunk: Chunk, lanes: slice) -> tuple[Tensor, Tensor]:
-        """Return the blocks [H, m] that a chunk writes to, and how many of their slots [H, m] are used then."""
-        size, past = self._store.block_size, chunk.past_length[lanes]
-        most = -(-(int((past % size).max()) + chunk.count) // size)
-        column = past[:, None] // size + torch.arange(most)
-        used = (past[:, None] + chunk.count - column * size).clamp(min=0, max=size)
-        table = chunk.table[lanes]
-        return table.gather(1, column.clamp(max=table.shape[1] - 1).to(table.device)), used
+    def _derive_chunk(self, call: AttentionCall, chunk: Chunk, k: Tensor, v: Tensor) -> None:
+        """Write what is made of a chunk's keys and values [n, H, D] beside them."""
+        layer = chunk.request.plan.layers[call.layer].store
+        if layer.derived and self._stores(call.layer):
+            lanes, side = self._store.lanes.slices[call.layer], self._side(sequence_of(chunk.request), call.layer)
+            assert side is not None and chunk.side is not None
+            derive_run(side, layer.derived, chunk.side[lanes], chunk.past_length[lanes], _shown(k, v))
+
+    def _side(self, seq: Sequence, layer: int) -> SideClass | None:
+        return seq.layout.side_of_layer(layer)
 
     def _stores(self, layer: int) -> bool:
         """Whether a layer's keys and values are its own: the others read those of an earlier one."""
         return self._store.lanes.shape.layers[layer].shares_kv_with is None
 
-    def _bound_keys(self, call: AttentionCall, home: BlockClass, here: GroupLayer) -> None:
-        """Let the bounds of the blocks that a step writes to cover the new keys."""
-        if self._stores(call.layer):
+    def _derive_step(self, call: AttentionCall, group: DecodeGroup, k: Tensor, v: Tensor) -> None:
+        """Write what is made of the keys and values [R, H, D] of a step beside them."""
+        layer, here = group.plan.layers[call.layer].store, group.layers[call.layer]
+        side = self._side(group.seqs[0], call.layer)
+        if side is not None and self._stores(call.layer):
+            assert here.beside is not None
             fresh = (here.slot == here.host_length - 1) & (here.slot % self._store.block_size == 0)
-            widen(home, here.block, here.offset, fresh)
+            view = _shown(rounded(k, layer.own.format), rounded(v, layer.own.format))
+            derive_tokens(side, layer.derived, here.beside, here.offset, fresh, view)
 
     def _past_parts(self, call: AttentionCall, chunk: Chunk, own: Blocks) -> list[Part]:
         """Return what a chunk reads of the past: encoded blocks, then ``own``."""
@@ -192,7 +199,7 @@ class ForwardPass:
     def _old(self, call: AttentionCall, segment: Chunk | DecodeGroup) -> Blocks | None:
         """Return the encoded blocks of a layer, [H, C] for a chunk; None if there are none."""
         seq = sequence_of(segment.request) if isinstance(segment, Chunk) else segment.seqs[0]
-        found = old_blocks(seq.layout.old_of_layer(call.layer), segment.old, self._store.lanes.slices[call.layer])
+        found = old_blocks(seq.layout, segment.old, call.layer, self._store.lanes.slices[call.layer])
         return found.first() if found is not None and isinstance(segment, Chunk) else found
 
     def _source(self, call: AttentionCall, seq: Sequence, visitors: Visitors | None, table: Tensor) -> _Source:
@@ -217,13 +224,13 @@ class ForwardPass:
         prompt_tokens, seq = chunk.request.prompt_tokens, sequence_of(chunk.request)
         first = 0 if observed is None else max(0, prompt_tokens - observed - int(chunk.positions[0]))
         home, lanes = seq.layout.of_layer(call.layer), self._store.lanes.slices[call.layer]
-        sums = home.column_sums
-        assert sums is not None
+        side = self._side(seq, call.layer)
+        assert side is not None and chunk.side is not None and chunk.slots.side is not None
         if first >= chunk.count:
             return
         before = chunk.past_length[lanes]
         past = before + first  # tokens of the chunk before the first observed one count as past
-        at_home = Blocks.of(home, chunk.table[lanes], past.to(q.device), past)
+        at_home = Blocks.of(home, chunk.table[lanes], past.to(q.device), past, (side, chunk.side[lanes]))
         own = replace(at_home, blocks=source.blocks, table=source.table[0, :, : at_home.table.shape[-1]])
         owner = self._stores(call.layer)  # the others only add to its votes
         fresh = owner and observed is not None and prompt_tokens - observed >= int(chunk.positions[0])
@@ -235,15 +242,10 @@ class ForwardPass:
         )
         old = self._old(call, chunk)
         credited = [at_home] if old is None else [old, at_home]
-        own_slots = chunk.slots.block[first:, lanes].to(sums.device), chunk.slots.offset[first:, lanes].to(sums.device)
-
-        def credit() -> None:
-            for where, amounts in zip(credited, past_sums, strict=True):
-                where.add_to_sums(amounts, where.held(), fresh=fresh)  # votes of an earlier prompt no longer count
-            sums[own_slots] += own_sums.T.to(sums.device)
-
-        numbers = own_sums.numel() + sum(amounts.numel() for amounts in past_sums)
-        self._at_home(call, source.visiting, credit, numbers * sums.itemsize)
+        for where, amounts in zip(credited, past_sums, strict=True):
+            where.add_received(amounts, where.held(), fresh=fresh)  # votes of an earlier prompt no longer count
+        own_slots = chunk.slots.side[first:, lanes], chunk.slots.offset[first:, lanes]
+        side.pool.view("received")[own_slots] += own_sums.T[..., None]
 
     def _extend_sketch(self, call: AttentionCall, chunk: Chunk, source: _Source, q: Tensor, k: Tensor) -> None:
         """Give the sketch the chunk's keys; at the end of the first prompt, choose its columns and fill it."""
@@ -271,7 +273,7 @@ class ForwardPass:
         new = None
         if source.visiting:
             k, v = self._write(call, home, here.block, here.offset, k, v, source.visiting)
-        elif home.pool.key_bounds is not None:  # what is chosen by bounds must be within them
+        elif plan.store.derived:  # by which tokens may be chosen, the new ones too
             self._put(call, home, here.block, here.offset, k, v, on_host=False)
         elif self._stores(call.layer):
             new = NewTokens(here.block, here.offset, k, v)
@@ -284,14 +286,17 @@ class ForwardPass:
             self._write_visiting(source, here.slot if choice is None else host_length - 1, k, v)
         own = Blocks(blocks=source.blocks, table=source.table[..., :columns], length=length, host_length=host_length)
         read = None
-        if home.pool.key_bounds is not None:
-            self._bound_keys(call, home, here)
-            pages = plan.pages(self._store.block_size)
-            read = None if pages is None else choose_pages(q, own, pages, here.slot)
+        if plan.store.derived:
+            self._derive_step(call, group, k, v)
+        pages = plan.pages(self._store.block_size)
+        if pages is not None and here.side is not None:
+            side = self._side(seq, call.layer)
+            assert side is not None
+            read = choose_pages(q, own, (side, here.side[..., :columns]), pages, here.slot)
         old = None if group.old is None else self._old(call, group)
         last = own.part() if read is None else read
         parts = [last] if old is None else [old.part(hide_empty=plan.evicts), last]
-        received = plan.keep.received
+        received = plan.received
         need_mass = received is not None and received.in_decode
         alike: object = call.window if group.dense else call.layer
         out, masses = decode_attention(
@@ -301,11 +306,13 @@ class ForwardPass:
             new=new,
         )  # fmt: skip
         if masses is not None:
-            where = replace(own, blocks=home, table=here.table[..., :columns])
+            side = self._side(seq, call.layer)
+            assert side is not None and here.side is not None
+            where = replace(own, side=(side, here.side[..., :columns]))
             fresh = received is not None and received.queries is not None and self._stores(call.layer)
-            self._credit(call, source.visiting, where, masses[-1], self._held_blocks(alike, group, where), fresh=fresh)
+            where.add_received(masses[-1], self._held_blocks(alike, group, where), fresh=fresh)
             if old is not None:
-                old.add_to_sums(masses[0], old.held(), fresh=fresh)
+                old.add_received(masses[0], old.held(), fresh=fresh)
         if choice is not None:
             self._follow_up(call, group, choice, q, k)
         return out
@@ -313,13 +320,6 @@ class ForwardPass:
     def _columns(self, count: Tensor) -> int:
         """Return how many blocks hold the chosen tokens of a lane and the new one."""
         return int(count.max()) // self._store.block_size + 1
-
-    def _credit(
-        self, call: AttentionCall, on_host: bool, where: Blocks, amounts: Tensor, held: Tensor, *, fresh: bool
-    ) -> None:
-        """Add the attention that a step paid to the column sums at home, or put it in their place."""
-        num_bytes = amounts.numel() * amounts.itemsize
-        self._at_home(call, on_host, lambda: where.add_to_sums(amounts, held, fresh=fresh), num_bytes)
 
     def _follow_up(self, call: AttentionCall, group: DecodeGroup, choice: Choice, q: Tensor, k: Tensor) -> None:
         """Give the sketch the new token's key; account for the choice, if anybody asks."""
@@ -397,3 +397,8 @@ class ForwardPass:
         if alike not in group.held:
             group.held[alike] = own.held()
         return group.held[alike]
+
+
+def _shown(k: Tensor, v: Tensor) -> TokenView:
+    """Show keys and values to who makes streams of them."""
+    return TokenView(read=lambda what: (k if what == "keys" else v).float())

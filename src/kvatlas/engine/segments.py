@@ -16,7 +16,7 @@ from kvatlas.engine.request import Request
 from kvatlas.engine.speculation import Choice
 from kvatlas.engine.staging import Visitors
 from kvatlas.storage.sequence import Sequence, Slots
-from kvatlas.storage.store import KVStore
+from kvatlas.storage.store import KVStore, side_rows
 from kvatlas.strategies.plan import Plan
 
 
@@ -24,10 +24,11 @@ from kvatlas.strategies.plan import Plan
 class OldBlocks:
     """Encoded blocks of the sequences of a segment, before their own: ``table`` [.., lanes, C], ``length`` [.., lanes].
 
-    ``host_length`` is the length on the CPU.
+    ``host_length`` is the length on the CPU; ``side`` the table of what lies beside, or None.
     """
 
     table: Tensor
+    side: Tensor | None
     length: Tensor
     host_length: Tensor
 
@@ -36,10 +37,10 @@ class OldBlocks:
 class Chunk:
     """The next ``count`` prompt tokens of one request, at row ``start`` of the batch.
 
-    ``table`` [lanes, C] covers the chunk too; ``past_length`` [lanes], on the CPU, is what was
-    cached before it; ``dense_starts`` gives the
-    position of slot 0 per window (0: no window) while slots are in position order, else None;
-    ``visitors`` are the past's blocks on the host, or None; ``old`` those of the past that are encoded.
+    ``table`` [lanes, C] covers the chunk too, and so does ``side``, the table of what lies beside; ``past_length``
+    [lanes], on the CPU, is what was cached before it; ``dense_starts`` gives the position of slot 0 per window (0: no
+    window) while slots are in position order, else None; ``visitors`` are the past's blocks on the host, or None;
+    ``old`` those of the past that are encoded.
     """
 
     request: Request
@@ -47,6 +48,7 @@ class Chunk:
     count: int
     positions: Tensor
     table: Tensor
+    side: Tensor | None
     past_length: Tensor
     slots: Slots
     dense_starts: dict[int, int] | None
@@ -55,7 +57,10 @@ class Chunk:
 
 
 class GroupLayer(NamedTuple):
-    """What one layer of a decode group reads and writes: ``table`` [R, H, C], the others [R, H]; see `DecodeGroup`."""
+    """What one layer of a decode group reads and writes: the tables [R, H, C], the others [R, H]; see `DecodeGroup`.
+
+    ``side`` and ``beside`` are the table of what lies beside, and the new tokens' blocks there.
+    """
 
     table: Tensor
     length: Tensor
@@ -63,6 +68,8 @@ class GroupLayer(NamedTuple):
     slot: Tensor
     block: Tensor
     offset: Tensor
+    side: Tensor | None = None
+    beside: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,6 +127,7 @@ def make_chunk(store: KVStore, request: Request, count: int, start: int) -> Chun
         count=count,
         positions=torch.arange(seq.seen - count, seq.seen, device=device),
         table=store.table[seq.row, :, :columns].to(device),
+        side=None if seq.side is None else store.table[seq.side.row, :, :columns].to(device),
         past_length=past_length,
         slots=slots,
         dense_starts=dense_starts,
@@ -139,7 +147,9 @@ def make_group(store: KVStore, requests: list[Request], start: int) -> DecodeGro
     columns = [max(per_lane[lanes]) for lanes in store.lanes.slices]
     old = _old_blocks(store, seqs)
     table = store.table[rows, :, : max(columns)].to(device)
-    cut = (table, length.to(device), length, slots.index, slots.block, slots.offset)
+    cut = [table, length.to(device), length, slots.index, slots.block, slots.offset]
+    if slots.side is not None:
+        cut += [store.table[side_rows(seqs), :, : max(columns)].to(device), slots.side]
     return DecodeGroup(
         plan=plan,
         requests=requests,
@@ -162,7 +172,13 @@ def _old_blocks(store: KVStore, seqs: Seq[Sequence]) -> OldBlocks | None:
     if not most:
         return None
     device = store.arena.device
-    return OldBlocks(table=store.table[rows, :, :most].to(device), length=length.to(device), host_length=length)
+    beside = side_rows([seq.encoded for seq in seqs if seq.encoded is not None])
+    return OldBlocks(
+        table=store.table[rows, :, :most].to(device),
+        side=store.table[beside, :, :most].to(device) if len(beside) else None,
+        length=length.to(device),
+        host_length=length,
+    )
 
 
 def _alike(store: KVStore, length: Tensor) -> bool:
@@ -177,4 +193,5 @@ def sequence_of(request: Request) -> Sequence:
 
 
 def _on_device(slots: Slots, device: torch.device) -> Slots:
-    return Slots(index=slots.index, block=slots.block.to(device), offset=slots.offset.to(device))
+    side = None if slots.side is None else slots.side.to(device)
+    return Slots(index=slots.index, block=slots.block.to(device), offset=slots.offset.to(device), side=side)

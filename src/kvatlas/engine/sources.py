@@ -12,7 +12,11 @@ from torch import Tensor
 
 from kvatlas.engine.segments import OldBlocks
 from kvatlas.kernels.pool import Part
-from kvatlas.storage.arena import BlockClass
+from kvatlas.storage.arena import BlockClass, SideClass
+from kvatlas.storage.lanes import SequenceLayout
+
+Beside = tuple[SideClass, Tensor]
+"""Class and table [.., H, C] of what lies beside blocks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,18 +28,23 @@ class Blocks:
         table: [R, H, C] int32, trimmed to the longest lane.
         length: [R, H] int64 slots in use, on the device.
         host_length: the same on the CPU.
+        side: class and table of what lies beside them; None: nothing does.
     """
 
     blocks: BlockClass
     table: Tensor
     length: Tensor
     host_length: Tensor
+    side: Beside | None = None
 
     @classmethod
-    def of(cls, blocks: BlockClass, table: Tensor, length: Tensor, host_length: Tensor) -> Blocks:
-        """Return the blocks of a table that may be wider than needed."""
+    def of(
+        cls, blocks: BlockClass, table: Tensor, length: Tensor, host_length: Tensor, side: Beside | None = None
+    ) -> Blocks:
+        """Return the blocks of tables that may be wider than needed."""
         columns = -(-int(host_length.max()) // blocks.layout.block_size)
-        return cls(blocks=blocks, table=table[..., :columns], length=length, host_length=host_length)
+        trimmed = None if side is None else (side[0], side[1][..., :columns])
+        return cls(blocks=blocks, table=table[..., :columns], length=length, host_length=host_length, side=trimmed)
 
     def part(self, *, hide_empty: bool = False, dense_start: int | None = None) -> Part:
         """Return them as kernels take them."""
@@ -58,26 +67,35 @@ class Blocks:
 
     def first(self) -> Blocks:
         """Return the blocks of the first sequence, [H, C]."""
-        return Blocks(blocks=self.blocks, table=self.table[0], length=self.length[0], host_length=self.host_length[0])
+        side = None if self.side is None else (self.side[0], self.side[1][0])
+        return Blocks(
+            blocks=self.blocks, table=self.table[0], length=self.length[0], host_length=self.host_length[0], side=side
+        )
 
-    def add_to_sums(self, amounts: Tensor, held: Tensor, *, fresh: bool = False) -> None:
-        """Add ``amounts`` [.., H, C * s] to the column sums of the slots.
+    def add_received(self, amounts: Tensor, held: Tensor, *, fresh: bool = False) -> None:
+        """Add ``amounts`` [.., H, C * s] to the attention that the slots have received.
 
         Args:
             amounts: attention received.
             held: what `held` returned.
             fresh: forget what they have received before.
         """
-        sums = self.blocks.column_sums
-        assert sums is not None
-        ids = self.table.flatten()[held].long().to(sums.device)
+        assert self.side is not None
+        blocks, table = self.side
+        sums = blocks.pool.view("received").squeeze(-1)
+        ids = table.flatten()[held].long()
         if fresh:
             sums.index_fill_(0, ids, 0.0)
-        sums.index_add_(0, ids, amounts.reshape(-1, sums.shape[1])[held].to(sums.device))
+        sums.index_add_(0, ids, amounts.reshape(-1, sums.shape[1])[held])
 
 
-def old_blocks(blocks: BlockClass | None, old: OldBlocks | None, lanes: slice) -> Blocks | None:
+def old_blocks(layout: SequenceLayout, old: OldBlocks | None, layer: int, lanes: slice) -> Blocks | None:
     """Return the encoded blocks of a layer's lanes; None if there are none."""
-    if blocks is None or old is None or not int(old.host_length[..., lanes].max()):
+    if old is None or layout.encoded is None or not layout.encoded.holds(layer):
         return None
-    return Blocks.of(blocks, old.table[..., lanes, :], old.length[..., lanes], old.host_length[..., lanes])
+    if not int(old.host_length[..., lanes].max()):
+        return None
+    side = layout.encoded.side_of_layer(layer)
+    beside = None if side is None or old.side is None else (side, old.side[..., lanes, :])
+    blocks = layout.encoded.of_layer(layer)
+    return Blocks.of(blocks, old.table[..., lanes, :], old.length[..., lanes], old.host_length[..., lanes], beside)

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvatlas.kernels.blocks import read_keys, write_slots
+from kvatlas.kernels.gather import gather_slots
 from kvatlas.models.loading import LoadedModel
 from kvatlas.models.rotation import Rotation, rotations_for
-from kvatlas.storage.arena import BlockClass
+from kvatlas.storage.arena import SideClass
 from kvatlas.storage.sequence import Sequence
-from kvatlas.storage.store import KVStore
+from kvatlas.storage.store import KVStore, side_rows
 from kvatlas.workloads.recall import read_filler
 
 _SAMPLE_TOKENS = 1024
@@ -134,7 +134,7 @@ class Sketch:
 
     def choose_columns(self, seq: Sequence) -> None:
         """Choose the heaviest columns of each lane, from now on."""
-        width = self._blocks(seq).layout.key_dim
+        width = self._side(seq).layout.stream("partial").width
         chosen = seq.column_energy.pop(self._layer).topk(width, dim=-1).indices
         seq.sketch_columns[self._layer] = chosen.sort(dim=-1).values
 
@@ -154,9 +154,9 @@ class Sketch:
         """Return the speculated scores below each head's best [R, H, G, S]."""
         columns = self._columns(seqs)
         query = self._cut(columns, by_kv_head(query_RHqD, columns.shape[1]))
-        blocks = self._blocks(seqs[0])
+        view = self._side(seqs[0]).pool.view("partial")
         most = -(-int(length_R.max()) // self._store.block_size)
-        keys = read_keys(blocks.pool, self._table(seqs)[..., :most].to(blocks.device), torch.float32)
+        keys = gather_slots(view, self._table(seqs)[..., :most].to(view.device), torch.float32)
         return relative_scores(query, keys, length_R, self._rotation)
 
     def _cut(self, columns: Tensor, heads: Tensor) -> Tensor:
@@ -165,20 +165,20 @@ class Sketch:
         return rotated.gather(-1, columns.unsqueeze(-2).expand(*rotated.shape[:-1], columns.shape[-1]))
 
     def _put(self, seqs: Seq[Sequence], slots_RHn: Tensor, keys_RHnr: Tensor) -> None:
-        blocks, size = self._blocks(seqs[0]), self._store.block_size
-        block = self._table(seqs).long().gather(-1, slots_RHn // size).to(blocks.device)
-        write_slots(blocks.pool, block, (slots_RHn % size).to(blocks.device), keys_RHnr, None)
+        view, size = self._side(seqs[0]).pool.view("partial"), self._store.block_size
+        block = self._table(seqs).long().gather(-1, slots_RHn // size).to(view.device)
+        view[block, (slots_RHn % size).to(view.device)] = keys_RHnr.to(view.dtype)
 
     def _columns(self, seqs: Seq[Sequence]) -> Tensor:
         return torch.stack([seq.sketch_columns[self._layer] for seq in seqs])
 
     def _table(self, seqs: Seq[Sequence]) -> Tensor:
-        rows = torch.tensor([seq.sketch.row for seq in seqs if seq.sketch is not None])
-        return self._store.table[rows, self._lanes]
+        return self._store.table[side_rows(seqs), self._lanes]
 
-    def _blocks(self, seq: Sequence) -> BlockClass:
-        assert seq.layout.sketch is not None
-        return seq.layout.sketch.of_layer(self._layer)
+    def _side(self, seq: Sequence) -> SideClass:
+        side = seq.layout.side_of_layer(self._layer)
+        assert side is not None
+        return side
 
 
 class Speculator:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from kvatlas.storage.arena import SideClass
 from kvatlas.storage.sequence import Sequence
 from kvatlas.storage.store import KVStore
 
@@ -14,11 +15,11 @@ class Holdings:
 
     Args:
         device_kv: keys and values on the device.
-        device_sidecars: positions, sums and padding of those blocks.
+        device_sidecars: positions and padding of those blocks, and what lies beside blocks of any tier.
         device_sketch: partial keys.
         device_staging: buffers that layers on the host are read through.
         host_kv: keys and values on the host.
-        host_sidecars: positions, sums and padding of those blocks.
+        host_sidecars: positions and padding of those blocks.
     """
 
     device_kv: int
@@ -33,21 +34,26 @@ def holdings(store: KVStore, seq: Sequence) -> Holdings:
     """Return what ``seq`` holds now; blocks shared with others count in full."""
     kv = {"device": 0, "host": 0}
     blocks = dict(kv)
-    for row in (seq, seq.encoded):  # the newest tokens, and the old ones in a packed format
-        if row is None:
-            continue
+    sketch = 0
+    for row in seq.parts:
         held = store.columns_held(row)
         for group in row.layout.groups:
             count = int(held[group.lanes].sum())
             tier = "device" if group.blocks.arena is store.arena else "host"
-            kv[tier] += count * group.blocks.layout.kv_bytes
+            kv[tier] += count * group.blocks.kv_bytes
             blocks[tier] += count * group.blocks.block_bytes
-    companions = [0 if row is None else store.row_bytes([row], store.arena)[0] for row in (seq.sketch, seq.staging)]
+        if row.side is not None:
+            for beside in row.side.layout.groups:
+                num_bytes = int(store.columns_held(row.side)[beside.lanes].sum()) * beside.blocks.block_bytes
+                if isinstance(beside.blocks, SideClass) and beside.blocks.layout.has("partial"):
+                    sketch += num_bytes
+                else:
+                    blocks["device"] += num_bytes
     return Holdings(
         device_kv=kv["device"],
         device_sidecars=blocks["device"] - kv["device"],
-        device_sketch=companions[0],
-        device_staging=companions[1],
+        device_sketch=sketch,
+        device_staging=0 if seq.staging is None else store.row_bytes([seq.staging], store.arena)[0],
         host_kv=kv["host"],
         host_sidecars=blocks["host"] - kv["host"],
     )

@@ -15,8 +15,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from kvatlas.core.vocabulary import Format, Sidecar
-from kvatlas.kernels.pool import BlockPool, Part
+from kvatlas.core.vocabulary import Format
+from kvatlas.kernels.pool import BlockPool, Entries, Part
 
 FORMATS = {Format.FP32: 0, Format.BF16: 1, Format.FP16: 2, Format.INT8: 3, Format.INT4: 4, Format.INT2: 5}
 FLOAT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -39,7 +39,6 @@ class KvaPool(ctypes.Structure):
         ("key_params_at", ctypes.c_int32),
         ("value_params_at", ctypes.c_int32),
         ("positions_at", ctypes.c_int32),
-        ("bounds_at", ctypes.c_int32),
     )
 
 
@@ -68,6 +67,26 @@ def pack_parts(
     chosen = None if slots is None else _rows(slots, torch.int32)
     packed = b"".join(_pack(part, chosen, None if mass is None else mass[i]) for i, part in enumerate(kept))
     return packed, (kept, chosen)
+
+
+def pack_entries(entries: Entries) -> tuple[bytes, object]:
+    """Return a ``kva_part`` over blocks of streams, and what must be kept alive until C has read it.
+
+    Of its pool mean something: the memory, the slots of a block, and as elements of a key half of an entry's.
+    """
+    pool = entries.pool
+    described = KvaPool(
+        memory=pool.memory.data_ptr(),
+        bytes=pool.memory.numel(),
+        block_size=pool.layout.block_size,
+        key_dim=pool.layout.stream(entries.name).width // 2,
+    )
+    table, length = _rows(entries.table, torch.int32), entries.length.long()
+    packed = _PART.pack(
+        ctypes.addressof(described), table.data_ptr(), *table.stride()[:2], length.data_ptr(), *length.stride(),
+        table.shape[2], 0, 0, 0, 0, NONE, 0, 0,
+    )  # fmt: skip
+    return packed, (described, table, length)
 
 
 def _pack(part: Part, slots: Tensor | None, mass: Tensor | None) -> bytes:
@@ -111,7 +130,6 @@ def _rows(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _describe(pool: BlockPool) -> KvaPool:
     layout = pool.layout
-    sidecars = layout.sidecars
     return KvaPool(
         memory=pool.memory.data_ptr(),
         bytes=pool.memory.numel(),
@@ -122,6 +140,5 @@ def _describe(pool: BlockPool) -> KvaPool:
         values_at=layout.key_bytes,
         key_params_at=NONE if layout.format.is_float else layout.key_params_offset,
         value_params_at=NONE if layout.format.is_float else layout.value_params_offset,
-        positions_at=layout.sidecar_offset(Sidecar.POSITIONS) if Sidecar.POSITIONS in sidecars else NONE,
-        bounds_at=layout.sidecar_offset(Sidecar.KEY_BOUNDS) if Sidecar.KEY_BOUNDS in sidecars else NONE,
+        positions_at=layout.positions_offset if layout.positions else NONE,
     )

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from kvatlas.core.layout import GRANULE, GROUP, BlockLayout
-from kvatlas.core.vocabulary import Format, Sidecar
+from kvatlas.core.streams import ELEMENT_BYTES, Per, SideLayout
+from kvatlas.core.vocabulary import Format
 
 TORCH_DTYPES = {
     Format.FP32: torch.float32,
@@ -21,11 +22,7 @@ TORCH_DTYPES = {
     Format.FP16: torch.float16,
     Format.INT8: torch.int8,
 }
-_SIDECAR_DTYPES = {
-    Sidecar.POSITIONS: torch.int32,
-    Sidecar.COLUMN_SUMS: torch.float32,
-    Sidecar.KEY_BOUNDS: torch.float32,
-}
+_ELEMENTS: dict[str, torch.dtype] = {name: getattr(torch, name) for name in ELEMENT_BYTES}
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +45,7 @@ class BlockPool:
     @cached_property
     def rows(self) -> int:
         """Ids below this number name a whole block."""
-        return max(0, (self.memory.numel() - self.layout.block_bytes) // GRANULE + 1)
+        return _num_rows(self.memory, self.layout.block_bytes)
 
     @cached_property
     def keys(self) -> Tensor:
@@ -63,7 +60,7 @@ class BlockPool:
 
     @cached_property
     def slots(self) -> tuple[Tensor, ...]:
-        """All that is stored of single tokens [N, s, ..], sidecars left out; float formats and int8 only."""
+        """All that is stored of single tokens [N, s, ..], positions left out; float formats and int8 only."""
         params = () if self.layout.format.is_float else (self.key_params, self.value_params)
         return (self.keys, self.values, *params)
 
@@ -93,33 +90,66 @@ class BlockPool:
     @cached_property
     def positions(self) -> Tensor:
         """Position of the token in each slot, int32 [N, s]; -1: the slot is empty. Not every layout has them."""
-        return self._sidecar(Sidecar.POSITIONS, self.layout.block_size)
-
-    @cached_property
-    def column_sums(self) -> Tensor | None:
-        """Attention received so far, float32 [N, s]; None where not stored."""
-        if Sidecar.COLUMN_SUMS not in self.layout.sidecars:
-            return None
-        return self._sidecar(Sidecar.COLUMN_SUMS, self.layout.block_size)
-
-    @cached_property
-    def key_bounds(self) -> Tensor | None:
-        """Minimum and maximum of each key channel of a block, float32 [N, 2, Dk]; None where not stored."""
-        if Sidecar.KEY_BOUNDS not in self.layout.sidecars:
-            return None
-        return self._sidecar(Sidecar.KEY_BOUNDS, 2, self.layout.key_dim)
-
-    def _sidecar(self, sidecar: Sidecar, *shape: int) -> Tensor:
-        return self._view(_SIDECAR_DTYPES[sidecar], self.layout.sidecar_offset(sidecar), *shape)
+        return self._view(torch.int32, self.layout.positions_offset, self.layout.block_size)
 
     def _view(self, dtype: torch.dtype, offset_bytes: int, *shape: int) -> Tensor:
-        size, strides = dtype.itemsize, [1]
-        for width in reversed(shape[1:]):
-            strides.insert(0, strides[0] * width)
-        with torch.inference_mode(False):  # a view of another type that is made within could not be written outside
-            return self.memory.view(dtype).as_strided(
-                (self.rows, *shape), (GRANULE // size, *strides), offset_bytes // size
-            )
+        return _view(self.memory, self.rows, dtype, offset_bytes, shape)
+
+
+@dataclass(frozen=True, eq=False)
+class SidePool:
+    """All blocks of streams of one layout in one arena.
+
+    Args:
+        memory: the arena, uint8 [bytes].
+        layout: how a block lies.
+    """
+
+    memory: Tensor
+    layout: SideLayout
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_views", {})
+
+    def view(self, name: str) -> Tensor:
+        """Return the entries of a stream: [N, s, width] where each slot has one, else [N, width]."""
+        views: dict[str, Tensor] = self.__dict__["_views"]
+        if name not in views:
+            layout, stream = self.layout, self.layout.stream(name)
+            shape = (stream.width,) if stream.per is Per.BLOCK else (layout.block_size, stream.width)
+            rows = _num_rows(self.memory, layout.block_bytes)
+            views[name] = _view(self.memory, rows, _ELEMENTS[stream.dtype], layout.offset(name), shape)
+        return views[name]
+
+
+def _num_rows(memory: Tensor, block_bytes: int) -> int:
+    """Return the number below which ids name a whole block."""
+    return max(0, (memory.numel() - block_bytes) // GRANULE + 1)
+
+
+def _view(memory: Tensor, rows: int, dtype: torch.dtype, offset_bytes: int, shape: tuple[int, ...]) -> Tensor:
+    size, strides = dtype.itemsize, [1]
+    for width in reversed(shape[1:]):
+        strides.insert(0, strides[0] * width)
+    with torch.inference_mode(False):  # a view of another type that is made within could not be written outside
+        return memory.view(dtype).as_strided((rows, *shape), (GRANULE // size, *strides), offset_bytes // size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entries:
+    """The entries of a stream in some blocks of some lanes.
+
+    Args:
+        pool: where the blocks lie.
+        name: of the stream.
+        table: [R, H, C] int32 block ids.
+        length: [R, H] int64, slots in use at the front of each lane.
+    """
+
+    pool: SidePool
+    name: str
+    table: Tensor
+    length: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)

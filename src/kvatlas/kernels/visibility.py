@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from kvatlas.core.errors import ConfigError
-from kvatlas.core.vocabulary import Sidecar
 from kvatlas.kernels.gather import gather_slots
 from kvatlas.kernels.pool import Part
 
@@ -69,7 +68,7 @@ def check_window(part: Part, window: int | None, query_position: Tensor | None) 
         return
     if query_position is None:
         raise ConfigError(f"window={window} compares positions; pass query_position as well")
-    if part.dense_start is None and Sidecar.POSITIONS not in part.pool.layout.sidecars:
+    if part.dense_start is None and not part.pool.layout.positions:
         raise ConfigError(f"window={window} compares positions; give the part a dense_start, or its layout positions")
 
 

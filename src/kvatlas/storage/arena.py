@@ -15,8 +15,9 @@ from torch import Tensor
 
 from kvatlas.core.errors import CapacityError
 from kvatlas.core.layout import GRANULE, BlockLayout
+from kvatlas.core.streams import Per, SideLayout
 from kvatlas.core.units import format_bytes
-from kvatlas.kernels.pool import BlockPool
+from kvatlas.kernels.pool import BlockPool, SidePool
 from kvatlas.storage.crossing import copy_rows, locked_memory
 from kvatlas.storage.pages import advise_huge_pages
 
@@ -36,7 +37,7 @@ class Books:
         cached: bytes of blocks that only the prefix cache holds; reclaimable at any time.
         free: everything else.
         used_kv: keys and values within ``used``.
-        used_sidecars: sidecars and padding within ``used``.
+        used_sidecars: positions, streams and padding within ``used``.
     """
 
     total: int
@@ -47,22 +48,22 @@ class Books:
     used_sidecars: int
 
 
-class BlockClass:
-    """All blocks of one layout: views into the arena, a free stack, and reference counts.
+class LentBlocks:
+    """All blocks of one layout: a free stack and reference counts.
 
-    ``pool`` is what kernels read and write; ``raw`` [N, words] int32 are whole blocks, views whose rows overlap as the
-    pool's do. Counts are kept by *ordinal*, slab * blocks per slab + index in the slab.
+    ``raw`` [N, words] int32 are whole blocks, views whose rows overlap as those of pools do. Counts are kept by
+    *ordinal*, slab * blocks per slab + index in the slab.
     """
 
-    def __init__(self, arena: Arena, layout: BlockLayout, memory: Tensor, slab_bytes: int) -> None:
+    def __init__(self, arena: Arena, layout: BlockLayout | SideLayout, memory: Tensor, slab_bytes: int) -> None:
         self.arena = arena
-        self.layout = layout
         self.block_bytes = layout.block_bytes
+        self.kv_bytes = layout.kv_bytes
         self.per_slab = slab_bytes // self.block_bytes
         self._slab_bytes = slab_bytes
-        self.pool = BlockPool(memory, layout)
+        rows = max(0, (memory.numel() - self.block_bytes) // GRANULE + 1)
         self.raw = memory.view(torch.int32).as_strided(
-            (self.pool.rows, self.block_bytes // _RAW_BYTES), (GRANULE // _RAW_BYTES, 1)
+            (rows, self.block_bytes // _RAW_BYTES), (GRANULE // _RAW_BYTES, 1)
         )
         capacity = memory.numel() // slab_bytes * self.per_slab
         self.refs = torch.zeros(capacity, dtype=torch.int32)
@@ -71,15 +72,9 @@ class BlockClass:
         self.num_free = self.num_cached = 0
         self.slabs: set[int] = set()
 
-    @property
-    def positions(self) -> Tensor:
-        """Position of the token in each slot, int32 [N, bs]; only partial keys are stored without."""
-        return self.pool.positions
-
-    @property
-    def column_sums(self) -> Tensor | None:
-        """Attention received so far, float32 [N, bs]; None where not stored."""
-        return self.pool.column_sums
+    def on(self, arena: Arena) -> LentBlocks:
+        """Return the blocks of the same layout of another tier."""
+        raise NotImplementedError
 
     @property
     def device(self) -> torch.device:
@@ -120,7 +115,58 @@ class BlockClass:
         return ((slab * self._slab_bytes + index * self.block_bytes) // GRANULE).int()
 
 
-def copy_blocks(source: BlockClass, source_ids: Tensor, target: BlockClass, target_ids: Tensor) -> None:
+class BlockClass(LentBlocks):
+    """All blocks of keys and values of one layout; ``pool`` is what kernels read and write."""
+
+    def __init__(self, arena: Arena, layout: BlockLayout, memory: Tensor, slab_bytes: int) -> None:
+        super().__init__(arena, layout, memory, slab_bytes)
+        self.layout = layout
+        self.pool = BlockPool(memory, layout)
+
+    def on(self, arena: Arena) -> BlockClass:
+        """Return the blocks of the same layout of another tier."""
+        return arena.block_class(self.layout)
+
+    @property
+    def positions(self) -> Tensor:
+        """Position of the token in each slot, int32 [N, bs]."""
+        return self.pool.positions
+
+
+class SideClass(LentBlocks):
+    """All blocks of streams of one layout; ``pool`` is what kernels and strategies read."""
+
+    def __init__(self, arena: Arena, layout: SideLayout, memory: Tensor, slab_bytes: int) -> None:
+        super().__init__(arena, layout, memory, slab_bytes)
+        self.layout = layout
+        self.pool = SidePool(memory, layout)
+        self.slot_streams = [self.pool.view(stream.name) for stream in layout.streams if stream.per is Per.SLOT]
+        self.filled = [
+            (self.pool.view(stream.name), stream.fill) for stream in layout.streams if stream.fill is not None
+        ]
+
+    def on(self, arena: Arena) -> SideClass:
+        """Return the blocks of the same layout of another tier."""
+        return arena.side_class(self.layout)
+
+    def fill(self, block: Tensor, offset: Tensor) -> None:
+        """Let some slots begin: block ids and offsets, int64."""
+        for view, value in self.filled:
+            view[block, offset] = value
+
+    def gather(self, both: Tensor, order: Tensor) -> None:
+        """Bring entries of two blocks [n, 2] into the first: its slots [n, s] are those of ``order``."""
+        for view in self.slot_streams:
+            entries = view[both].flatten(1, 2)
+            view[both[:, 0]] = entries.gather(1, order[..., None].expand(*order.shape, entries.shape[-1]))
+
+    def move(self, source: tuple[Tensor, Tensor], target: tuple[Tensor, Tensor]) -> None:
+        """Copy the entries of slots (block [n], offset [n]); all are read before any is written."""
+        for view in self.slot_streams:
+            view[target] = view[source]
+
+
+def copy_blocks(source: LentBlocks, source_ids: Tensor, target: LentBlocks, target_ids: Tensor) -> None:
     """Copy whole blocks between two classes of one layout, a few MiB at a time.
 
     Args:
@@ -133,15 +179,6 @@ def copy_blocks(source: BlockClass, source_ids: Tensor, target: BlockClass, targ
     for first in range(0, len(source_ids), at_once):
         part = slice(first, first + at_once)
         copy_rows(source.raw, source_ids[part], target.raw, target_ids[part])
-
-
-def copy_contents(source: BlockClass, source_ids: Tensor, target: BlockClass, target_ids: Tensor) -> None:
-    """Copy keys and values of whole blocks [n] int64 between two classes of one format; sidecars are left alone."""
-    words = source.layout.sidecar_start // _RAW_BYTES
-    at_once = max(1, _BOUNCE_BYTES // source.block_bytes)
-    for first in range(0, len(source_ids), at_once):
-        part = slice(first, first + at_once)
-        copy_rows(source.raw[:, :words], source_ids[part], target.raw[:, :words], target_ids[part])
 
 
 class Arena:
@@ -184,24 +221,34 @@ class Arena:
             self._memory = torch.empty(self.total_bytes, dtype=torch.uint8, device=device)
             advise_huge_pages(self._memory)
         self._empty_slabs = list(range(self.num_slabs - 1, -1, -1))
-        self._classes: dict[BlockLayout, BlockClass] = {}
+        self._of_layout: dict[BlockLayout, BlockClass] = {}
+        self._of_side: dict[SideLayout, SideClass] = {}
+        self._classes: list[LentBlocks] = []
 
     def block_class(self, layout: BlockLayout) -> BlockClass:
         """Return the blocks of ``layout``, made known on first use."""
-        if layout not in self._classes:
-            self._classes[layout] = BlockClass(self, layout, self._memory, self.slab_bytes)
-        return self._classes[layout]
+        if layout not in self._of_layout:
+            self._of_layout[layout] = BlockClass(self, layout, self._memory, self.slab_bytes)
+            self._classes.append(self._of_layout[layout])
+        return self._of_layout[layout]
 
-    def classes(self) -> list[BlockClass]:
+    def side_class(self, layout: SideLayout) -> SideClass:
+        """Return the blocks of streams of ``layout``, made known on first use."""
+        if layout not in self._of_side:
+            self._of_side[layout] = SideClass(self, layout, self._memory, self.slab_bytes)
+            self._classes.append(self._of_side[layout])
+        return self._of_side[layout]
+
+    def classes(self) -> list[LentBlocks]:
         """Return all classes known so far."""
-        return list(self._classes.values())
+        return list(self._classes)
 
-    def num_available(self, blocks: BlockClass) -> int:
+    def num_available(self, blocks: LentBlocks) -> int:
         """Return how many blocks could be allocated now without reclaiming cached ones."""
-        idle = sum(len(other.idle_slabs) for other in self._classes.values() if other is not blocks)
+        idle = sum(len(other.idle_slabs) for other in self._classes if other is not blocks)
         return blocks.num_free + (len(self._empty_slabs) + idle) * blocks.per_slab
 
-    def try_allocate(self, blocks: BlockClass, count: int) -> Tensor | None:
+    def try_allocate(self, blocks: LentBlocks, count: int) -> Tensor | None:
         """Return ``count`` block ids [count] int32 with one reference each, or None if there are too few."""
         if count and not blocks.per_slab:
             return None  # a block of this layout is larger than a slab of so small a budget
@@ -219,11 +266,11 @@ class Arena:
         blocks.refs[ordinals.long()] = 1
         return blocks.ids(ordinals)
 
-    def add_reference(self, blocks: BlockClass, ids: Tensor) -> None:
+    def add_reference(self, blocks: LentBlocks, ids: Tensor) -> None:
         """Count one more owner for each of the distinct ids [n]."""
         blocks.refs[blocks.ordinals(ids)] += 1
 
-    def release(self, blocks: BlockClass, ids: Tensor) -> None:
+    def release(self, blocks: LentBlocks, ids: Tensor) -> None:
         """Count one owner less for each of the distinct ids [n]; blocks without owner become free."""
         ordinals = blocks.ordinals(ids)
         blocks.refs[ordinals] -= 1
@@ -231,11 +278,11 @@ class Arena:
         blocks.free_stack[blocks.num_free : blocks.num_free + len(dead)] = dead.int()
         blocks.num_free += len(dead)
 
-    def num_owners(self, blocks: BlockClass, ids: Tensor) -> Tensor:
+    def num_owners(self, blocks: LentBlocks, ids: Tensor) -> Tensor:
         """Return how many owners each of ``ids`` [n] has, int32 [n]."""
         return blocks.refs[blocks.ordinals(ids)]
 
-    def mark_cached(self, blocks: BlockClass, ids: Tensor, cached: bool) -> None:
+    def mark_cached(self, blocks: LentBlocks, ids: Tensor, cached: bool) -> None:
         """Note that one owner of each of the distinct ids [n] is the prefix cache, or no longer is."""
         ordinals = blocks.ordinals(ids)
         blocks.num_cached += (len(ids) if cached else 0) - int(blocks.in_cache[ordinals].sum())
@@ -244,11 +291,11 @@ class Arena:
     def books(self) -> Books:
         """Return where the bytes are; cheap enough for every step, however large the arena."""
         used = cached = used_kv = 0
-        for blocks in self._classes.values():
+        for blocks in self._classes:
             owned, only_cached = blocks.num_owned, blocks.num_only_cached
             used += (owned - only_cached) * blocks.block_bytes
             cached += only_cached * blocks.block_bytes
-            used_kv += (owned - only_cached) * blocks.layout.kv_bytes
+            used_kv += (owned - only_cached) * blocks.kv_bytes
         return Books(
             total=self.total_bytes,
             used=used,
@@ -260,10 +307,10 @@ class Arena:
 
     def check(self) -> None:
         """Assert that the books balance: every block of a lent slab is free or owned, and no block is both."""
-        lent = [slab for blocks in self._classes.values() for slab in blocks.slabs]
+        lent = [slab for blocks in self._classes for slab in blocks.slabs]
         assert len(lent) == len(set(lent)), "a slab is lent twice"
         assert sorted(lent + self._empty_slabs) == list(range(self.num_slabs)), "a slab is lost"
-        for blocks in self._classes.values():
+        for blocks in self._classes:
             free = blocks.free_stack[: blocks.num_free].long()
             assert len(set(free.tolist())) == blocks.num_free, "a block is free twice"
             assert not blocks.refs[free].any(), "a free block has an owner"
@@ -271,13 +318,14 @@ class Arena:
             assert int(blocks.in_cache.sum()) == blocks.num_cached, "cached blocks do not add up"
             assert not (blocks.refs < 0).any(), "a block was released too often"
 
-    def _take_slab(self, taker: BlockClass) -> int | None:
+    def _take_slab(self, taker: LentBlocks) -> int | None:
         if not self._empty_slabs:
-            self._return_empty_slabs(taker)
+            self.return_idle_slabs(taker)
         return self._empty_slabs.pop() if self._empty_slabs else None
 
-    def _return_empty_slabs(self, taker: BlockClass) -> None:
-        for blocks in self._classes.values():
+    def return_idle_slabs(self, taker: LentBlocks | None = None) -> None:
+        """Take back slabs without an owned block from all classes but one, so that any of them may have these next."""
+        for blocks in self._classes:
             idle = set() if blocks is taker else blocks.idle_slabs
             if not idle:
                 continue

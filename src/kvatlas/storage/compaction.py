@@ -9,12 +9,12 @@ from collections.abc import Iterable
 
 import torch
 
-from kvatlas.storage.arena import Arena, BlockClass, copy_blocks
+from kvatlas.storage.arena import Arena, LentBlocks, copy_blocks
 from kvatlas.storage.sequence import LaneRow
 from kvatlas.storage.tables import Tables
 
 
-def empty_a_slab(arena: Arena, taker: BlockClass, tables: Tables, rows: Iterable[LaneRow]) -> bool:
+def empty_a_slab(arena: Arena, taker: LentBlocks, tables: Tables, rows: Iterable[LaneRow]) -> bool:
     """Empty one slab of another class than ``taker``; False, and nothing changed, where none can be.
 
     Blocks that several own, or that the prefix cache holds, stay where they are.
@@ -39,7 +39,7 @@ def empty_a_slab(arena: Arena, taker: BlockClass, tables: Tables, rows: Iterable
     return False
 
 
-def _move(blocks: BlockClass, slab: int, tables: Tables, rows: Iterable[LaneRow]) -> None:
+def _move(blocks: LentBlocks, slab: int, tables: Tables, rows: Iterable[LaneRow]) -> None:
     """Move all owned blocks of a slab to free places of others; there are enough."""
     first = slab * blocks.per_slab
     old = first + (blocks.refs[first : first + blocks.per_slab] > 0).nonzero().flatten()

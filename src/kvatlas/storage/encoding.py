@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from kvatlas.kernels.blocks import copy_slots, encode_blocks, read_keys, read_values
-from kvatlas.storage.arena import BlockClass
-from kvatlas.storage.lanes import LaneGroup
-from kvatlas.storage.sequence import Sequence
+from kvatlas.storage.arena import BlockClass, SideClass
+from kvatlas.storage.lanes import KVGroup
+from kvatlas.storage.sequence import KVRow, Sequence
+from kvatlas.storage.streams import derive_blocks, of_blocks
 
 if TYPE_CHECKING:
     from kvatlas.storage.store import KVStore
@@ -26,8 +27,10 @@ EMPTY = -1
 """Position of a slot without a token."""
 
 
-def encode_front(store: KVStore, seq: Sequence, columns: Tensor, granted: Seq[tuple[LaneGroup, Tensor]]) -> None:
+def encode_front(store: KVStore, seq: Sequence, columns: Tensor, granted: Seq[tuple[KVGroup, Tensor]]) -> None:
     """Encode the first ``columns`` [lanes] int64 blocks of each lane, its oldest tokens, and free them.
+
+    What lies beside them stays where it is and goes with them.
 
     Args:
         store: holds the tables.
@@ -45,14 +48,17 @@ def encode_front(store: KVStore, seq: Sequence, columns: Tensor, granted: Seq[tu
         keys, values = read_keys(home.pool, old, torch.float32), read_values(home.pool, old, torch.float32)
         encode_blocks(group.blocks.pool, new.long().to(home.device), keys, values)
         source, target = old[:, 0].long().to(home.device), new.long().to(home.device)
-        for pool, filled in _sidecars(home, group.blocks):
-            filled[target] = pool[source]
-    store.put(seq.encoded, columns, list(granted))
+        group.blocks.positions[target] = home.positions[source]
+    store.put(seq.encoded, columns, granted)
     store.tables.append_columns(seq.encoded.row, columns)
-    store.cut_front(seq, columns)
+    if seq.side is not None and seq.encoded.side is not None:
+        row, beside = seq.encoded.side, columns * store.has_lanes(seq.encoded.side)
+        store.put(row, beside, store.ids_between(seq.side, torch.zeros_like(columns), beside))
+        store.tables.append_columns(row.row, beside)
+    store.cut_front(seq, columns, keep_side=True)
 
 
-def empty_slots(store: KVStore, seq: Sequence, group: LaneGroup, emptied: Tensor) -> None:
+def empty_slots(store: KVStore, seq: Sequence, group: KVGroup, emptied: Tensor) -> None:
     """Forget tokens in encoded blocks, and merge blocks that are half empty then.
 
     Args:
@@ -72,7 +78,7 @@ def empty_slots(store: KVStore, seq: Sequence, group: LaneGroup, emptied: Tensor
         pass
 
 
-def _merge_pairs(store: KVStore, seq: Sequence, group: LaneGroup) -> bool:
+def _merge_pairs(store: KVStore, seq: Sequence, group: KVGroup) -> bool:
     """In each lane free empty blocks and make one block of the first two half-empty ones; False: nothing to do."""
     assert seq.encoded is not None
     row, size = seq.encoded.row, store.block_size
@@ -89,16 +95,28 @@ def _merge_pairs(store: KVStore, seq: Sequence, group: LaneGroup) -> bool:
         return False
     merged = pair.any(dim=1)
     if merged.any():
-        first, second = table[pair].view(-1, 2).unbind(dim=1)
-        _merge(blocks, first.long().to(blocks.device), second.long().to(blocks.device))
+        order = _merge(blocks, table[pair].view(-1, 2).long().to(blocks.device))
     blocks.arena.release(blocks, table[gone])
     store.tables.take_out(row, group.lanes, gone)
+    side, beside = group.side, seq.encoded.side
+    if side is not None and beside is not None:
+        table_beside = store.table[beside.row, group.lanes, :most]
+        if merged.any():
+            both = table_beside[pair].view(-1, 2).long().to(side.device)
+            side.gather(both, order.to(side.device))
+            full = torch.full((len(both),), size)
+            derive_blocks(side, of_blocks(group.derived), both[:, 0], blocks, table[pair].view(-1, 2)[:, 0], full)
+        side.arena.release(side, table_beside[gone])
+        store.tables.take_out(beside.row, group.lanes, gone)
     return True
 
 
-def _merge(blocks: BlockClass, first: Tensor, second: Tensor) -> None:
-    """Encode the tokens of ``first`` and ``second`` [n] anew, all in ``first``; they are at most s together."""
-    both = torch.stack([first, second], dim=1)
+def _merge(blocks: BlockClass, both: Tensor) -> Tensor:
+    """Encode the tokens of two blocks [n, 2] anew, all in the first; they are at most s together.
+
+    Returns which slots [n, s] of the two they come from.
+    """
+    first = both[:, 0]
     size = blocks.layout.block_size
     positions = blocks.positions[both].flatten(1)
     order = (positions < 0).int().sort(dim=1, stable=True).indices[:, :size]
@@ -108,9 +126,8 @@ def _merge(blocks: BlockClass, first: Tensor, second: Tensor) -> None:
     keys, values = (read(blocks.pool, both, torch.float32) for read in (read_keys, read_values))
     rows = torch.arange(len(first), device=first.device)[:, None]
     encode_blocks(blocks.pool, first, keys[rows, source], values[rows, source])
-    if blocks.column_sums is not None:
-        blocks.column_sums[first] = blocks.column_sums[both].flatten(1).gather(1, order)
     blocks.positions[first] = taken
+    return order
 
 
 def _sort_by_position(store: KVStore, seq: Sequence, lanes_due: Tensor) -> None:
@@ -128,24 +145,36 @@ def _sort_by_position(store: KVStore, seq: Sequence, lanes_due: Tensor) -> None:
         positions = blocks.positions[table.to(blocks.device)].flatten(1)[:, :most].cpu()
         order = positions.masked_fill(~used, torch.iinfo(torch.int32).max).argsort(dim=1, stable=True)
         rows = torch.arange(len(lanes))[:, None].expand_as(order)
-        source = table[rows, order // size][used].to(blocks.device), (order % size)[used].to(blocks.device)
-        target = (
-            table[rows, slot.expand_as(order) // size][used].to(blocks.device),
-            (slot % size).expand_as(order)[used].to(blocks.device),
-        )
-        move_slots(blocks, source, target)
+        source, target = (order // size, order % size), (slot.expand_as(order) // size, (slot % size).expand_as(order))
+        move_tokens(store, seq, group.only(lanes), *((rows[used], *(x[used] for x in end)) for end in (source, target)))
 
 
-def move_slots(blocks: BlockClass, source: tuple[Tensor, Tensor], target: tuple[Tensor, Tensor]) -> None:
-    """Copy tokens with their sidecars between slots (block [n], offset [n]); all are read before any is written."""
+def move_tokens(
+    store: KVStore, row: KVRow, group: KVGroup, source: tuple[Tensor, ...], target: tuple[Tensor, ...]
+) -> None:
+    """Copy tokens of a row, and what lies beside them, from slots to slots; all are read before any is written.
+
+    Args:
+        store: holds the tables.
+        row: whose lanes.
+        group: which lanes.
+        source: of each token [n] int64 the place of its lane in the group, its column and its offset.
+        target: likewise.
+    """
+    for each, blocks in zip(row.with_side, (group.blocks, group.side), strict=False):
+        if blocks is None:
+            continue
+        ends = []
+        for lane, column, offset in (source, target):
+            ids = store.table[each.row, group.lanes[lane], column]
+            ends.append((ids.long().to(blocks.device), offset.to(blocks.device)))
+        move_slots(blocks, *ends)
+
+
+def move_slots(blocks: BlockClass | SideClass, source: tuple[Tensor, Tensor], target: tuple[Tensor, Tensor]) -> None:
+    """Copy tokens, or what lies beside them, between slots (block [n], offset [n]); all are read first."""
+    if isinstance(blocks, SideClass):
+        blocks.move(source, target)
+        return
     copy_slots(blocks.pool, source, target)
-    for sidecar in (blocks.positions, blocks.column_sums):
-        if sidecar is not None:
-            sidecar[target] = sidecar[source]
-
-
-def _sidecars(source: BlockClass, target: BlockClass) -> list[tuple[Tensor, Tensor]]:
-    pairs = [(source.positions, target.positions)]
-    if source.column_sums is not None and target.column_sums is not None:
-        pairs.append((source.column_sums, target.column_sums))
-    return pairs
+    blocks.positions[target] = blocks.positions[source]

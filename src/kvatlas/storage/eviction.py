@@ -6,19 +6,19 @@ Shapes: R sequences of one layout, H lanes of one group, S slots padded to the l
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from kvatlas.kernels.blocks import read_keys, read_values
-from kvatlas.storage.arena import BlockClass
-from kvatlas.storage.bounds import bound_blocks
-from kvatlas.storage.encoding import empty_slots, move_slots
-from kvatlas.storage.lanes import LaneGroup
-from kvatlas.storage.sequence import Sequence
-from kvatlas.storage.store import KVStore
+from kvatlas.storage.arena import BlockClass, SideClass
+from kvatlas.storage.encoding import empty_slots, move_slots, move_tokens
+from kvatlas.storage.lanes import KVGroup
+from kvatlas.storage.sequence import KVRow, Sequence
+from kvatlas.storage.store import KVStore, side_rows
+from kvatlas.storage.streams import derive_blocks, of_blocks
 
 if TYPE_CHECKING:
     from kvatlas.storage.prefix_cache import PrefixCache
@@ -31,16 +31,16 @@ class LaneSlots:
     Args:
         positions: int32 [R, H, S].
         live: bool [R, H, S], which slots hold a token.
-        sums: float32 [R, H, S], attention received; None where it is not stored.
         num_old: how many of the S are encoded.
         tables: the blocks of both parts, and their tables [R, H, C].
+        sides: what lies beside them, likewise; empty where nothing does.
     """
 
     positions: Tensor
     live: Tensor
-    sums: Tensor | None
     num_old: int
     tables: list[tuple[BlockClass, Tensor]]
+    sides: list[tuple[SideClass, Tensor]]
 
     def read(self, what: str) -> Tensor:
         """Return ``"keys"`` or ``"values"`` of all slots, float32 [R, H, S, D]; garbage where none is live."""
@@ -48,41 +48,50 @@ class LaneSlots:
         parts = [reader(blocks.pool, table.to(blocks.device), torch.float32) for blocks, table in self.tables]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-2)
 
+    def side(self, name: str) -> Tensor:
+        """Return the entries of a stream [R, H, S, width] of all slots."""
+        parts = []
+        for blocks, table in self.sides:
+            entries = blocks.pool.view(name).index_select(0, table.flatten().to(blocks.device))
+            parts.append(entries.view(*table.shape, *entries.shape[1:]).flatten(2, 3))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-2)
 
-def lane_slots(store: KVStore, seqs: Seq[Sequence], group: LaneGroup) -> LaneSlots:
+
+def lane_slots(store: KVStore, seqs: Seq[Sequence], group: KVGroup) -> LaneSlots:
     """Return the slots of a group's lanes."""
-    rows = [([seq.row for seq in seqs], group.blocks)]
+    rows: list[tuple[list[KVRow], BlockClass]] = [([*seqs], group.blocks)]
     if group.old is not None:
-        rows.insert(0, ([seq.encoded.row for seq in seqs if seq.encoded is not None], group.old))
-    parts = [_slots(store, numbers, group.lanes, blocks) for numbers, blocks in rows]
+        rows.insert(0, ([seq.encoded for seq in seqs if seq.encoded is not None], group.old))
+    parts = [_slots(store, members, group, blocks) for members, blocks in rows]
     if len(parts) == 1:
         return parts[0]
     old, own = parts
-    sums = None if old.sums is None or own.sums is None else torch.cat([old.sums, own.sums], dim=-1)
     return LaneSlots(
         positions=torch.cat([old.positions, own.positions], dim=-1),
         live=torch.cat([old.live, own.live], dim=-1),
-        sums=sums,
         num_old=old.live.shape[-1],
         tables=old.tables + own.tables,
+        sides=old.sides + own.sides,
     )
 
 
-def _slots(store: KVStore, rows: Seq[int], lanes: Tensor, blocks: BlockClass) -> LaneSlots:
+def _slots(store: KVStore, rows: Seq[KVRow], group: KVGroup, blocks: BlockClass) -> LaneSlots:
     """Return the slots of some rows of the tables."""
-    row, size = torch.tensor(rows), store.block_size
+    row, size, lanes = torch.tensor([each.row for each in rows]), store.block_size, group.lanes
     length, hole = store.length[row][:, lanes], store.hole[row][:, lanes]
     columns = -(-int(length.max()) // size)
     table = store.table[row[:, None], lanes[None, :], :columns]
     flat, shape = table.flatten().to(blocks.device), (len(rows), len(lanes), columns * size)
     slot = torch.arange(columns * size)
     positions = blocks.positions.index_select(0, flat).view(shape)
-    sums = None if blocks.column_sums is None else blocks.column_sums.index_select(0, flat).view(shape)
     live = ((slot < length[..., None]) & (slot != hole[..., None])).to(blocks.device) & (positions >= 0)
-    return LaneSlots(positions=positions, live=live, sums=sums, num_old=0, tables=[(blocks, table)])
+    sides = []
+    if group.side is not None:
+        sides.append((group.side, store.table[side_rows(rows)[:, None], lanes[None, :], :columns]))
+    return LaneSlots(positions=positions, live=live, num_old=0, tables=[(blocks, table)], sides=sides)
 
 
-def open_holes(store: KVStore, seqs: Seq[Sequence], group: LaneGroup, victims: Tensor, num_old: int) -> None:
+def open_holes(store: KVStore, seqs: Seq[Sequence], group: KVGroup, victims: Tensor, num_old: int) -> None:
     """Evict slot ``victims`` [R, H] int64 of each lane (-1: none), numbered as `lane_slots` does.
 
     A slot of the sequence's own is a hole, which the next token overwrites; one of an encoded block stays empty.
@@ -100,7 +109,7 @@ def open_holes(store: KVStore, seqs: Seq[Sequence], group: LaneGroup, victims: T
 def cut(
     store: KVStore,
     seqs: Seq[Sequence],
-    group: LaneGroup,
+    group: KVGroup,
     kept: Tensor,
     count: Tensor,
     num_old: int = 0,
@@ -130,7 +139,7 @@ def cut(
     _keep_slots(store, seqs, group, kept, count, prefixes)
 
 
-def _cut_encoded(store: KVStore, seq: Sequence, group: LaneGroup, kept: Tensor, count: Tensor, num_old: int) -> None:
+def _cut_encoded(store: KVStore, seq: Sequence, group: KVGroup, kept: Tensor, count: Tensor, num_old: int) -> None:
     """Forget the tokens of encoded blocks that are not kept."""
     old = (torch.arange(kept.shape[-1]) < count[:, None]) & (kept < num_old)
     emptied = torch.ones(len(kept), num_old, dtype=torch.bool)
@@ -139,18 +148,18 @@ def _cut_encoded(store: KVStore, seq: Sequence, group: LaneGroup, kept: Tensor, 
     _empty(store, seq, group, emptied)
 
 
-def _empty(store: KVStore, seq: Sequence, group: LaneGroup, emptied: Tensor) -> None:
+def _empty(store: KVStore, seq: Sequence, group: KVGroup, emptied: Tensor) -> None:
     """Forget tokens of encoded blocks; ``emptied`` [H, S] may name slots behind a lane's end."""
     assert group.old is not None and seq.encoded is not None
     length = store.length[seq.encoded.row, group.lanes]
     own = emptied & (torch.arange(emptied.shape[1]) < length[:, None])
-    empty_slots(store, seq, LaneGroup(blocks=group.old, lanes=group.lanes), own)
+    empty_slots(store, seq, replace(group, blocks=group.old, old=None, home=group.blocks), own)
 
 
 def _keep_slots(
     store: KVStore,
     seqs: Seq[Sequence],
-    group: LaneGroup,
+    group: KVGroup,
     kept: Tensor,
     count: Tensor,
     prefixes: PrefixCache | None,
@@ -165,9 +174,9 @@ def _keep_slots(
                 prefixes.withdraw(seq)
             assert not store.has_other_owners(rows, group), "another sequence has blocks that are to be cut"
     used = torch.arange(kept.shape[-1]) < count[..., None]
-    row = rows[:, None, None].expand_as(kept)[used]
     lanes = group.lanes[None, :, None].expand_as(kept)[used]
     slot = torch.arange(kept.shape[-1]).expand_as(kept)[used]
+    row = rows[:, None, None].expand_as(kept)[used]
     source = store.table[row, lanes, kept[used] // size].long(), kept[used] % size
     if table is None:
         where = store.table[row, lanes, slot // size]
@@ -180,17 +189,21 @@ def _keep_slots(
         if table is not None:
             group.blocks.arena.release(group.blocks, torch.unique(where))
         raise
+    if group.side is not None:  # which nobody else owns
+        row = side_rows(seqs)[:, None, None].expand_as(kept)[used]
+        beside = (store.table[row, lanes, place // size].long() for place in (kept[used], slot))
+        move_slots(group.side, *zip(beside, (kept[used] % size, slot % size), strict=True))
     if table is None:
-        store.shorten(rows, group, count)
+        store.shorten(seqs, group, count)
     else:
-        store.shorten(rows, group, torch.zeros_like(count))
+        store.shorten(seqs, group, torch.zeros_like(count), beside=count)
         store.tables.exchange(rows, group.lanes, table, count)
     for seq in seqs:
         seq.dense = False
-        _bound_anew(store, seq, group)
+        _derive_anew(store, seq, group)
 
 
-def _new_table(store: KVStore, group: LaneGroup, count: Tensor, prefixes: PrefixCache) -> Tensor | None:
+def _new_table(store: KVStore, group: KVGroup, count: Tensor, prefixes: PrefixCache) -> Tensor | None:
     """Return new blocks [R, H, C] for ``count`` [R, H] slots of each lane; None if there is no room for them."""
     columns = -(-count // store.block_size)
     number = int(columns.sum())
@@ -209,14 +222,14 @@ def close_holes(store: KVStore, seq: Sequence) -> None:
     row, size = seq.row, store.block_size
     before = store.columns_held(seq)
     for group in seq.layout.groups:
-        lanes = group.lanes[store.hole[row, group.lanes] >= 0]
-        last = store.length[row, lanes] - 1
-        source = _locate(store.table[row], lanes, last, size)
-        target = _locate(store.table[row], lanes, store.hole[row, lanes], size)
-        move_slots(group.blocks, source, target)
-        store.tables.close_holes(row, lanes)
-        _bound_anew(store, seq, group.only(lanes))
+        holed = group.only(group.lanes[store.hole[row, group.lanes] >= 0])
+        last, hole = store.length[row, holed.lanes] - 1, store.hole[row, holed.lanes]
+        place = torch.arange(len(holed.lanes))
+        move_tokens(store, seq, holed, *((place, slot // size, slot % size) for slot in (last, hole)))
+        store.tables.close_holes(row, holed.lanes)
+        _derive_anew(store, seq, holed)
     store.release_columns(seq, store.columns_held(seq), before)
+    store.shrink_side(seq)
 
 
 def drop_passed_windows(store: KVStore, seq: Sequence) -> None:
@@ -257,15 +270,14 @@ def compact_windows(store: KVStore, seq: Sequence, due: Tensor, prefixes: Prefix
         cut(store, [seq], windowed, kept, visible.sum(dim=-1).cpu(), prefixes=prefixes)
 
 
-def _locate(table: Tensor, lanes: Tensor, slot: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
-    return table[lanes, slot // block_size].long(), slot % block_size
-
-
-def _bound_anew(store: KVStore, seq: Sequence, group: LaneGroup) -> None:
-    """Make the key bounds of lanes whose keys were moved."""
-    if group.blocks.pool.key_bounds is None or not len(group.lanes):
+def _derive_anew(store: KVStore, seq: Sequence, group: KVGroup) -> None:
+    """Make anew what streams say of whole blocks of lanes whose tokens were moved."""
+    derived = of_blocks(group.derived)
+    if not derived or not len(group.lanes):
         return
+    assert group.side is not None and seq.side is not None
     length, size = store.length[seq.row, group.lanes], store.block_size
     first = torch.arange(-(-int(length.max()) // size)) * size
     used = (length[:, None] - first).clamp(min=0, max=size)
-    bound_blocks(group.blocks, store.table[seq.row, group.lanes, : len(first)], used)
+    home, beside = (store.table[row.row, group.lanes, : len(first)].flatten() for row in seq.with_side)
+    derive_blocks(group.side, derived, beside, group.blocks, home, used.flatten())

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Hashable, Mapping, Sequence as Seq
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from kvatlas.core.plan import CachePlan
+from kvatlas.core.plan import CachePlan, Deriver
 from kvatlas.core.shapes import ModelShape
+from kvatlas.core.streams import Stream
 from kvatlas.core.vocabulary import Tier
 
 if TYPE_CHECKING:
-    from kvatlas.storage.arena import Arena, BlockClass
+    from kvatlas.storage.arena import Arena, BlockClass, LentBlocks, SideClass
 
 NO_WINDOW = 2**40
 
@@ -69,16 +70,30 @@ class LaneGroup:
     Args:
         blocks: their class.
         lanes: which.
+    """
+
+    blocks: LentBlocks
+    lanes: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class KVGroup(LaneGroup):
+    """Lanes whose blocks of keys and values are of one class, and so is what goes with them.
+
+    Args:
         old: the class that full blocks are encoded to once they are old; None: they stay.
         home: of encoded blocks, the class of those that they were.
+        side: the class of the blocks of streams beside them; None: there are none.
+        derived: streams made from keys and values, each with who makes them.
     """
 
     blocks: BlockClass
-    lanes: Tensor
     old: BlockClass | None = None
     home: BlockClass | None = None
+    side: SideClass | None = None
+    derived: tuple[tuple[Stream, Deriver], ...] = ()
 
-    def only(self, lanes: Tensor) -> LaneGroup:
+    def only(self, lanes: Tensor) -> KVGroup:
         """Return the group with some of its lanes."""
         return replace(self, lanes=lanes)
 
@@ -89,39 +104,63 @@ class LaneClasses:
     Args:
         lanes: the model's lanes.
         class_of_owner: layer that owns lanes -> class of their blocks; layers left out hold no blocks.
-        old: likewise, the class that they are encoded to.
-        home: likewise, the class that they were encoded from.
+        groups: their lanes by class; None: worked out.
     """
 
     def __init__(
-        self,
-        lanes: LaneMap,
-        class_of_owner: Mapping[int, BlockClass],
-        *,
-        old: Mapping[int, BlockClass] | None = None,
-        home: Mapping[int, BlockClass] | None = None,
+        self, lanes: LaneMap, class_of_owner: Mapping[int, LentBlocks], groups: Seq[LaneGroup] | None = None
     ) -> None:
-        self._lanes = lanes
-        self._class_of_owner = class_of_owner
-        old, home = old or {}, home or {}
-        members: dict[tuple[BlockClass, BlockClass | None, BlockClass | None], list[int]] = {}
+        members: dict[LentBlocks, list[int]] = {}
         for index, blocks in class_of_owner.items():
-            members.setdefault((blocks, old.get(index), home.get(index)), []).append(index)
-        self.groups = [
-            LaneGroup(blocks=key[0], lanes=lanes.lanes_of(layers), old=key[1], home=key[2])
-            for key, layers in members.items()
+            members.setdefault(blocks, []).append(index)
+        self.groups = groups or [
+            LaneGroup(blocks=blocks, lanes=lanes.lanes_of(layers)) for blocks, layers in members.items()
         ]
+
+
+class KVClasses(LaneClasses):
+    """The class of the blocks of keys and values of some layers' lanes, with what goes with it.
+
+    Args:
+        lanes: the model's lanes.
+        layers: layer that owns lanes -> its group, but for the lanes; layers left out hold no blocks.
+
+    Attributes:
+        side: the blocks of streams beside them; None without any.
+    """
+
+    groups: Seq[KVGroup]
+
+    def __init__(self, lanes: LaneMap, layers: Mapping[int, KVGroup]) -> None:
+        self._lanes = lanes
+        self._layers = layers
+        members: dict[Hashable, list[int]] = {}
+        for index, group in layers.items():
+            key = group.blocks, group.old, group.home, group.side, group.derived
+            members.setdefault(key, []).append(index)
+        groups = [layers[indices[0]].only(lanes.lanes_of(indices)) for indices in members.values()]
+        super().__init__(lanes, {}, groups)
+        sides = {index: group.side for index, group in layers.items() if group.side is not None}
+        self.side = LaneClasses(lanes, sides) if sides else None
 
     def holds(self, layer: int) -> bool:
         """Whether a layer's lanes have blocks here."""
-        return self._lanes.owner(layer) in self._class_of_owner
+        return self._lanes.owner(layer) in self._layers
+
+    def group_of_layer(self, layer: int) -> KVGroup:
+        """Return what the lanes that a layer reads have in common, but for which they are."""
+        return self._layers[self._lanes.owner(layer)]
 
     def of_layer(self, layer: int) -> BlockClass:
         """Return the class of the blocks that a layer reads."""
-        return self._class_of_owner[self._lanes.owner(layer)]
+        return self._layers[self._lanes.owner(layer)].blocks
+
+    def side_of_layer(self, layer: int) -> SideClass | None:
+        """Return the class of the blocks of streams beside those that a layer reads."""
+        return self._layers[self._lanes.owner(layer)].side
 
 
-class SequenceLayout(LaneClasses):
+class SequenceLayout(KVClasses):
     """Where a sequence keeps everything.
 
     Args:
@@ -134,7 +173,6 @@ class SequenceLayout(LaneClasses):
         encoded: device blocks of old tokens in a packed format; None without any.
         residual: int64 [lanes], newest tokens of a lane that are not encoded, at least.
         staging: device blocks that layers on the host are read through, by buffer layer; None without such layers.
-        sketch: device blocks of partial keys, slot by slot beside the keys on the host; None if not kept.
         buffers: layer that reads host lanes -> layer whose lanes name its buffer in ``staging``.
     """
 
@@ -142,24 +180,27 @@ class SequenceLayout(LaneClasses):
         self.plan = plan
         self.buffers = plan.buffers
         self.host_lanes = lanes.lanes_of(plan.host_layers)
+        self.residual = torch.zeros(lanes.count, dtype=torch.int64)
         tiers = {Tier.DEVICE: device, Tier.HOST: host}
-        homes: dict[int, BlockClass] = {}
+        own: dict[int, KVGroup] = {}
+        old: dict[int, KVGroup] = {}
+        none = torch.zeros(0, dtype=torch.int64)
         for index, layer in plan.layers:
             tier = tiers[layer.tier]
             assert tier is not None, "layers are placed on a host tier that does not exist"
-            homes[index] = tier.block_class(layer.own)
-        old = {index: device.block_class(layer.old) for index, layer in plan.layers if layer.old is not None}
-        super().__init__(lanes, homes, old=old)
-        self.encoded = LaneClasses(lanes, old, home=homes) if old else None
-        self.residual = torch.zeros(lanes.count, dtype=torch.int64)
-        for index, layer in plan.layers:
+            home, side = tier.block_class(layer.own), None if layer.side is None else device.side_class(layer.side)
+            packed = None if layer.old is None else device.block_class(layer.old)
+            own[index] = KVGroup(blocks=home, lanes=none, old=packed, side=side, derived=layer.derived)
+            if packed is not None:
+                old[index] = KVGroup(blocks=packed, lanes=none, home=home, side=side, derived=layer.derived)
             self.residual[lanes.slices[index]] = layer.residual
+        super().__init__(lanes, own)
+        self.encoded = KVClasses(lanes, old) if old else None
         buffers = {
-            index: device.block_class(dict(plan.layers)[index].own) for index in sorted(set(self.buffers.values()))
+            index: KVGroup(blocks=device.block_class(own[index].blocks.layout), lanes=none)
+            for index in sorted(set(self.buffers.values()))
         }
-        self.staging = LaneClasses(lanes, buffers) if buffers else None
-        sketches = {index: device.block_class(layer.sketch) for index, layer in plan.layers if layer.sketch is not None}
-        self.sketch = LaneClasses(lanes, sketches) if sketches else None
+        self.staging = KVClasses(lanes, buffers) if buffers else None
 
     def old_of_layer(self, layer: int) -> BlockClass | None:
         """Return the class of the encoded blocks that a layer reads; None: it has none."""

@@ -2,8 +2,9 @@
 
 An entry holds one block of every lane and one reference to each. Its key covers the storage formats and tiers, a salt
 (the RoPE regime) and all tokens before it, so an entry serves only sequences that would have computed the very same
-keys and values. Who cuts its cache, or keeps other sidecars beside it, is given a copy, which is its own; the others
-share the entry's blocks. What is known only of a request's own past queries is in no entry.
+keys and values. Who cuts its cache is given a copy, which is its own; the others share the entry's blocks. What lies
+beside blocks is each sequence's own, and made anew from keys and values; so what is known only of a request's own past
+queries is in no entry.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ from itertools import takewhile
 import torch
 from torch import Tensor
 
-from kvatlas.storage.arena import Arena, copy_contents
-from kvatlas.storage.bounds import bound_blocks
+from kvatlas.storage.arena import Arena, copy_blocks
 from kvatlas.storage.eviction import drop_passed_windows
 from kvatlas.storage.lanes import SequenceLayout
 from kvatlas.storage.sequence import Sequence
 from kvatlas.storage.store import KVStore
+from kvatlas.storage.streams import derive_blocks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,20 +57,22 @@ class PrefixCache:
             most: tokens that may be adopted: the last one's logits must be computed, at least.
             cuts: whether tokens will be dropped, so that no block may have another owner.
         """
-        store, hits = self._store, []
+        store = self._store
+        hits: Seq[bytes] = []
         for digest in self._hash_blocks(seq, tokens, max(0, min(most, len(tokens) - 1)), salt):
             if digest not in self._entries:
                 break
-            hits.append(digest)
+            hits = [*hits, digest]
         self._touch(hits)
-        if cuts or any(entry.lent or entry.layout is not seq.layout for entry in map(self._entries.__getitem__, hits)):
+        if cuts or any(self._entries[digest].lent for digest in hits):
             self._copy(seq, hits)
-        elif hits:
+        elif hits := self._with_room_beside(seq, hits):
             columns = torch.stack([self._entries[digest].ids for digest in hits], dim=1)
             store.tables.enter_all(seq.row, columns)
             seq.seen, seq.shared = len(hits) * store.block_size, True
             for group in seq.layout.groups:
                 group.blocks.arena.add_reference(group.blocks, columns[group.lanes].flatten())
+            self._derive(seq, 0, len(hits))
             drop_passed_windows(store, seq)
         return seq.seen
 
@@ -84,6 +87,7 @@ class PrefixCache:
             self._store.append(seq, len(part) * self._store.block_size)
             for column, digest in enumerate(part, first):
                 self._fill(seq, column, self._entries[digest])
+            self._derive(seq, first, first + len(part))
             drop_passed_windows(self._store, seq)
             hits = hits[len(part) :] if len(part) == step else []
 
@@ -101,16 +105,35 @@ class PrefixCache:
             hits = list(takewhile(lambda digest: digest in self._entries, hits))
         return hits
 
+    def _with_room_beside(self, seq: Sequence, hits: Seq[bytes]) -> Seq[bytes]:
+        """Return those beside which there could be made room for a sequence's own streams."""
+        groups = [] if seq.side is None else seq.side.layout.groups
+        column_bytes = sum(len(group.lanes) * group.blocks.block_bytes for group in groups)
+        while hits and not self._store.try_lie_beside(seq, len(hits) * self._store.block_size):
+            if not self.reclaim(len(hits) * column_bytes):
+                return hits[:0]
+            hits = list(takewhile(lambda digest: digest in self._entries, hits))
+        return hits
+
     def _fill(self, seq: Sequence, column: int, entry: _Entry) -> None:
-        """Copy an entry's keys and values to a column of blocks; what else is kept of them is made anew."""
-        store, columns = self._store, self._columns(seq, column)
+        """Copy an entry's keys and values to a column of blocks."""
+        columns = self._columns(seq, column)
         for group in seq.layout.groups:
-            ids = store.table[seq.row, group.lanes, columns[group.lanes]]
-            for source in entry.layout.groups:
-                here = torch.isin(group.lanes, source.lanes)
-                lanes = group.lanes[here]
-                copy_contents(source.blocks, entry.ids[lanes].long(), group.blocks, ids[here].long())
-            bound_blocks(group.blocks, ids[:, None], torch.full((len(ids), 1), store.block_size))
+            ids = self._store.table[seq.row, group.lanes, columns[group.lanes]]
+            copy_blocks(group.blocks, entry.ids[group.lanes].long(), group.blocks, ids.long())
+
+    def _derive(self, seq: Sequence, first: int, until: int) -> None:
+        """Make what a sequence keeps beside its blocks of tokens ``first`` to ``until``, all of which are full."""
+        store = self._store
+        for group in seq.layout.groups:
+            if group.derived and group.side is not None:
+                columns = [self._columns(seq, index)[group.lanes] for index in range(first, until)]
+                home, beside = (
+                    torch.cat([store.table[row.row, group.lanes, column] for column in columns])
+                    for row in seq.with_side
+                )
+                used = torch.full((len(home),), store.block_size)
+                derive_blocks(group.side, group.derived, beside, group.blocks, home, used)
 
     def publish(self, seq: Sequence, tokens: Seq[int], salt: str, done: int, *, cuts: bool = False) -> None:
         """Add the full blocks of a sequence.

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from kvatlas.storage.lanes import LaneClasses, SequenceLayout
+from kvatlas.storage.lanes import KVClasses, LaneClasses, SequenceLayout
 
 
 @dataclass(eq=False)
@@ -16,14 +16,28 @@ class LaneRow:
     Args:
         row: which.
         layout: the block class of each lane.
+        side: blocks of streams beside them, slot by slot; None: there are none.
     """
 
     row: int
     layout: LaneClasses
+    side: LaneRow | None = None
+
+    @property
+    def with_side(self) -> list[LaneRow]:
+        """It and what lies beside it."""
+        return [self] if self.side is None else [self, self.side]
 
 
 @dataclass(eq=False)
-class Sequence(LaneRow):
+class KVRow(LaneRow):
+    """Blocks of keys and values."""
+
+    layout: KVClasses
+
+
+@dataclass(eq=False)
+class Sequence(KVRow):
     """One sequence's share of the store.
 
     Args:
@@ -37,10 +51,9 @@ class Sequence(LaneRow):
         digests: hashes of its full blocks, as far as the prefix cache has needed them.
         reserved: columns of each lane [lanes] that room has been made for, until tokens are appended; else None.
         staging: device blocks that its lanes on the host are read through.
-        sketch: device blocks of partial keys of its lanes on the host.
         encoded: blocks of its old tokens in a packed format; a lane is what is here, then what is in its own row.
         encodes: whether blocks are encoded once they are old enough; False: not for now.
-        sketch_columns: per layer, which columns of the rotated keys the sketch holds, int64 [lanes of the layer, r].
+        sketch_columns: per layer, which columns of the rotated keys partial keys hold, int64 [lanes of the layer, r].
         column_energy: per layer, how much each rotated column has weighed so far, [lanes of the layer, Dk].
     """
 
@@ -53,22 +66,31 @@ class Sequence(LaneRow):
     digests: list[bytes] = field(default_factory=list)
     reserved: Tensor | None = None
     staging: LaneRow | None = None
-    sketch: LaneRow | None = None
-    encoded: LaneRow | None = None
+    encoded: KVRow | None = None
     encodes: bool = False
     sketch_columns: dict[int, Tensor] = field(default_factory=dict)
     column_energy: dict[int, Tensor] = field(default_factory=dict)
 
     @property
     def rows(self) -> list[LaneRow]:
-        """All its rows: its own and those of its companions."""
-        return [self, *(row for row in (self.staging, self.sketch, self.encoded) if row is not None)]
+        """All its rows: its own, those of its companions, and what lies beside them."""
+        companions = [row for row in (self.staging, self.encoded) if row is not None]
+        return [row for each in (self, *companions) for row in each.with_side]
+
+    @property
+    def parts(self) -> list[KVRow]:
+        """Where its keys and values are, in order: encoded ones, then its own."""
+        return [self] if self.encoded is None else [self.encoded, self]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Slots:
-    """Where T new tokens go: slots of their lanes, and those slots' block ids and offsets, each [T, lanes] int64."""
+    """Where T new tokens go: slots of their lanes, and those slots' block ids and offsets, each [T, lanes] int64.
+
+    ``side`` are the ids of the blocks beside; None: nothing lies there.
+    """
 
     index: Tensor
     block: Tensor
     offset: Tensor
+    side: Tensor | None = None

@@ -7,8 +7,9 @@ Invariants:
 - only the last block of a lane of a shared sequence may be written to, and is copied first if others own it too;
 - a sequence whose strategy packs old tokens has a companion row of encoded blocks: each lane begins there, in whole
   blocks, and goes on in the sequence's own row; slots of encoded blocks whose position is -1 are empty;
-- a sequence with lanes on the host has two companion rows of device blocks: *staging*, through which those lanes are
-  read, and, where the strategy speculates, the *sketch*, partial keys slot by slot.
+- a sequence with lanes on the host has a companion row of device blocks, *staging*, through which those lanes are read;
+- where streams are kept beside keys and values, each row of these has a *side* row: slot i of a lane has its entries in
+  slot i there, whatever is appended, cut or moved, and a lane has at least as many blocks there.
 
 Which blocks a lane has and how much of them is in use stands in `Tables`.
 """
@@ -16,6 +17,7 @@ Which blocks a lane has and how much of them is in use stands in `Tables`.
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
+from typing import NamedTuple, TypeVar
 from weakref import WeakSet
 
 import torch
@@ -26,15 +28,33 @@ from kvatlas.core.layout import DEFAULT_BLOCK_SIZE, GROUP, BlockLayout, layout_o
 from kvatlas.core.plan import CachePlan, uniform_cache
 from kvatlas.core.shapes import ModelShape
 from kvatlas.core.units import format_bytes
-from kvatlas.core.vocabulary import Format, Sidecar
-from kvatlas.storage.arena import Arena, BlockClass, Books, copy_blocks
+from kvatlas.core.vocabulary import Format
+from kvatlas.storage.arena import Arena, Books, LentBlocks, SideClass, copy_blocks
 from kvatlas.storage.compaction import empty_a_slab
 from kvatlas.storage.encoding import encode_front
-from kvatlas.storage.lanes import LaneGroup, LaneMap, SequenceLayout
-from kvatlas.storage.sequence import LaneRow, Sequence, Slots
+from kvatlas.storage.lanes import KVGroup, LaneClasses, LaneGroup, LaneMap, SequenceLayout
+from kvatlas.storage.sequence import KVRow, LaneRow, Sequence, Slots
 from kvatlas.storage.tables import Tables
 
+G = TypeVar("G", bound=LaneGroup)
+
 _BLOCKS_AT_ONCE = 4  # of a lane that are encoded before what they were is freed: both exist meanwhile
+
+
+class _Claim(NamedTuple):
+    """What a row needs for more tokens.
+
+    Args:
+        row: which.
+        copies: shared blocks of each lane [lanes] int64 that must be copied.
+        new: further blocks of each lane [lanes] int64.
+        slots: how many slots [lanes] int64 are in use then; None: tokens take theirs when they are appended.
+    """
+
+    row: LaneRow
+    copies: Tensor
+    new: Tensor
+    slots: Tensor | None
 
 
 class KVStore:
@@ -43,7 +63,7 @@ class KVStore:
     Args:
         shape: the model.
         format: the model's own element format.
-        budget_bytes: most bytes of keys, values and sidecars.
+        budget_bytes: most bytes of keys, values and what is kept beside them.
         device: where they live.
         block_size: slots per block.
         host_bytes: most bytes on the host tier; 0: there is none.
@@ -110,16 +130,19 @@ class KVStore:
 
     def open(self, layout: SequenceLayout) -> Sequence:
         """Return a new, empty sequence."""
-        take = self.tables.take_row
-        seq = Sequence(row=take(), layout=layout, starts=dict.fromkeys(self.lanes.windows, 0))
-        if layout.staging is not None:
-            seq.staging = LaneRow(row=take(), layout=layout.staging)
-        if layout.sketch is not None:
-            seq.sketch = LaneRow(row=take(), layout=layout.sketch)
+        starts = dict.fromkeys(self.lanes.windows, 0)
+        seq = Sequence(row=self._take(), layout=layout, side=self._open_row(layout.side), starts=starts)
+        seq.staging = self._open_row(layout.staging)
         if layout.encoded is not None:
-            seq.encoded = LaneRow(row=take(), layout=layout.encoded)
+            seq.encoded = KVRow(row=self._take(), layout=layout.encoded, side=self._open_row(layout.encoded.side))
         self._open.update(seq.rows)
         return seq
+
+    def _open_row(self, layout: LaneClasses | None) -> LaneRow | None:
+        return None if layout is None else LaneRow(row=self._take(), layout=layout)
+
+    def _take(self) -> int:
+        return self.tables.take_row()
 
     def close(self, seq: Sequence) -> None:
         """Give all blocks of ``seq`` back; the sequence must not be used again."""
@@ -142,17 +165,18 @@ class KVStore:
 
         Only sequences that no strategy has evicted from can be forked.
         """
-        assert seq.dense and seq.sketch is None and seq.encoded is None, "a lossy cache would need its own companions"
+        assert seq.dense and seq.encoded is None, "a lossy cache would need its own companions"
         child = self.open(seq.layout)
-        self.tables.copy_row(seq.row, child.row)
         child.seen, child.starts, child.digests = seq.seen, dict(seq.starts), list(seq.digests)
-        for group, ids in self.ids_between(seq, self.no_columns(), self.columns_held(seq)):
-            group.blocks.arena.add_reference(group.blocks, ids)
+        for row, copy in zip(seq.with_side, child.with_side, strict=True):
+            self.tables.copy_row(row.row, copy.row)
+            for group, ids in self.ids_between(row, self.no_columns(), self.columns_held(row)):
+                group.blocks.arena.add_reference(group.blocks, ids)
         seq.shared = child.shared = seq.forked = child.forked = True
         return child
 
     def allocated_bytes(self, seq: Sequence, arena: Arena | None = None) -> int:
-        """Return the bytes of all blocks of a tier that ``seq`` holds, sidecars included, shared blocks in full.
+        """Return the bytes of all blocks of a tier that ``seq`` holds, shared blocks in full.
 
         Args:
             seq: the sequence, its companions included.
@@ -161,7 +185,7 @@ class KVStore:
         return sum(self.row_bytes(seq.rows, arena or self.arena))
 
     def row_bytes(self, rows: Seq[LaneRow], arena: Arena) -> list[int]:
-        """Return the bytes of all blocks of a tier that each row holds, sidecars included."""
+        """Return the bytes of all blocks of a tier that each row holds."""
         held = -(-self.length[[row.row for row in rows]] // self.block_size)
         total = torch.zeros(len(rows), dtype=torch.int64)
         for layout in {id(row.layout): row.layout for row in rows}.values():
@@ -172,12 +196,11 @@ class KVStore:
         return total.tolist()
 
     def kv_bytes(self, seq: Sequence) -> int:
-        """Return the bytes of keys and values of all blocks that ``seq`` holds on any tier, sidecars left out."""
+        """Return the bytes of keys and values of all blocks that ``seq`` holds on any tier."""
         total = 0
-        for row in (seq, seq.encoded):
-            if row is not None:
-                held = self.columns_held(row)
-                total += sum(int(held[group.lanes].sum()) * group.blocks.layout.kv_bytes for group in row.layout.groups)
+        for row in seq.parts:
+            held = self.columns_held(row)
+            total += sum(int(held[group.lanes].sum()) * group.blocks.kv_bytes for group in row.layout.groups)
         return total
 
     def capacity_bytes(self, layout: SequenceLayout, arena: Arena | None = None) -> int:
@@ -190,7 +213,7 @@ class KVStore:
             arena: the tier; None for the device.
         """
         arena = arena or self.arena
-        parts = (part for part in (layout, layout.staging, layout.sketch, layout.encoded) if part is not None)
+        parts = (part for part in (layout, layout.side, layout.staging, layout.encoded) if part is not None)
         classes = {group.blocks for part in parts for group in part.groups if group.blocks.arena is arena}
         slabs = max(0, arena.num_slabs - len(classes) + 1)
         return slabs * min((blocks.per_slab * blocks.block_bytes for blocks in classes), default=0)
@@ -209,12 +232,24 @@ class KVStore:
             count: tokens of every lane.
             staged: slots that each lane of a staging buffer shall have at least.
         """
-        need = self._new_columns(seq, count)
-        copies = self._shared_tails(seq) if seq.forked else torch.zeros_like(need)
-        needs = [(group, int((need + copies)[group.lanes].sum())) for group in seq.layout.groups]
+        return self._needs(seq, self._claims(seq, count, staged))
+
+    def _claims(self, seq: Sequence, count: int, staged: int) -> list[_Claim]:
+        """Return what each row needs for ``count`` more tokens."""
+        none = self.no_columns()
+        copies = self._shared_tails(seq) if seq.forked else none
+        claims = [_Claim(seq, copies, self._new_columns(seq, count), None)]
         for row, slots in self._companion_slots(seq, count, staged):
-            more = self._more_columns(row, slots)
-            needs += [(group, int(more[group.lanes].sum())) for group in row.layout.groups]
+            beside = copies * self.has_lanes(row) if row is seq.side else none
+            claims.append(_Claim(row, beside, self._more_columns(row, slots), slots))
+        return claims
+
+    def _needs(self, seq: Sequence, claims: list[_Claim]) -> list[tuple[LaneGroup, int]]:
+        needs = [
+            (group, int((copies + new)[group.lanes].sum()))
+            for row, copies, new, _ in claims
+            for group in row.layout.groups
+        ]
         if seq.encoded is not None:
             due = self.blocks_due(seq)
             needs += [(group, int(due[group.lanes].sum())) for group in seq.encoded.layout.groups]
@@ -225,7 +260,7 @@ class KVStore:
         if seq.encoded is None or not seq.encodes:
             return self.no_columns()
         due = (self.length[seq.row] - seq.layout.residual).clamp(min=0) // self.block_size
-        return due * (self.hole[seq.row] < 0) * self._has_lanes(seq.encoded)
+        return due * (self.hole[seq.row] < 0) * self.has_lanes(seq.encoded)
 
     def try_extend(self, seq: Sequence, count: int, staged: int = 0) -> bool:
         """Allocate room for ``count`` more tokens in every lane; False if it does not fit.
@@ -240,23 +275,41 @@ class KVStore:
         self._release_reserved(seq)
         if not self._try_encode(seq):
             return False
-        granted = self.try_allocate(self.blocks_needed(seq, count, staged))
+        claims = self._claims(seq, count, staged)
+        granted = self.try_allocate(self._needs(seq, claims))
         if granted is None:
             return False
-        own, rest = granted[: len(seq.layout.groups)], granted[len(seq.layout.groups) :]
-        new = self._new_columns(seq, count)
-        companions = [
-            (row, slots, self._more_columns(row, slots)) for row, slots in self._companion_slots(seq, count, staged)
-        ]
-        if seq.forked:
-            own = [(group, self._copy_shared_tails(seq, group, ids)) for group, ids in own]
-        self.put(seq, new, own)
-        seq.reserved = self.columns_held(seq) + new  # not before: what is not entered must not be given back
-        for row, slots, more in companions:
-            self.put(row, more, rest[: len(row.layout.groups)])
-            rest = rest[len(row.layout.groups) :]
-            self.tables.lengthen(row.row, slots)
+        each = iter(granted)
+        for row, copies, new, slots in claims:
+            for group in row.layout.groups:
+                ids = next(each)[1]
+                lanes = group.lanes[copies[group.lanes] > 0]
+                self._copy_tails(row, self.length[seq.row, lanes] // self.block_size, group.blocks, lanes, ids)
+                self.tables.enter(row.row, group.lanes, new, ids[len(lanes) :])
+            if slots is None:
+                seq.reserved = self.columns_held(seq) + new  # not before: what is not entered must not be given back
+            else:
+                self.tables.lengthen(row.row, slots)
         seq.forked = False
+        return True
+
+    def try_lie_beside(self, seq: Sequence, count: int) -> bool:
+        """Allocate what lies beside the first ``count`` slots of an empty sequence; False if it does not fit.
+
+        Blocks that hold its tokens already are entered next.
+        """
+        if seq.side is None:
+            return True
+        slots = torch.full((self.lanes.count,), count) * self.has_lanes(seq.side)
+        new = self._more_columns(seq.side, slots)
+        granted = self.try_allocate([(group, int(new[group.lanes].sum())) for group in seq.side.layout.groups])
+        if granted is None:
+            return False
+        self.put(seq.side, new, granted)
+        self.tables.lengthen(seq.side.row, slots)
+        for group, ids in granted:
+            assert isinstance(group.blocks, SideClass)
+            group.blocks.fill(ids.long()[:, None], torch.arange(self.block_size))
         return True
 
     def _release_reserved(self, seq: Sequence) -> None:
@@ -264,13 +317,17 @@ class KVStore:
         if seq.reserved is not None:
             self.release_columns(seq, self.columns_held(seq), seq.reserved)
             seq.reserved = None
-            if seq.sketch is not None:
-                self._shrink(seq.sketch, self.length[seq.row])
+            self.shrink_side(seq)
 
     def longest_on_host(self, seq: Sequence) -> int:
         """Return the most slots that a lane on the host has in use."""
         lengths = self.length[seq.row, seq.layout.host_lanes]
         return int(lengths.max()) if len(lengths) else 0
+
+    def shrink_side(self, seq: Sequence) -> None:
+        """Give back what lies beside slots that lanes no longer have."""
+        if seq.side is not None:
+            self._shrink(seq.side, self.length[seq.row])
 
     def shrink_staging(self, seq: Sequence, slots: int) -> None:
         """Give back what the staging buffers hold beyond ``slots`` of each lane."""
@@ -288,11 +345,12 @@ class KVStore:
         found = []
         if seq.staging is not None:
             found.append((seq.staging, torch.full((self.lanes.count,), staged)))
-        if seq.sketch is not None:
-            found.append((seq.sketch, self.length[seq.row] + count))
-        return [(row, slots * self._has_lanes(row)) for row, slots in found]
+        if seq.side is not None:
+            found.append((seq.side, self.length[seq.row] + count))
+        return [(row, slots * self.has_lanes(row)) for row, slots in found]
 
-    def _has_lanes(self, row: LaneRow) -> Tensor:
+    def has_lanes(self, row: LaneRow) -> Tensor:
+        """Return 1 for each lane [lanes] int64 that has blocks in a row."""
         held = self.no_columns()
         for group in row.layout.groups:
             held[group.lanes] = 1
@@ -301,38 +359,37 @@ class KVStore:
     def _more_columns(self, row: LaneRow, slots: Tensor) -> Tensor:
         return (-(-slots // self.block_size) - self.columns_held(row)).clamp(min=0)
 
-    def put(self, row: LaneRow, new: Tensor, granted: list[tuple[LaneGroup, Tensor]]) -> None:
+    def put(self, row: LaneRow, new: Tensor, granted: Seq[tuple[LaneGroup, Tensor]]) -> None:
         """Enter ``new`` [lanes] block ids per lane behind those that a row has."""
         for group, ids in granted:
             self.tables.enter(row.row, group.lanes, new, ids)
 
-    def try_allocate(self, needs: list[tuple[LaneGroup, int]]) -> list[tuple[LaneGroup, Tensor]] | None:
+    def try_allocate(self, needs: Seq[tuple[G, int]]) -> list[tuple[G, Tensor]] | None:
         """Return block ids for every group, or None, and nothing taken, if they do not all fit."""
         granted, short = self._grant(needs)
         return granted if short is None else None
 
-    def short_of(self, needs: list[tuple[LaneGroup, int]]) -> Arena | None:
+    def short_of(self, needs: Seq[tuple[LaneGroup, int]]) -> Arena | None:
         """Return a tier that has too few blocks for ``needs``, if there is one."""
         granted, short = self._grant(needs)
         _give_back(granted)
         return short
 
-    def _grant(self, needs: list[tuple[LaneGroup, int]]) -> tuple[list[tuple[LaneGroup, Tensor]], Arena | None]:
+    def _grant(self, needs: Seq[tuple[G, int]]) -> tuple[list[tuple[G, Tensor]], Arena | None]:
         """Return block ids for every group; or nothing, and the tier that is short."""
         for group, number in needs:
             while number and group.blocks.arena.num_available(group.blocks) < number:
                 if group.blocks.arena is not self.arena or not self._empty_a_slab(group.blocks):
                     return [], group.blocks.arena
-        granted: list[tuple[LaneGroup, Tensor]] = []
-        for group, number in needs:
-            ids = group.blocks.arena.try_allocate(group.blocks, number)
-            if ids is None:  # two classes competed for the last slabs
-                _give_back(granted)
-                return [], group.blocks.arena
-            granted.append((group, ids))
-        return granted, None
+        granted, short = _allocate(needs)
+        if short is not None:  # classes compete for the last slabs: none may sit on more than it needs
+            short.arena.return_idle_slabs()
+            granted, short = _allocate(needs)
+        while short is not None and short.arena is self.arena and self._empty_a_slab(short):
+            granted, short = _allocate(needs)
+        return granted, None if short is None else short.arena
 
-    def _empty_a_slab(self, taker: BlockClass) -> bool:
+    def _empty_a_slab(self, taker: LentBlocks) -> bool:
         """Make room for another class of device blocks by moving blocks together; False: there is none to be made."""
         return empty_a_slab(self.arena, taker, self.tables, [row for row in self._open if row.row >= 0])
 
@@ -344,8 +401,10 @@ class KVStore:
         """
         seq.reserved = None
         slot = self.tables.append(seq.row, count)
-        block = self.table[seq.row].long().gather(1, (slot // self.block_size).T).T
-        slots = Slots(index=slot, block=block, offset=slot % self.block_size)
+        column = (slot // self.block_size).T
+        block = self.table[seq.row].long().gather(1, column).T
+        side = None if seq.side is None else self.table[seq.side.row].long().gather(1, column).T
+        slots = Slots(index=slot, block=block, offset=slot % self.block_size, side=side)
         positions = torch.arange(seq.seen, seq.seen + count, dtype=torch.int32)
         seq.seen += count
         self._note(seq.layout, slots, positions)
@@ -358,8 +417,11 @@ class KVStore:
         """
         rows = torch.tensor([seq.row for seq in seqs])
         slot = self.tables.append_step(rows)
-        block = self.table[rows].long().gather(2, (slot // self.block_size)[..., None]).squeeze(-1)
-        slots = Slots(index=slot, block=block, offset=slot % self.block_size)
+        column = (slot // self.block_size)[..., None]
+        block = self.table[rows].long().gather(2, column).squeeze(-1)
+        sides = [seq.side.row for seq in seqs if seq.side is not None]
+        side = self.table[sides].long().gather(2, column).squeeze(-1) if sides else None
+        slots = Slots(index=slot, block=block, offset=slot % self.block_size, side=side)
         self._note(seqs[0].layout, slots, torch.tensor([seq.seen for seq in seqs], dtype=torch.int32))
         for seq in seqs:
             seq.seen += 1
@@ -393,8 +455,10 @@ class KVStore:
             device = group.blocks.device
             block, offset = slots.block[:, group.lanes].to(device), slots.offset[:, group.lanes].to(device)
             group.blocks.positions[block, offset] = positions.to(device)[:, None]
-            if group.blocks.column_sums is not None:
-                group.blocks.column_sums[block, offset] = 0.0
+            if group.side is not None and group.side.filled:
+                assert slots.side is not None
+                side = slots.side[:, group.lanes].to(group.side.device)
+                group.side.fill(side, slots.offset[:, group.lanes].to(group.side.device))
 
     # Encoding
 
@@ -408,10 +472,18 @@ class KVStore:
             encode_front(self, seq, due, granted)
         return True
 
-    def cut_front(self, row: LaneRow, columns: Tensor) -> None:
-        """Free the first ``columns`` [lanes] int64 blocks of each lane; the others move to the front of the table."""
-        self.release_columns(row, torch.zeros_like(columns), columns)
-        self.tables.drop_front(row.row, columns)
+    def cut_front(self, row: KVRow, columns: Tensor, *, keep_side: bool = False) -> None:
+        """Free the first ``columns`` [lanes] int64 blocks of each lane; the others move to the front of the table.
+
+        Args:
+            row: of which row.
+            columns: how many.
+            keep_side: the blocks beside them are somebody else's by now.
+        """
+        for each in row.with_side:
+            if each is row or not keep_side:
+                self.release_columns(each, torch.zeros_like(columns), columns)
+            self.tables.drop_front(each.row, columns if each is row else columns * self.has_lanes(each))
 
     # Blocks
 
@@ -433,15 +505,14 @@ class KVStore:
             shared[lanes] = (group.blocks.arena.num_owners(group.blocks, ids) > 1).long()
         return shared
 
-    def _copy_shared_tails(self, seq: Sequence, group: LaneGroup, ids: Tensor) -> Tensor:
-        """Copy on write: replace shared last blocks by the first of ``ids``; return the rest."""
-        lanes = group.lanes[self._shared_tails(seq)[group.lanes] > 0]
-        columns = self.length[seq.row, lanes] // self.block_size
+    def _copy_tails(self, row: LaneRow, columns: Tensor, blocks: LentBlocks, lanes: Tensor, ids: Tensor) -> None:
+        """Copy on write: put the first of ``ids`` in place of shared last blocks, in one column [H] of each lane."""
+        if not len(lanes):
+            return
         new = ids[: len(lanes)]
-        old = self.tables.replace(seq.row, lanes, columns, new)
-        copy_blocks(group.blocks, old.long(), group.blocks, new.long())
-        group.blocks.arena.release(group.blocks, old)
-        return ids[len(lanes) :]
+        old = self.tables.replace(row.row, lanes, columns, new)
+        copy_blocks(blocks, old.long(), blocks, new.long())
+        blocks.arena.release(blocks, old)
 
     def ids_between(self, seq: LaneRow, low: Tensor, high: Tensor) -> list[tuple[LaneGroup, Tensor]]:
         """Return the block ids in columns [low, high) [lanes] of ``seq``, class by class."""
@@ -452,9 +523,20 @@ class KVStore:
         for group, ids in self.ids_between(seq, low, high):
             group.blocks.arena.release(group.blocks, ids)
 
-    def shorten(self, rows: Tensor, group: LaneGroup, length: Tensor) -> None:
-        """Cut the lanes of a group in some rows [R] to ``length`` [R, H] slots and free the blocks behind."""
+    def shorten(self, seqs: Seq[Sequence], group: KVGroup, length: Tensor, beside: Tensor | None = None) -> None:
+        """Cut the lanes of a group in some sequences to ``length`` [R, H] slots and free the blocks behind.
+
+        Args:
+            seqs: the sequences.
+            group: the lanes.
+            length: slots left.
+            beside: slots [R, H] left beside them; None: as many.
+        """
+        rows = torch.tensor([seq.row for seq in seqs])
         group.blocks.arena.release(group.blocks, self.tables.cut(rows, group.lanes, length))
+        if group.side is not None:
+            ids = self.tables.cut(side_rows(seqs), group.lanes, length if beside is None else beside)
+            group.side.arena.release(group.side, ids)
 
     def has_other_owners(self, rows: Tensor, group: LaneGroup) -> bool:
         """Whether some block of a group's lanes in some rows [R] is somebody else's, too."""
@@ -462,15 +544,31 @@ class KVStore:
         return bool((owners > 1).any())
 
 
-def _give_back(granted: list[tuple[LaneGroup, Tensor]]) -> None:
+def _allocate(needs: Seq[tuple[G, int]]) -> tuple[list[tuple[G, Tensor]], LentBlocks | None]:
+    """Return block ids for every group; or nothing, and the class that has too few."""
+    granted: list[tuple[G, Tensor]] = []
+    for group, number in needs:
+        ids = group.blocks.arena.try_allocate(group.blocks, number)
+        if ids is None:
+            _give_back(granted)
+            return [], group.blocks
+        granted.append((group, ids))
+    return granted, None
+
+
+def _give_back(granted: Seq[tuple[LaneGroup, Tensor]]) -> None:
     for group, ids in granted:
         group.blocks.arena.release(group.blocks, ids)
 
 
+def side_rows(seqs: Seq[KVRow]) -> Tensor:
+    """Return the rows [R] int64 of what lies beside some rows, all of which have it."""
+    return torch.tensor([seq.side.row for seq in seqs if seq.side is not None])
+
+
 def _possible_layouts(shape: ModelShape, format: Format, block_size: int) -> list[BlockLayout]:
-    """Return every block layout that a strategy may ask for, the model's own format first."""
+    """Return every layout of keys and values that a strategy may ask for, the model's own format first."""
     others = (other for other in Format if other is not format and (block_size == GROUP or not other.is_packed))
     formats = [format, *others]
-    sidecars = [(Sidecar.POSITIONS,), (Sidecar.POSITIONS, Sidecar.COLUMN_SUMS)]
     layers = [shape.layers[index] for index in shape.owners]
-    return [layout_of(layer, each, block_size, names) for each in formats for names in sidecars for layer in layers]
+    return [layout_of(layer, each, block_size) for each in formats for layer in layers]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvatlas.storage.arena import BlockClass, copy_blocks
+from kvatlas.storage.arena import LentBlocks, copy_blocks
 from kvatlas.storage.lanes import LaneGroup
 from kvatlas.storage.link import URGENT, Link, Move, Mover
 from kvatlas.storage.sequence import LaneRow, Sequence
@@ -28,7 +28,7 @@ class _ParkedRow:
     columns: Tensor
     state: RowState
     groups: list[LaneGroup]
-    waiting: list[tuple[BlockClass, Tensor]]
+    waiting: list[tuple[LentBlocks, Tensor]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +49,7 @@ class SwappedSequence:
         return sum(len(ids) * blocks.block_bytes for row in self.parked for blocks, ids in row.waiting)
 
 
-_Pairs = list[tuple[BlockClass, Tensor, BlockClass, Tensor]]
+_Pairs = list[tuple[LentBlocks, Tensor, LentBlocks, Tensor]]
 
 
 class Swapper:
@@ -79,7 +79,7 @@ class Swapper:
             waiting = []
             for group, ids in found:
                 blocks, kept = group.blocks, group.blocks.arena is host
-                target = blocks if kept else host.block_class(blocks.layout)
+                target = blocks if kept else blocks.on(host)
                 target_ids = ids if kept else host.try_allocate(target, len(ids))
                 if target_ids is None:
                     for _, _, taken, taken_ids in pairs:

@@ -7,10 +7,13 @@ from typing import TYPE_CHECKING
 
 from kvatlas.core.footprint import Footprint
 from kvatlas.core.layout import BlockLayout
-from kvatlas.core.vocabulary import Sidecar, Tier
+from kvatlas.core.needs import Derived
+from kvatlas.core.streams import Per, SideLayout
+from kvatlas.core.vocabulary import Tier
 
 if TYPE_CHECKING:
     from kvatlas.strategies.plan import LayerPlan, Plan
+    from kvatlas.strategies.stage import Attend
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +38,7 @@ class _Bytes:
     steady: int = 0
     final: int = 0
 
-    def add(self, layout: BlockLayout, lanes: int, slots: _Slots) -> None:
+    def add(self, layout: BlockLayout | SideLayout, lanes: int, slots: _Slots) -> None:
         """Add whole blocks of ``lanes`` lanes."""
         size = layout.block_size
         self.peak += layout.block_bytes * lanes * _blocks(slots.peak, size)
@@ -52,7 +55,7 @@ class _Sums:
     read: int = 0
     moved: int = 0
 
-    def hold(self, layout: BlockLayout, lanes: int, slots: int) -> None:
+    def hold(self, layout: BlockLayout | SideLayout, lanes: int, slots: int) -> None:
         """Add what is held at the prefill peak."""
         self.kv += lanes * layout.kv_bytes * _blocks(slots, layout.block_size)
         self.lent += lanes * layout.block_bytes * _blocks(slots, layout.block_size)
@@ -68,13 +71,15 @@ def footprint(plan: Plan, prompt: int, output: int, chunk: int) -> Footprint:
         slots = _slots(layer, prompt, output, chunk, plan.block_size)
         if store.old is not None:
             packed, slots = _split(layer, plan.evicts, slots, chunk, plan.block_size)
-            tiers[Tier.DEVICE].add(store.old, lanes, packed)
-            sums.hold(store.old, lanes, packed.peak)
+            for layout in (store.old,) if store.side is None else (store.old, store.side):
+                tiers[Tier.DEVICE].add(layout, lanes, packed)
+                sums.hold(layout, lanes, packed.peak)
             sums.read += lanes * packed.read * store.old.kv_bytes // plan.block_size
         tiers[store.tier].add(store.own, lanes, slots)
         sums.hold(store.own, lanes, slots.peak)
-        if store.sketch is not None:
-            tiers[Tier.DEVICE].add(store.sketch, lanes, slots)
+        if store.side is not None:
+            tiers[Tier.DEVICE].add(store.side, lanes, slots)
+            sums.hold(store.side, lanes, slots.peak)
         if store.tier is Tier.HOST:
             staged = _deeper(staged, _longest(layer, slots, prompt, output), plan)
             sums.moved += _visits(plan, layer.index) * lanes * _fetched(layer, slots, plan.block_size)
@@ -192,12 +197,21 @@ def _read(layer: LayerPlan, slots: _Slots, block_size: int) -> int:
     tokens, by = slots.read, 0
     if store.tier is Tier.HOST and layer.attend is not None:
         tokens = _chosen(layer, slots)
-    if store.sketch is not None:
-        by = slots.read * store.sketch.kv_bytes // block_size
+    if layer.attend is not None and store.side is not None and tokens < slots.read:
+        by = _scored(layer.attend, store.side, slots.read)
     if pages is not None and _blocks(slots.read, block_size) > pages:
-        by += _blocks(slots.read, block_size) * store.own.sidecar_size(Sidecar.KEY_BOUNDS)
+        assert layer.attend is not None and store.side is not None
+        by += _scored(layer.attend, store.side, slots.read)
         tokens = pages * block_size
     return by + tokens * store.own.kv_bytes // block_size
+
+
+def _scored(attend: Attend, side: SideLayout, slots: int) -> int:
+    """Return the bytes of a lane's streams that a step chooses by."""
+    names = [need.name for need in attend.needs if isinstance(need, Derived)]
+    per_block = sum(side.num_bytes(name) for name in names if side.stream(name).per is Per.BLOCK)
+    per_slot = sum(side.num_bytes(name) for name in names if side.stream(name).per is Per.SLOT)
+    return _blocks(slots, side.block_size) * per_block + slots * per_slot // side.block_size
 
 
 def _blocks_of(lanes: int, slots: int, block_size: int, ragged: bool) -> int:

@@ -10,13 +10,15 @@ from functools import cached_property
 
 from kvatlas.core.errors import CompositionError, ConfigError, UnsupportedError
 from kvatlas.core.footprint import Footprint
-from kvatlas.core.layout import BlockLayout, layout_of, sketch_layout_of
-from kvatlas.core.plan import CachePlan, LayerCache, Traits
+from kvatlas.core.layout import BlockLayout, layout_of
+from kvatlas.core.needs import Derived, Received
+from kvatlas.core.plan import CachePlan, Deriver, LayerCache, Traits
 from kvatlas.core.shapes import LayerShape, ModelShape
-from kvatlas.core.vocabulary import Axis, Format, Need, Sidecar, Tier
+from kvatlas.core.streams import SideLayout, Stream
+from kvatlas.core.vocabulary import Axis, Format, Tier
 from kvatlas.strategies.footprint import footprint
 from kvatlas.strategies.keep.full import Full
-from kvatlas.strategies.stage import Attend, Budget, Encode, Keep, Limits, Place
+from kvatlas.strategies.stage import Attend, Budget, Encode, Keep, Limits, Place, Stage
 from kvatlas.strategies.strategy import Strategy
 
 
@@ -43,6 +45,16 @@ class LayerPlan:
     place: Place | None
     store: LayerCache
     turn: tuple[int, int] = (0, 1)
+
+    @cached_property
+    def stages(self) -> list[Stage]:
+        """All that act on it, but for what only encodes."""
+        return [stage for stage in (self.keep, self.budget, self.attend, self.place) if stage is not None]
+
+    @cached_property
+    def received(self) -> Received | None:
+        """The attention that must be counted; None: none."""
+        return self.keep.received
 
     @property
     def evicts(self) -> bool:
@@ -106,49 +118,41 @@ class Plan:
         keep = keep or Full()
         assert isinstance(keep, Keep) and isinstance(encode, Encode | None) and isinstance(attend, Attend | None)
         assert isinstance(budget, Budget | None) and isinstance(place, Place | None)
-        bounded = attend is not None and Need.KEY_BOUNDS in attend.info.needs
         dense = 0 if attend is None else attend.dense_layers
         if attend is not None and (index < dense or (shape.window is not None and place is None)):
             attend = None
         if place is not None and index < dense:
             place = None
+        budget = None if keep.info.traits.keeps_all else budget
+        acting: list[Stage] = [stage for stage in (keep, budget, encode, attend, place) if stage is not None]
         return LayerPlan(
             index=index,
             shape=shape,
             keep=keep,
-            budget=None if keep.info.traits.keeps_all else budget,
+            budget=budget,
             attend=attend,
             place=place,
-            store=self._stored(shape, own, keep, encode, attend, place, bounded),
+            store=self._stored(shape, own, encode, place, acting),
         )
 
     def _stage(self, axis: Axis, index: int) -> object | None:
         return next((stage for stage in self.strategy.on(axis) if stage.covers(index)), None)
 
     def _stored(
-        self,
-        shape: LayerShape,
-        own: Format,
-        keep: Keep,
-        encode: Encode | None,
-        attend: Attend | None,
-        place: Place | None,
-        bounded: bool,
+        self, shape: LayerShape, own: Format, encode: Encode | None, place: Place | None, acting: list[Stage]
     ) -> LayerCache:
         size = self.block_size
         packed = encode.format if encode is not None and encode.format.is_packed and shape.window is None else None
         format = own if encode is None else _beside_packed(own) if encode.format.is_packed else encode.format
-        sums = () if keep.received is None else (Sidecar.COLUMN_SUMS,)
-        bounds = (Sidecar.KEY_BOUNDS,) if bounded else ()
-        sidecars = (Sidecar.POSITIONS, *sums, *bounds)
-        share = 0.0 if place is None or attend is None else attend.sketch_share
-        old: BlockLayout | None = None if packed is None else layout_of(shape, packed, size, sidecars)
+        old: BlockLayout | None = None if packed is None else layout_of(shape, packed, size)
+        side, derived = _streams(shape, format, size, acting)
         return LayerCache(
-            own=layout_of(shape, format, size, sidecars),
+            own=layout_of(shape, format, size),
             tier=Tier.DEVICE if place is None else place.tier,
             old=old,
             residual=0 if old is None or encode is None else encode.residual,
-            sketch=sketch_layout_of(shape, format, size, share) if share else None,
+            side=side,
+            derived=derived,
         )
 
     @cached_property
@@ -188,11 +192,13 @@ class Plan:
     @cached_property
     def forkable(self) -> bool:
         """Whether a copy of a cache goes on as the original would: nothing depends on who made which block."""
-        return self.traits.keeps_all and not self.packs and not any(layer.store.sketch for layer in self.owned)
+        needs = (need for layer in self.owned for stage in layer.stages for need in stage.needs)
+        lasting = any(isinstance(need, Received) or (isinstance(need, Derived) and need.later) for need in needs)
+        return self.traits.keeps_all and not self.packs and not lasting
 
     def unshared_tokens(self) -> int:
         """Return how many of a prompt's last tokens are computed even if all are known: the last, or observed ones."""
-        queries = [layer.keep.received.queries for layer in self.owned if layer.keep.received is not None]
+        queries = [layer.received.queries for layer in self.owned if layer.received is not None]
         return max([1, *(count for count in queries if count is not None)])
 
     def footprint(self, prompt_tokens: int, output_tokens: int, chunk_tokens: int) -> Footprint:
@@ -207,6 +213,7 @@ class Plan:
 
 
 _KINDS: dict[object, int] = {}
+_TORCH_NAMES = {Format.FP32: "float32", Format.BF16: "bfloat16", Format.FP16: "float16"}
 _ORDER = (Axis.KEEP, Axis.BUDGET, Axis.ENCODE, Axis.ATTEND, Axis.PLACE)
 
 
@@ -218,6 +225,24 @@ def _owner(shape: ModelShape, index: int) -> int:
 def _beside_packed(own: Format) -> Format:
     """Return the format of new tokens beside a packed one: two bytes an element are precise enough there."""
     return Format.FP16 if own is Format.FP32 else own
+
+
+def _streams(
+    shape: LayerShape, format: Format, block_size: int, acting: list[Stage]
+) -> tuple[SideLayout | None, tuple[tuple[Stream, Deriver], ...]]:
+    """Return what lies beside a layer's keys and values for its stages, and which of it they make of these."""
+    found: dict[str, tuple[Stream, Stage, bool]] = {}
+    for stage in acting:
+        for need in stage.needs:
+            if isinstance(need, Received | Derived):
+                stream = need.stream(shape, _TORCH_NAMES.get(format, "float16"))
+                if stream.name in found:
+                    raise CompositionError(
+                        f"{found[stream.name][1].name} and {stage.name} both keep {stream.name!r}; rename one's"
+                    )
+                found[stream.name] = stream, stage, isinstance(need, Derived) and not need.later
+    side = SideLayout(tuple(stream for stream, _, _ in found.values()), block_size) if found else None
+    return side, tuple((stream, stage) for stream, stage, made in found.values() if made)
 
 
 def _with_turns(owned: dict[int, LayerPlan]) -> dict[int, LayerPlan]:

@@ -17,13 +17,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, Union, get_args, get_origin, ge
 from kvatlas.core.errors import ConfigError
 from kvatlas.core.grammar import StageCall, Value, format_value
 from kvatlas.core.names import unknown_name
+from kvatlas.core.needs import Need, Received
 from kvatlas.core.plan import NOTHING, Traits
-from kvatlas.core.vocabulary import Axis, Format, Moment, Need, Saves, Tier
+from kvatlas.core.vocabulary import Axis, Format, Moment, Saves, Tier
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from kvatlas.core.views import LaneView
+    from kvatlas.core.views import LaneView, TokenView
 
 
 _MOST = 2**31 - 1
@@ -39,14 +40,12 @@ class StageInfo:
         paper: where the method comes from.
         saves: what it lowers.
         traits: what holds of it.
-        needs: what must be computed for it in the forward, beside the attention that tokens receive.
     """
 
     summary: str
     paper: str
     saves: tuple[Saves, ...] = ()
     traits: Traits = NOTHING
-    needs: frozenset[Need] = frozenset()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,9 +140,17 @@ class Stage:
         return frozenset()
 
     @property
-    def asks_for(self) -> list[str]:
-        """What must be computed for it in the forward."""
-        return sorted(need.value for need in self.info.needs)
+    def needs(self) -> tuple[Need, ...]:
+        """What must be computed or kept for it."""
+        return ()
+
+    def derive(self, name: str, tokens: TokenView) -> Tensor:
+        """Return the entry [.., width] of each token [..] in the stream of a `Derived`."""
+        raise NotImplementedError(f"{self.name} needs {name!r} to be derived and does not say how; override 'derive'")
+
+    def merge(self, name: str, one: Tensor, other: Tensor) -> Tensor:
+        """Return the entry [.., width] of all tokens of two entries, where a block has one."""
+        raise NotImplementedError(f"{self.name} keeps {name!r} per block and does not say how; override 'merge'")
 
     def sized(self, fraction: float) -> Stage | None:
         """Return it with what it keeps of a prompt, or reads per step, set to a fraction; None: it has no size."""
@@ -204,19 +211,6 @@ class Limits:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Received:
-    """Attention that cached tokens receive, summed over queries and over the query heads of a KV head.
-
-    Args:
-        queries: last queries of a prompt that count; None: all.
-        in_decode: whether decode steps count: added to the sums where all queries count, else in their place.
-    """
-
-    queries: int | None = None
-    in_decode: bool = True
-
-
-@dataclass(frozen=True, kw_only=True)
 class Keep(Stage):
     """Axis *keep*: which tokens stay.
 
@@ -241,11 +235,6 @@ class Keep(Stage):
         found |= {Moment.AFTER_PREFILL} if limits.after_prompt is not None else set()
         return frozenset(found | ({Moment.AFTER_STEP} if limits.high is not None else set()))
 
-    @property
-    def asks_for(self) -> list[str]:
-        """What must be computed for it in the forward."""
-        return [*super().asks_for, *(["received"] if self.received is not None else [])]
-
     def limits(self, prompt_tokens: int) -> Limits:
         """Return how many tokens a lane holds under a uniform budget, for a prompt of so many."""
         return Limits()
@@ -253,7 +242,7 @@ class Keep(Stage):
     @property
     def received(self) -> Received | None:
         """The attention that it scores by; None: none, which spares its computation."""
-        return None
+        return next((need for need in self.needs if isinstance(need, Received)), None)
 
     def recent_tokens(self, prompt_tokens: int) -> int:
         """Return how many of the newest tokens may not be evicted."""
@@ -361,11 +350,6 @@ class Attend(Stage):
     def dense_layers(self) -> int:
         """Number of first layers that read everything."""
         return 0
-
-    @property
-    def sketch_share(self) -> float:
-        """Share of each key's columns that stays on the device, to choose by; 0: nothing."""
-        return 0.0
 
     @property
     def margin(self) -> float:

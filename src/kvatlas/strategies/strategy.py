@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 from kvatlas.core.errors import CompositionError, ConfigError
 from kvatlas.core.grammar import parse_sentence
 from kvatlas.core.layout import DEFAULT_BLOCK_SIZE
+from kvatlas.core.needs import Need
 from kvatlas.core.plan import NEUTRAL, Traits
 from kvatlas.core.shapes import ModelShape
-from kvatlas.core.vocabulary import Axis, Format, Need
+from kvatlas.core.vocabulary import Axis, Format
 from kvatlas.strategies.keep.full import Full
 from kvatlas.strategies.recipes import RECIPES
 from kvatlas.strategies.registry import stage_class
@@ -91,9 +92,9 @@ class Strategy:
         return found
 
     @cached_property
-    def needs(self) -> frozenset[Need]:
-        """Everything that must be computed for the stages."""
-        return frozenset[Need]().union(*(stage.info.needs for stage in self.stages))
+    def needs(self) -> tuple[Need, ...]:
+        """Everything that must be computed or kept for the stages."""
+        return tuple(dict.fromkeys(need for stage in self.stages for need in stage.needs))
 
     def plan(self, shape: ModelShape, own: Format, block_size: int = DEFAULT_BLOCK_SIZE) -> Plan:
         """Return what the strategy means for a model; worked out once.

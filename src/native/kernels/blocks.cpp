@@ -208,36 +208,3 @@ KVA_EXPORT(kva_copy_slots)(const kva_pool* pool, const int64_t* from_blocks, con
     std::free(room);
     return KVA_OK;
 }
-
-// Writes the least and the greatest of each key channel of n blocks into their bounds. Left out are slots whose
-// position is -1, and those from used[i] on (null: none).
-KVA_EXPORT(kva_bound_keys)(const kva_pool* pool, const int64_t* ids, const int64_t* used, int64_t n, int32_t threads) {
-    if (const int error = check(*pool)) return error;
-    if (pool->bounds_at < 0) return KVA_ESHAPE;
-    const int dim = pool->key_dim;
-    int failed = KVA_OK;
-    for_each(n, threads, [&](int64_t i) {
-        uint8_t* block = block_at(*pool, ids[i]);
-        float* const keys = (float*)std::malloc((int64_t)pool->block_size * dim * 4);
-        if (!keys) {
-#pragma omp atomic write
-            failed = KVA_EMEMORY;
-            return;
-        }
-        decode_block<Fp32>(*pool, block, false, (uint8_t*)keys);
-        const int slots = used ? (int)used[i] : pool->block_size;
-        by_vectors(dim, [&](int c, int count) {
-            vf least = set1(INF), greatest = set1(-INF);
-            for (int t = 0; t < slots; ++t) {
-                if (pool->positions_at >= 0 && load_as<int32_t>(block + pool->positions_at + 4 * t) < 0) continue;
-                const vf x = load_element<Fp32>((const uint8_t*)(keys + (int64_t)t * dim + c), count);
-                least = vmin(least, x);
-                greatest = vmax(greatest, x);
-            }
-            store_as(block + pool->bounds_at + 4 * c, least, count);
-            store_as(block + pool->bounds_at + 4 * (dim + c), greatest, count);
-        });
-        std::free(keys);
-    });
-    return failed;
-}

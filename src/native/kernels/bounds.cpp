@@ -42,11 +42,11 @@ float score_of(const kva_pool& pool, const uint8_t* bounds, const float* q, int 
 
 using namespace KVA_ISA;
 
+// Minima, then maxima of the key channels lie `bounds_at` bytes from the start of a block, float32.
 // q [rows, heads * group, key_dim] float32; out [rows, heads, columns]: -infinity past the length of a lane.
-KVA_EXPORT(kva_score_bounds)(const kva_part* part, const float* q, int64_t rows, int64_t heads, int32_t group,
+KVA_EXPORT(kva_score_bounds)(const kva_part* part, int32_t bounds_at, const float* q, int64_t rows, int64_t heads, int32_t group,
                              float* out, int32_t threads) {
     const kva_pool& pool = *part->pool;
-    if (pool.bounds_at < 0) return KVA_ESHAPE;
     const int64_t columns = part->columns, pieces = (columns + COLUMNS_AT_ONCE - 1) / COLUMNS_AT_ONCE;
     for_each(rows * heads * pieces, threads, [&](int64_t item) {
         const int64_t lane = item / pieces, row = lane / heads, head = lane % heads;
@@ -62,9 +62,9 @@ KVA_EXPORT(kva_score_bounds)(const kva_part* part, const float* q, int64_t rows,
                 *score = -INF;
                 continue;
             }
-            const uint8_t* bounds = pool.memory + (int64_t)table[c] * 64 + pool.bounds_at;
+            const uint8_t* bounds = pool.memory + (int64_t)table[c] * 64 + bounds_at;
             if (c + 1 < until && c + 1 < used) {
-                prefetch_next(pool.memory + (int64_t)table[c + 1] * 64, pool.bounds_at, 8 * pool.key_dim);
+                prefetch_next(pool.memory + (int64_t)table[c + 1] * 64, bounds_at, 8 * pool.key_dim);
             }
             *score = score_of(pool, bounds, queries, group);
         }

@@ -12,8 +12,9 @@ from kvatlas.core.footprint import Footprint
 from kvatlas.core.layout import GRANULE, GROUP, BlockLayout
 from kvatlas.core.names import unknown_name
 from kvatlas.core.shapes import LayerShape, ModelShape
+from kvatlas.core.streams import ELEMENT_BYTES, Per, SideLayout, Stream
 from kvatlas.core.units import format_bytes, format_seconds, parse_bytes
-from kvatlas.core.vocabulary import Format, Sidecar
+from kvatlas.core.vocabulary import Format
 
 
 @pytest.mark.parametrize(
@@ -58,7 +59,7 @@ def layouts(draw: st.DrawFn) -> BlockLayout:
         value_dim=draw(st.integers(1, 200)),
         format=format,
         block_size=GROUP if format.is_packed else draw(st.integers(1, 70)),
-        sidecars=(Sidecar.POSITIONS, *draw(st.sampled_from([(), (Sidecar.COLUMN_SUMS,), (Sidecar.KEY_BOUNDS,)]))),
+        positions=draw(st.booleans()),
     )
 
 
@@ -75,16 +76,41 @@ def test_parts_of_a_block_do_not_overlap(layout: BlockLayout) -> None:
     assert starts[2] % 2 == starts[3] % 2 == 0
     parts = [(start, start + length) for start, length in zip(starts, lengths, strict=True)]
     assert layout.kv_bytes == parts[-1][1]
-    for sidecar in layout.sidecars:
-        start = layout.sidecar_offset(sidecar)
-        assert start % 4 == 0
-        length = 8 * layout.key_dim if sidecar is Sidecar.KEY_BOUNDS else 4 * size
-        parts.append((start, start + length))
+    assert layout.positions_offset % 4 == 0
+    if layout.positions:
+        parts.append((layout.positions_offset, layout.positions_offset + 4 * size))
     for (_, end), (start, _) in pairwise(parts):
         assert end <= start
     assert parts[-1][1] <= layout.block_bytes < parts[-1][1] + GRANULE
     assert layout.block_bytes % GRANULE == 0
-    assert layout.kv_bytes + layout.sidecar_bytes == layout.block_bytes
+
+
+@given(
+    st.lists(
+        st.builds(
+            Stream, name=st.text(min_size=1), width=st.integers(1, 200), dtype=st.sampled_from([*ELEMENT_BYTES]),
+            per=st.sampled_from(Per),
+        ),
+        min_size=1, max_size=5, unique_by=lambda stream: stream.name,
+    ),
+    st.integers(1, 70),
+)  # fmt: skip
+def test_streams_of_a_block_do_not_overlap(streams: list[Stream], size: int) -> None:
+    layout = SideLayout(tuple(streams), size)
+    parts = []
+    for stream in streams:
+        entries = size if stream.per is Per.SLOT else 1
+        start, length = layout.offset(stream.name), entries * stream.width * ELEMENT_BYTES[stream.dtype]
+        assert start % ELEMENT_BYTES[stream.dtype] == 0 and layout.num_bytes(stream.name) == length
+        parts.append((start, start + length))
+    assert parts[0][0] == 0 and all(end <= start for (_, end), (start, _) in pairwise(parts))
+    assert parts[-1][1] <= layout.block_bytes < parts[-1][1] + GRANULE and layout.block_bytes % GRANULE == 0
+
+
+@pytest.mark.parametrize(("given", "message"), [({"dtype": "float33"}, "float33"), ({"width": 0}, "width")])
+def test_streams_that_cannot_be(given: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Stream(name="norm", **given)
 
 
 def test_shapes_count_lanes_of_owners_only() -> None:

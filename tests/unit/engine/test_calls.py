@@ -68,7 +68,7 @@ def test_calls_do_not_grow_with_layers_or_requests(strategy: str) -> None:
     assert deep == small, "one tile, whatever it holds"
     many = calls_of_acts(2, [strategy] * 8)
     assert all(many[moment] <= small[moment] + 8 * 3 for moment in small), (small, many)
-    assert max(small.values()) < 230, small
+    assert max(small.values()) < 300, small
 
 
 def test_eight_budgets_share_calls() -> None:

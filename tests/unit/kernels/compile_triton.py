@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 import triton
-from tests.unit.kernels.triton_cases import RAGGED, SIDECARS, Case, make_part
+from tests.unit.kernels.triton_cases import RAGGED, Case, make_bounds, make_part
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -110,15 +110,14 @@ def _decode(case: Case, options: dict[str, Any]) -> None:
 
 
 def _blocks(format: Format, width: int) -> None:
-    layout = BlockLayout(key_dim=width, value_dim=width, format=format, sidecars=SIDECARS)
+    layout = BlockLayout(key_dim=width, value_dim=width, format=format)
     pool = BlockPool(torch.zeros(2 * layout.block_bytes, dtype=torch.uint8), layout)
     ids, x = torch.zeros(1, dtype=torch.int64), torch.zeros(1, 32, width, dtype=torch.bfloat16)
     blocks.encode_blocks(pool, ids, x, x)
     for dtype in (torch.bfloat16, torch.float32):
         blocks.read_keys(pool, ids.int(), dtype)
         blocks.read_values(pool, ids.int(), dtype)
-    part = make_part(Case((format,), (RAGGED,), key_dim=width), 0, "cpu")
-    blocks.score_bounds(torch.zeros(2, 8, width, dtype=torch.bfloat16), part)
+    blocks.score_bounds(torch.zeros(2, 8, width, dtype=torch.bfloat16), make_bounds(width, "cpu"))
 
 
 def _column_sums(format: Format, dtype: torch.dtype) -> None:

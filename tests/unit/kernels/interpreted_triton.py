@@ -30,6 +30,11 @@ def test_blocks(format: Format, key_dim: int, value_dim: int) -> None:
     triton_cases.check_blocks(format, "cpu", key_dim, value_dim)
 
 
+@pytest.mark.parametrize("width", [20, 128])
+def test_bounds(width: int) -> None:
+    triton_cases.check_bounds("cpu", width)
+
+
 @pytest.mark.parametrize("format", [Format.FP16, Format.INT8, Format.INT4, Format.INT2])
 def test_column_sums(format: Format) -> None:
     triton_cases.check_column_sums(format, "cpu", torch.float32, window=50)

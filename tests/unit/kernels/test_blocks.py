@@ -11,13 +11,14 @@ from hypothesis import given, settings, strategies as st
 
 from kvatlas.core.errors import ConfigError, UnsupportedError
 from kvatlas.core.layout import GRANULE, BlockLayout
-from kvatlas.core.vocabulary import Format, Sidecar
+from kvatlas.core.streams import Per, SideLayout, Stream
+from kvatlas.core.vocabulary import Format
 from kvatlas.kernels import blocks
 from kvatlas.kernels.abi import FLOAT_TYPES
 from kvatlas.kernels.blocks import native, reference, torch_path
 from kvatlas.kernels.blocks.packing import pack_keys, pack_values, unpack_keys, unpack_values
 from kvatlas.kernels.native import Library, library
-from kvatlas.kernels.pool import BlockPool, Part
+from kvatlas.kernels.pool import BlockPool, Entries, SidePool
 
 FLOATS = [Format.FP32, Format.BF16, Format.FP16]
 PACKED = [Format.INT4, Format.INT2]
@@ -32,10 +33,10 @@ def make_pool(
     *,
     block_size: int = 32,
     count: int = 4,
-    sidecars: tuple[Sidecar, ...] = (Sidecar.POSITIONS, Sidecar.KEY_BOUNDS),
+    positions: bool = True,
 ) -> tuple[BlockPool, torch.Tensor]:
     """A poisoned arena and the ids of ``count`` blocks in it, in random order, with poison between them."""
-    layout = BlockLayout(key_dim=dims[0], value_dim=dims[1], format=format, block_size=block_size, sidecars=sidecars)
+    layout = BlockLayout(key_dim=dims[0], value_dim=dims[1], format=format, block_size=block_size, positions=positions)
     step = layout.block_bytes // GRANULE + 1
     memory = torch.full((count * step * GRANULE + 2 * GRANULE,), POISON, dtype=torch.uint8)
     return BlockPool(memory, layout), torch.randperm(count) * step + 1
@@ -236,7 +237,7 @@ def test_slots_are_copied_as_if_at_once(format: Format) -> None:
 
 
 def test_blocks_without_values() -> None:
-    pool, ids = make_pool(Format.FP16, (19, 0), sidecars=())
+    pool, ids = make_pool(Format.FP16, (19, 0), positions=False)
     k = torch.randn(2, 19)
     for form in (reference, *forms()):
         form.write_slots(pool, ids[:2], torch.tensor([3, 0]), k, None)
@@ -253,9 +254,6 @@ def test_few_blocks(format: Format, count: int) -> None:
     blocks.encode_blocks(pool, ids, torch.randn(count, 32, 20), torch.randn(count, 32, 20))
     assert blocks.read_keys(pool, ids, torch.float32).shape == (count * 32, 20)
     assert blocks.read_values(pool, ids.view(1, 1, count), torch.float16).shape == (1, 1, count * 32, 20)
-    blocks.bound_keys(pool, ids)
-    part = Part(pool=pool, table=ids.int().view(1, 1, count), length=torch.full((1, 1), count * 32))
-    assert blocks.score_bounds(torch.zeros(1, 1, 20), part).shape == (1, 1, count)
 
 
 @settings(max_examples=30, deadline=None)
@@ -267,31 +265,15 @@ def test_packing_loses_nothing(bits: int, width: int, n: int, seed: int) -> None
         assert torch.equal(unpack(pack(codes, bits), bits, width), codes)
 
 
-@pytest.mark.parametrize("format", list(Format))
-@pytest.mark.parametrize("width", [20, 128])
-def test_bounds_are_those_of_the_tokens_there(format: Format, width: int) -> None:
-    torch.manual_seed(5)
-    pool, ids = make_pool(format, (width, 20))
-    k, v = random_blocks(pool, 4)
-    blocks.encode_blocks(pool, ids, k, v)
-    pool.positions[ids] = torch.arange(32, dtype=torch.int32)
-    pool.positions[ids[0], 5:] = -1
-    pool.positions[ids[1]] = -1
-    used = torch.tensor([32, 32, 7, 1])
-    for each in (None, used):
-        clean = pool.memory.clone()
-        reference.bound_keys(pool, ids, each)
-        want = pool.memory.clone()
-        for form in forms():
-            pool.memory.copy_(clean)
-            form.bound_keys(pool, ids, each)
-            assert torch.equal(pool.memory, want)
-    bounds = pool.key_bounds
-    assert bounds is not None
-    keys = blocks.read_keys(pool, ids[:, None], torch.float32)
-    assert torch.equal(bounds[ids[2], 0], keys[2, :7].amin(dim=0))
-    assert torch.equal(bounds[ids[0], 1], keys[0, :5].amax(dim=0))
-    assert (bounds[ids[1], 0] == torch.inf).all() and (bounds[ids[1], 1] == -torch.inf).all()
+def bounded(keys: torch.Tensor) -> tuple[SidePool, torch.Tensor]:
+    """Blocks beside those of keys [n, s, Dk] that hold their bounds, behind another stream, and one more of poison."""
+    bounds = Stream(name="bounds", width=2 * keys.shape[2], per=Per.BLOCK)
+    layout = SideLayout((Stream(name="other", width=3, dtype="uint8"), bounds), keys.shape[1])
+    step = layout.block_bytes // GRANULE + 1
+    pool = SidePool(torch.full(((len(keys) + 2) * step * GRANULE,), POISON, dtype=torch.uint8), layout)
+    ids = torch.randperm(len(keys) + 1) * step + 1
+    pool.view("bounds")[ids[:-1]] = torch.cat([keys.amin(dim=1), keys.amax(dim=1)], dim=-1)
+    return pool, ids
 
 
 @pytest.mark.parametrize("group", [1, 3, 16])
@@ -299,37 +281,32 @@ def test_bounds_are_those_of_the_tokens_there(format: Format, width: int) -> Non
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_scores_of_bounds_agree_with_the_reference(group: int, width: int, dtype: torch.dtype) -> None:
     torch.manual_seed(6)
-    pool, ids = make_pool(Format.FP16, (width, 20), count=10)
-    k, v = random_blocks(pool, 9)
-    blocks.encode_blocks(pool, ids[:9], k, v)
-    pool.positions[ids[:9]] = 0
-    pool.positions[ids[4]] = -1
-    blocks.bound_keys(pool, ids[:9])
+    pool, ids = bounded(torch.randn(9, 32, width) * torch.logspace(-3, 3, width))
+    pool.view("bounds")[ids[4], :width], pool.view("bounds")[ids[4], width:] = torch.inf, -torch.inf
     # The last block is poison; it stands in every column that no lane uses.
     choice = torch.tensor([[[0, 1, 2], [3, 9, 9]], [[9, 9, 9], [4, 5, 6]], [[7, 8, 0], [1, 2, 9]]])
     length = torch.tensor([[96, 1], [0, 65], [96, 64]])
-    part = Part(pool=pool, table=ids.int()[choice], length=length)
+    entries = Entries(pool=pool, name="bounds", table=ids.int()[choice], length=length)
     q = torch.randn(3, 2 * group, width).to(dtype)
-    want = reference.score_bounds(q, part)
+    want = reference.score_bounds(q, entries)
     assert want.isfinite().sum() == 11
     for form in forms():
-        got = form.score_bounds(q, part)
+        got = form.score_bounds(q, entries)
         assert got.dtype == torch.float32
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-2)
 
 
 def test_bounds_are_above_every_product() -> None:
     torch.manual_seed(7)
-    pool, ids = make_pool(Format.INT4, (60, 20))
-    k, v = torch.randn(4, 32, 60), torch.randn(4, 32, 20)
-    blocks.encode_blocks(pool, ids, k, v)
-    pool.positions[ids] = 0
-    blocks.bound_keys(pool, ids)
-    part = Part(pool=pool, table=ids.int().view(1, 2, 2), length=torch.full((1, 2), 64))
+    keys = torch.randn(4, 32, 60)
+    pool, ids = bounded(keys)
+    entries = Entries(pool=pool, name="bounds", table=ids[:4].int().view(1, 2, 2), length=torch.full((1, 2), 64))
     q = torch.randn(1, 6, 60)
-    keys = blocks.read_keys(pool, part.table, torch.float32)[0]
-    most = torch.einsum("hgd,hsd->hgs", q.view(2, 3, 60), keys).amax(dim=1).view(2, 2, 32).amax(dim=2)
-    assert (blocks.score_bounds(q, part)[0] >= most - 1e-4).all()
+    products = torch.einsum("hgd,hsd->hgs", q.view(2, 3, 60), keys.view(2, 64, 60))
+    most = products.amax(dim=1).view(2, 2, 32).amax(dim=2)
+    assert (blocks.score_bounds(q, entries)[0] >= most - 1e-4).all()
+    none = Entries(pool=pool, name="bounds", table=ids[:0].int().view(1, 2, 0), length=torch.zeros(1, 2))
+    assert blocks.score_bounds(q, none).shape == (1, 2, 0)
 
 
 def test_a_refusal_names_what_to_do() -> None:
@@ -341,12 +318,6 @@ def test_a_refusal_names_what_to_do() -> None:
         blocks.copy_slots(pool, (ids[:1], slot), (ids[:1], slot))
     with pytest.raises(ConfigError, match=r"keys of shape \[1, 31, 60\].*\[1, 32, 60\]"):
         blocks.encode_blocks(pool, ids[:1], torch.zeros(1, 31, 60), torch.zeros(1, 32, 20))
-    plain, ids = make_pool(Format.FP16, sidecars=(Sidecar.POSITIONS,))
-    with pytest.raises(ConfigError, match=r"positions.*key_bounds"):
-        blocks.bound_keys(plain, ids)
-    with pytest.raises(ConfigError, match="key_bounds"):
-        part = Part(pool=plain, table=ids.int().view(1, 1, 4), length=torch.ones(1, 1))
-        blocks.score_bounds(torch.zeros(1, 1, 60), part)
 
 
 def test_the_environment_chooses_the_form(monkeypatch: pytest.MonkeyPatch) -> None:

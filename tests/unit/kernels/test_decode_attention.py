@@ -280,7 +280,7 @@ def test_strided_arguments(form: Form) -> None:
 
 def test_a_window_needs_positions(monkeypatch: pytest.MonkeyPatch) -> None:
     q, (part,), _ = case(1, 2, 2, [16, 3])
-    layout = replace(part.pool.layout, sidecars=())
+    layout = replace(part.pool.layout, positions=False)
     bare = replace(part, pool=replace(part.pool, layout=layout))
     for choice in ("auto", "reference"):
         monkeypatch.setenv("KVATLAS_KERNELS", choice)

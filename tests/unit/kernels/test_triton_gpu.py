@@ -65,6 +65,12 @@ def test_blocks(format: Format, key_dim: int, value_dim: int) -> None:
 
 
 @needs_triton
+@pytest.mark.parametrize("width", [20, 128])
+def test_bounds(width: int) -> None:
+    triton_cases.check_bounds("cuda", width)
+
+
+@needs_triton
 @pytest.mark.parametrize("format", list(Format))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_column_sums(format: Format, dtype: torch.dtype) -> None:

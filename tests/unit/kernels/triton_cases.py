@@ -16,11 +16,10 @@ import torch
 from torch import Tensor
 
 from kvatlas.core.layout import GRANULE, BlockLayout
-from kvatlas.core.vocabulary import Format, Sidecar
+from kvatlas.core.streams import Per, SideLayout, Stream
+from kvatlas.core.vocabulary import Format
 from kvatlas.kernels.blocks import torch_path as blocks
-from kvatlas.kernels.pool import BlockPool, Part
-
-SIDECARS = (Sidecar.POSITIONS, Sidecar.KEY_BOUNDS)
+from kvatlas.kernels.pool import BlockPool, Entries, Part, SidePool
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,6 @@ def make_part(case: Case, index: int, device: str) -> Part:
         value_dim=case.value_dim,
         format=format,
         block_size=32 if format.is_packed else case.block_size,
-        sidecars=SIDECARS,
     )
     size = layout.block_size
     C = max(1, -(-int(length.max()) // size))
@@ -61,7 +59,6 @@ def make_part(case: Case, index: int, device: str) -> Part:
     k, v = torch.randn(len(ids), size, case.key_dim), torch.randn(len(ids), size, case.value_dim)
     k, v = (x.bfloat16() if format is Format.BF16 else x for x in (k, v))  # the interpreter rounds otherwise
     blocks.encode_blocks(pool, ids, k, v)
-    blocks.bound_keys(pool, ids, None)
     slot = torch.arange(C * size)
     at = torch.stack([slot if case.dense_start is not None else torch.randperm(C * size) for _ in range(R * H)])
     pool.positions[ids] = (at + (case.dense_start or 0)).int().view(-1, size)
@@ -195,11 +192,11 @@ DECODE_CASES = {
 
 
 def check_blocks(format: Format, device: str, key_dim: int, value_dim: int) -> None:
-    """Encoding is bit for bit that of torch; decoding and bounds agree."""
-    from kvatlas.kernels.blocks import reference, triton_path
+    """Encoding is bit for bit that of torch; decoding agrees."""
+    from kvatlas.kernels.blocks import triton_path
 
     torch.manual_seed(0)
-    layout = BlockLayout(key_dim=key_dim, value_dim=value_dim, format=format, sidecars=SIDECARS)
+    layout = BlockLayout(key_dim=key_dim, value_dim=value_dim, format=format)
     memory = torch.full((5 * layout.block_bytes,), 0xFF, dtype=torch.uint8)
     want, got = BlockPool(memory.clone(), layout), BlockPool(memory.to(device), layout)
     ids = torch.tensor([3, 0, 4]) * (layout.block_bytes // GRANULE)
@@ -214,17 +211,33 @@ def check_blocks(format: Format, device: str, key_dim: int, value_dim: int) -> N
     for name in ("read_keys", "read_values"):
         read = getattr(triton_path, name)(got, table.to(device), torch.float32)
         torch.testing.assert_close(read.cpu(), getattr(blocks, name)(want, table, torch.float32), rtol=1e-6, atol=1e-6)
-    want.positions[ids] = torch.arange(96, dtype=torch.int32).view(3, 32)
-    want.positions[ids[1]] = -1
-    blocks.bound_keys(want, ids, None)
-    q, length = torch.randn(2, 6, key_dim), torch.tensor([[96, 64], [33, 0]])
-    bounds = reference.score_bounds(q, Part(pool=want, table=ids.int().expand(2, 2, 3), length=length))
-    there = Part(
-        pool=BlockPool(want.memory.to(device), layout),
-        table=ids.int().to(device).expand(2, 2, 3),
-        length=length.to(device),
-    )
-    torch.testing.assert_close(triton_path.score_bounds(q.to(device), there).cpu(), bounds, rtol=1e-5, atol=1e-3)
+
+
+def make_bounds(width: int, device: str) -> Entries:
+    """Return the bounds of [2, 2] lanes of up to three blocks, one of which has none, behind another stream."""
+    bounds = Stream(name="bounds", width=2 * width, per=Per.BLOCK)
+    layout = SideLayout((Stream(name="other", width=3, dtype="uint8"), bounds), 32)
+    pool = SidePool(torch.full((5 * layout.block_bytes,), 0xFF, dtype=torch.uint8), layout)
+    ids = torch.tensor([3, 0, 4]) * (layout.block_bytes // GRANULE)
+    low = torch.randn(3, width)
+    pool.view("bounds")[ids] = torch.cat([low, low + torch.rand(3, width)], dim=-1)
+    pool.view("bounds")[ids[1]] = torch.tensor([torch.inf, -torch.inf]).repeat_interleave(width)
+    length = torch.tensor([[96, 64], [33, 0]])
+    table = ids.int().to(device).expand(2, 2, 3)
+    return Entries(pool=SidePool(pool.memory.to(device), layout), name="bounds", table=table, length=length.to(device))
+
+
+def check_bounds(device: str, width: int) -> None:
+    """The most that a query can score in a block, as the reference says."""
+    from kvatlas.kernels.blocks import reference, triton_path
+
+    torch.manual_seed(0)
+    q, there = torch.randn(2, 6, width), make_bounds(width, device)
+    pool = SidePool(there.pool.memory.cpu(), there.pool.layout)
+    here = replace(there, pool=pool, table=there.table.cpu(), length=there.length.cpu())
+    want = reference.score_bounds(q, here)
+    assert want.isfinite().any() and want.isneginf().any()
+    torch.testing.assert_close(triton_path.score_bounds(q.to(device), there).cpu(), want, rtol=1e-5, atol=1e-3)
 
 
 def check_column_sums(format: Format, device: str, dtype: torch.dtype, **options: Any) -> None:

@@ -10,8 +10,9 @@ from hypothesis import given, strategies as st
 
 from kvatlas.core.errors import CompositionError, ConfigError, UnknownNameError
 from kvatlas.core.footprint import Footprint
+from kvatlas.core.needs import LayerInputs
 from kvatlas.core.shapes import LayerShape, ModelShape
-from kvatlas.core.vocabulary import Axis, Format, Moment, Need, Tier
+from kvatlas.core.vocabulary import Axis, Format, Moment, Tier
 from kvatlas.strategies.attend.speculate import Speculate
 from kvatlas.strategies.place.offload import Offload
 from kvatlas.strategies.stage import Attend, Place
@@ -93,14 +94,18 @@ def test_refused(text: str, kind: type[Exception], message: str) -> None:
 def test_what_they_declare() -> None:
     offload, infinigen = Strategy.parse("offload"), Strategy.parse("infinigen")
     assert offload.traits.exact and moments(offload) == {Moment.BEFORE_LAYER}
-    assert all(layer.store.sketch is None for layer in offload.plan(uniform(), Format.FP32).layers)
+    assert all(layer.store.side is None for layer in offload.plan(uniform(), Format.FP32).layers)
     (place,) = offload.on(Axis.PLACE)
     assert isinstance(place, Place) and (place.axis, place.tier) == (Axis.PLACE, Tier.HOST)
     assert place.fetches_ahead and not Offload(prefetch=False).fetches_ahead
-    assert not infinigen.traits.exact and infinigen.needs == {Need.ROTATION}
+    assert not infinigen.traits.exact and LayerInputs() in infinigen.needs
     assert moments(infinigen) == {Moment.BEFORE_LAYER, Moment.SELECT}
     ((keep,), (attend,)) = infinigen.on(Axis.KEEP), infinigen.on(Axis.ATTEND)
-    assert isinstance(attend, Attend) and (keep.name, attend.sketch_share) == ("full", 0.3)
+    assert isinstance(attend, Attend) and keep.name == "full"
+    for layer in infinigen.plan(uniform(), Format.FP32).layers:
+        (stream,) = layer.store.side.streams if layer.store.side is not None else (None,)
+        assert (stream is None) == (layer.index == 0) and not layer.store.derived
+        assert stream is None or (stream.name, stream.width) == ("partial", round(0.3 * layer.shape.key_dim))
     assert not Strategy.parse("h2o | offload").traits.exact and not Strategy.parse("fp16 | offload").traits.exact
 
 
@@ -166,9 +171,12 @@ def test_infinigen_keeps_one_layer_a_sketch_and_what_it_fetched() -> None:
 @pytest.mark.parametrize("keep", ["h2o(heavy=0.1, recent=0.1)", "streaming_llm(recent=0.2)", "snapkv(budget=0.2)"])
 def test_what_is_cut_is_cut_on_the_host_too(keep: str) -> None:
     kept, offloaded = bound(keep), bound(f"{keep} | offload")
-    assert offloaded.host_bytes == kept.peak_bytes
+    store = Strategy.parse(keep).plan(uniform(), Format.FP32).layers[0].store
+    beside = 0 if store.side is None else store.side.block_bytes  # which stays on the device
+    share = store.own.block_bytes / (store.own.block_bytes + beside)
+    assert offloaded.host_bytes == share * kept.peak_bytes
     assert offloaded.final_bytes < 0.3 * kept.final_bytes
-    assert offloaded.moved_bytes_per_step == kept.final_bytes
+    assert offloaded.moved_bytes_per_step == share * kept.final_bytes
 
 
 def test_layers_that_share_are_fetched_for_each_reader() -> None:

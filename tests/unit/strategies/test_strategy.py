@@ -13,7 +13,7 @@ from kvatlas.core.errors import CompositionError, ConfigError, UnknownNameError
 from kvatlas.core.grammar import format_value
 from kvatlas.core.plan import INEXACT, NEUTRAL, NOTHING
 from kvatlas.core.shapes import LayerShape, ModelShape
-from kvatlas.core.vocabulary import Axis, Format, Moment, Sidecar
+from kvatlas.core.vocabulary import Axis, Format, Moment
 from kvatlas.strategies.keep.full import Full
 from kvatlas.strategies.keep.h2o import H2O
 from kvatlas.strategies.keep.streaming_llm import StreamingLLM
@@ -124,14 +124,14 @@ def test_stages_may_refuse_each_other() -> None:
 def test_what_a_strategy_declares() -> None:
     h2o = Strategy.parse("h2o | bf16")
     (keep,), (stored,) = h2o.on(Axis.KEEP), (layer.store for layer in h2o.plan(SHAPE, Format.FP32).layers)
-    assert isinstance(keep, Keep) and keep.received == Received() and keep.asks_for == ["received"] and not h2o.needs
-    assert stored.own.sidecars == (Sidecar.POSITIONS, Sidecar.COLUMN_SUMS)
+    assert isinstance(keep, Keep) and keep.received == Received() and h2o.needs == keep.needs == (Received(),)
+    assert stored.side is not None and [stream.name for stream in stored.side.streams] == ["received"]
     assert keep.moments == {Moment.AFTER_PREFILL, Moment.AFTER_STEP}
     assert stored.own.format is Format.BF16 and h2o.traits == NOTHING
     full = Strategy.parse("full")
     (stored,) = (layer.store for layer in full.plan(SHAPE, Format.FP32).layers)
-    assert full.traits == NEUTRAL and not full.on(Axis.ENCODE) and stored.own.sidecars == (Sidecar.POSITIONS,)
-    assert not full.needs and not any(stage.moments or stage.asks_for for stage in full.stages)
+    assert full.traits == NEUTRAL and not full.on(Axis.ENCODE) and stored.side is None
+    assert not full.needs and not any(stage.moments or stage.needs for stage in full.stages)
     assert Strategy.parse("full | fp16").traits == INEXACT and not INEXACT.exact
     assert Strategy.parse("full | fp32").traits.exact
 

@@ -1,4 +1,4 @@
-"""Reading and writing the keys and values of blocks in every format, and bounds of keys per block.
+"""Reading and writing the keys and values of blocks in every format, and bounds of keys per block scored.
 
 Whole blocks are encoded at once; single slots are written and copied in formats that give each token bytes of its
 own. int8 follows the usual symmetric scale per token; int4 and int2 are KIVI's layout (arXiv:2402.02750): keys per
@@ -19,10 +19,9 @@ from kvatlas.core.vocabulary import Format
 from kvatlas.kernels.abi import FLOAT_TYPES
 from kvatlas.kernels.blocks import native, reference, torch_path
 from kvatlas.kernels.dispatch import choose
-from kvatlas.kernels.pool import TORCH_DTYPES, BlockPool, Part
+from kvatlas.kernels.pool import TORCH_DTYPES, BlockPool, Entries
 
 __all__ = [
-    "bound_keys",
     "copy_slots",
     "encode_blocks",
     "read_keys",
@@ -40,7 +39,7 @@ def write_slots(pool: BlockPool, block: Tensor, offset: Tensor, k: Tensor, v: Te
     """Write tokens into slots: float formats and int8.
 
     Args:
-        pool: the blocks to write to; sidecars stay as they are.
+        pool: the blocks to write to; positions stay as they are.
         block: [...] int64 block ids.
         offset: [...] int64 slots of these blocks; no slot twice.
         k: [..., Dk] keys, any float type.
@@ -67,7 +66,7 @@ def copy_slots(pool: BlockPool, source: Slots, target: Slots) -> None:
     """Copy keys and values between slots of a pool, scales included; all are read before any is written.
 
     Args:
-        pool: the blocks, float formats and int8; sidecars stay as they are.
+        pool: the blocks, float formats and int8; positions stay as they are.
         source: where to read.
         target: where to write; no slot twice.
 
@@ -79,7 +78,7 @@ def copy_slots(pool: BlockPool, source: Slots, target: Slots) -> None:
 
 
 def encode_blocks(pool: BlockPool, ids: Tensor, k: Tensor, v: Tensor) -> None:
-    """Write the keys and values of whole blocks, in any format; sidecars stay as they are.
+    """Write the keys and values of whole blocks, in any format; positions stay as they are.
 
     Args:
         pool: the blocks to write to.
@@ -123,41 +122,20 @@ def read_values(pool: BlockPool, table: Tensor, dtype: torch.dtype) -> Tensor:
     return result
 
 
-def bound_keys(pool: BlockPool, ids: Tensor, used: Tensor | None = None) -> None:
-    """Write the least and the greatest of each key channel of blocks into their bounds, from the keys as stored.
-
-    Slots whose position is -1 are left out. A block without tokens gets infinity and minus infinity.
-
-    Args:
-        pool: blocks with the sidecar ``key_bounds``.
-        ids: [n] int64 distinct block ids.
-        used: [n] slots in use at the front of each block; None: all.
-
-    Raises:
-        ConfigError: blocks without bounds.
-    """
-    _want_bounds(pool)
-    if len(ids):
-        _form(pool).bound_keys(pool, ids, used)
-
-
-def score_bounds(q: Tensor, part: Part) -> Tensor:
+def score_bounds(q: Tensor, bounds: Entries) -> Tensor:
     """Return an upper bound of q . k over the tokens of each block, float32 [R, H, C].
 
     It is the sum over channels of max(q * minimum, q * maximum), and of the query heads of a KV head the largest.
-    Columns past the length of the lane, and blocks without tokens, give -inf.
+    Columns past the length of the lane, and blocks whose minima exceed their maxima, give -inf.
 
     Args:
         q: [R, Hq, Dk] queries; query head i reads KV head i // (Hq / H).
-        part: blocks with the sidecar ``key_bounds``, table [R, H, C].
-
-    Raises:
-        ConfigError: blocks without bounds.
+        bounds: per block the minima, then the maxima of the key channels, float32 [2 * Dk].
     """
-    _want_bounds(part.pool)
-    if not part.table.numel():
-        return q.new_empty(part.table.shape, dtype=torch.float32)
-    result: Tensor = _form(part.pool, triton=True).score_bounds(q, part)
+    if not bounds.table.numel():
+        return q.new_empty(bounds.table.shape, dtype=torch.float32)
+    path = choose(q.device, native=True, triton=True)
+    result: Tensor = _module(path).score_bounds(q, bounds)
     return result
 
 
@@ -167,7 +145,10 @@ def _form(
     """Return the form to use for numbers of these types to read or to write; ``triton``: there is one in Triton."""
     same = other is None or other == dtype
     known = same and (dtype is None or dtype in FLOAT_TYPES)
-    path = choose(pool.device, native=known and native.covers(pool), triton=known and triton)
+    return _module(choose(pool.device, native=known and native.covers(pool), triton=known and triton))
+
+
+def _module(path: str) -> ModuleType:
     if path == "triton":
         from kvatlas.kernels.blocks import triton_path  # needs the package triton
 
@@ -187,9 +168,3 @@ def _refuse_packed(pool: BlockPool) -> None:
         raise UnsupportedError(
             f"{pool.layout.format.value} blocks are written whole, not slot by slot; use encode_blocks"
         )
-
-
-def _want_bounds(pool: BlockPool) -> None:
-    if pool.key_bounds is None:
-        held = ", ".join(pool.layout.sidecars) or "none"
-        raise ConfigError(f"blocks with the sidecars {held} have no bounds of keys; add 'key_bounds' to their layout")

@@ -9,9 +9,9 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from kvatlas.kernels.abi import FLOAT_TYPES, pack_parts, pool_struct
+from kvatlas.kernels.abi import FLOAT_TYPES, pack_entries, pool_struct
 from kvatlas.kernels.native import Library, check, library, num_threads
-from kvatlas.kernels.pool import BlockPool, Part
+from kvatlas.kernels.pool import BlockPool, Entries
 
 _MAX_PACKED_DIM = 1024  # elements of a key or a value that a packed block's codes are unpacked into
 _ARGUMENTS = {
@@ -19,8 +19,7 @@ _ARGUMENTS = {
     "kva_read_blocks": (c_void_p, c_void_p, c_int64, c_int32, c_void_p, c_int32, c_int32),
     "kva_write_slots": (c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p, c_void_p, c_int32),
     "kva_copy_slots": (c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_int64),
-    "kva_bound_keys": (c_void_p, c_void_p, c_void_p, c_int64, c_int32),
-    "kva_score_bounds": (c_void_p, c_void_p, c_int64, c_int64, c_int32, c_void_p, c_int32),
+    "kva_score_bounds": (c_void_p, c_int32, c_void_p, c_int64, c_int64, c_int32, c_void_p, c_int32),
 }
 
 
@@ -70,23 +69,15 @@ def read_values(pool: BlockPool, table: Tensor, dtype: torch.dtype) -> Tensor:
     return _read(pool, table, dtype, values=True)
 
 
-def bound_keys(pool: BlockPool, ids: Tensor, used: Tensor | None) -> None:
-    """As :func:`kvatlas.kernels.blocks.bound_keys`."""
-    ids = _indices(ids, ids.shape)
-    slots = None if used is None else _indices(used, ids.shape)
-    _call(
-        "kva_bound_keys", _of(pool), ids.data_ptr(), 0 if slots is None else slots.data_ptr(), len(ids), num_threads()
-    )
-
-
-def score_bounds(q: Tensor, part: Part) -> Tensor:
+def score_bounds(q: Tensor, bounds: Entries) -> Tensor:
     """As :func:`kvatlas.kernels.blocks.score_bounds`."""
-    R, H, C = part.table.shape
+    R, H, C = bounds.table.shape
     queries = q.float().contiguous()
-    packed, kept = pack_parts([part])
+    packed, kept = pack_entries(bounds)
     scores = torch.empty(R, H, C)
+    at = bounds.pool.layout.offset(bounds.name)
     arguments = queries.data_ptr(), R, H, q.shape[1] // H, scores.data_ptr(), num_threads()
-    _call("kva_score_bounds", packed, *arguments)
+    _call("kva_score_bounds", packed, at, *arguments)
     del kept
     return scores
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from kvatlas.core.layout import GRANULE, BlockLayout
-from kvatlas.core.vocabulary import Format, Sidecar
-from kvatlas.kernels.pool import BlockPool, Part
+from kvatlas.core.vocabulary import Format
+from kvatlas.kernels.pool import BlockPool, Entries
 
 _FLOATS = {Format.FP32: torch.float32, Format.BF16: torch.bfloat16, Format.FP16: torch.float16}
 
@@ -71,31 +71,16 @@ def read_values(pool: BlockPool, table: Tensor, dtype: torch.dtype) -> Tensor:
     return _read(pool, table, dtype, values=True)
 
 
-def bound_keys(pool: BlockPool, ids: Tensor, used: Tensor | None) -> None:
-    """As :func:`kvatlas.kernels.blocks.bound_keys`."""
-    layout = pool.layout
-    for i, block in enumerate(ids.tolist()):
-        least = torch.full((layout.key_dim,), torch.inf)
-        greatest = -least
-        for slot in range(layout.block_size if used is None else int(used[i])):
-            if Sidecar.POSITIONS in layout.sidecars and int(pool.positions[block, slot]) < 0:
-                continue
-            key = _token(pool, block, slot, values=False).cpu()
-            least, greatest = torch.minimum(least, key), torch.maximum(greatest, key)
-        _write(pool, block, layout.sidecar_offset(Sidecar.KEY_BOUNDS), torch.cat([least, greatest]))
-
-
-def score_bounds(q: Tensor, part: Part) -> Tensor:
+def score_bounds(q: Tensor, bounds: Entries) -> Tensor:
     """As :func:`kvatlas.kernels.blocks.score_bounds`."""
-    layout, (R, H, C) = part.pool.layout, part.table.shape
+    layout, (R, H, C), width = bounds.pool.layout, bounds.table.shape, q.shape[-1]
     score = torch.full((R, H, C), -torch.inf, dtype=torch.float64)
-    group = q.shape[1] // H
+    group, at = q.shape[1] // H, layout.offset(bounds.name)
     for r, h in product(range(R), range(H)):
-        for column in range(-(-int(part.length[r, h]) // layout.block_size)):
-            at = layout.sidecar_offset(Sidecar.KEY_BOUNDS)
-            block = int(part.table[r, h, column])
-            least = _read_numbers(part.pool, block, at, torch.float32, layout.key_dim).double()
-            greatest = _read_numbers(part.pool, block, at + 4 * layout.key_dim, torch.float32, layout.key_dim).double()
+        for column in range(-(-int(bounds.length[r, h]) // layout.block_size)):
+            start = int(bounds.table[r, h, column]) * GRANULE + at
+            stored = bounds.pool.memory[start : start + 8 * width].clone().view(torch.float32).double()
+            least, greatest = stored[:width], stored[width:]
             if (least > greatest).any():
                 continue
             for head in range(h * group, (h + 1) * group):

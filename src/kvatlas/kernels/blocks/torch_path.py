@@ -10,10 +10,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from kvatlas.core.layout import GROUP
-from kvatlas.core.vocabulary import Sidecar
 from kvatlas.kernels.blocks.packing import pack_keys, pack_values, unpack_keys, unpack_values
 from kvatlas.kernels.gather import gather_slots
-from kvatlas.kernels.pool import BlockPool, Part
+from kvatlas.kernels.pool import BlockPool, Entries
 
 _HALF_MAX = torch.finfo(torch.float16).max
 _INT8_MAX = 127
@@ -81,34 +80,17 @@ def read_values(pool: BlockPool, table: Tensor, dtype: torch.dtype) -> Tensor:
     return _in_table_order(torch.addcmul(minimum, codes.float(), scale), table, dtype)
 
 
-def bound_keys(pool: BlockPool, ids: Tensor, used: Tensor | None) -> None:
-    """As :func:`kvatlas.kernels.blocks.bound_keys`."""
-    assert pool.key_bounds is not None
-    ids = ids.long()
-    keys = read_keys(pool, ids[:, None], torch.float32)
-    out = torch.zeros(keys.shape[:2], dtype=torch.bool, device=keys.device)
-    if used is not None:
-        out |= torch.arange(keys.shape[1], device=keys.device) >= used[:, None]
-    if Sidecar.POSITIONS in pool.layout.sidecars:
-        out |= pool.positions[ids] < 0
-    hidden = out.unsqueeze(2)
-    least = keys.masked_fill(hidden, torch.inf).amin(dim=1)
-    greatest = keys.masked_fill(hidden, -torch.inf).amax(dim=1)
-    pool.key_bounds[ids] = torch.stack([least, greatest], dim=1)
-
-
-def score_bounds(q: Tensor, part: Part) -> Tensor:
+def score_bounds(q: Tensor, bounds: Entries) -> Tensor:
     """As :func:`kvatlas.kernels.blocks.score_bounds`."""
-    assert part.pool.key_bounds is not None
     R, Hq, width = q.shape
-    H, C = part.table.shape[1:]
-    bounds = part.pool.key_bounds.index_select(0, part.table.reshape(-1)).view(R * H, C, 2, width)
-    least, greatest = bounds.unbind(2)
+    H, C = bounds.table.shape[1:]
+    entries = bounds.pool.view(bounds.name).index_select(0, bounds.table.reshape(-1)).view(R * H, C, 2, width)
+    least, greatest = entries.unbind(2)
     grouped = q.float().reshape(R * H, Hq // H, width)
     upper = torch.bmm(grouped.clamp(min=0), greatest.transpose(1, 2))
     lower = torch.bmm(grouped.clamp(max=0), least.transpose(1, 2))
     score = (upper + lower).amax(dim=1).view(R, H, C)
-    columns = -(-part.length // part.pool.layout.block_size)
+    columns = -(-bounds.length // bounds.pool.layout.block_size)
     unused = torch.arange(C, device=q.device) >= columns.unsqueeze(-1)
     empty = (least[..., 0] > greatest[..., 0]).view(R, H, C)
     return score.masked_fill(unused | empty, -torch.inf)

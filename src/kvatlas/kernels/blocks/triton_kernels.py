@@ -166,7 +166,7 @@ def decode_blocks(
 @triton.jit(do_not_specialize=["columns", "table_stride_r", "table_stride_h"])
 def bound_scores(
     q,
-    sidecars,
+    memory,
     table,
     length,
     out,
@@ -181,7 +181,7 @@ def bound_scores(
     DP: tl.constexpr,
     C: tl.constexpr,
 ):
-    """Write ``out`` [R, H, columns]: for each block the largest that q . k can be; ``sidecars`` are float32."""
+    """Write ``out`` [R, H, columns]: for each block the largest that q . k can be; ``memory`` is float32."""
     lane = tl.program_id(0)
     c = tl.program_id(1) * C + tl.arange(0, C)
     d = tl.arange(0, DP)
@@ -189,7 +189,7 @@ def bound_scores(
     table += lane // H * table_stride_r + lane % H * table_stride_h
     block = tl.load(table + c, mask=used, other=0).to(tl.int64)
     mask = used[:, None] & (d < DK)[None, :]
-    at = sidecars + BOUND_OFFSET + (block * 16)[:, None] + d[None, :]
+    at = memory + BOUND_OFFSET + (block * 16)[:, None] + d[None, :]
     least = tl.load(at, mask=mask, other=0.0)
     greatest = tl.load(at + DK, mask=mask, other=0.0)
     empty = least > greatest  # a block without tokens

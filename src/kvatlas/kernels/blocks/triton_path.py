@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from kvatlas.core.layout import GRANULE, GROUP
-from kvatlas.core.vocabulary import Format, Sidecar
+from kvatlas.core.vocabulary import Format
 from kvatlas.kernels.blocks.triton_kernels import bound_scores, copy_words, decode_blocks, encode_groups, encode_tokens
-from kvatlas.kernels.pool import BlockPool, Part
+from kvatlas.kernels.pool import BlockPool, Entries
 from kvatlas.kernels.triton_support import inner_contiguous, power_of_two, typed_elements
 
 _COLUMNS = 16
@@ -44,27 +44,27 @@ def read_values(pool: BlockPool, table: Tensor, dtype: torch.dtype) -> Tensor:
     return _read(pool, table, dtype, values=True)
 
 
-def score_bounds(q: Tensor, part: Part) -> Tensor:
+def score_bounds(q: Tensor, bounds: Entries) -> Tensor:
     """As :func:`kvatlas.kernels.blocks.score_bounds`."""
-    R, H, C = part.table.shape
-    layout, table = part.pool.layout, inner_contiguous(part.table)
+    R, H, C = bounds.table.shape
+    layout, table, width = bounds.pool.layout, inner_contiguous(bounds.table), q.shape[-1]
     out = torch.empty(R, H, C, dtype=torch.float32, device=q.device)
     if out.numel():
         bound_scores[(R * H, -(-C // _COLUMNS))](
             q.contiguous(),
-            part.pool.memory.view(torch.float32),
+            bounds.pool.memory.view(torch.float32),
             table,
-            part.length.contiguous(),
+            bounds.length.contiguous(),
             out,
             C,
             table.stride(0),
             table.stride(1),
             H=H,
             G=q.shape[1] // H,
-            DK=layout.key_dim,
+            DK=width,
             S=layout.block_size,
-            BOUND_OFFSET=layout.sidecar_offset(Sidecar.KEY_BOUNDS) // 4,
-            DP=power_of_two(layout.key_dim),
+            BOUND_OFFSET=layout.offset(bounds.name) // 4,
+            DP=power_of_two(width),
             C=_COLUMNS,
             num_warps=4,
         )

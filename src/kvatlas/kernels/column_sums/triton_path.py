@@ -14,7 +14,6 @@ import triton.language as tl
 from torch import Tensor
 
 from kvatlas.core.layout import GRANULE
-from kvatlas.core.vocabulary import Sidecar
 from kvatlas.kernels.column_sums.triton_kernels import sum_columns
 from kvatlas.kernels.pool import Part
 from kvatlas.kernels.triton_support import inner_contiguous, power_of_two, typed_elements
@@ -96,11 +95,11 @@ def source_constants(part: Part | None, key_dim: int) -> dict[str, Any]:
     if part is None:
         return constants | {"BITS": 32, "S": 1, "GRANULE": 1, "KP_OFFSET": 0, "POSITION_OFFSET": 0}
     layout = part.pool.layout
-    has_positions = Sidecar.POSITIONS in layout.sidecars
+    has_positions = layout.positions
     return constants | {
         "BITS": layout.format.bits,
         "S": layout.block_size,
         "GRANULE": GRANULE if layout.format.is_packed else GRANULE // layout.format.element_bytes,
         "KP_OFFSET": layout.key_params_offset // 2,
-        "POSITION_OFFSET": layout.sidecar_offset(Sidecar.POSITIONS) // 4 if has_positions else 0,
+        "POSITION_OFFSET": layout.positions_offset // 4 if has_positions else 0,
     }

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kvatlas.core.layout import GRANULE, GROUP
-from kvatlas.core.vocabulary import Format, Sidecar
+from kvatlas.core.vocabulary import Format
 from kvatlas.kernels.decode_attention.triton_float import attend_float
 from kvatlas.kernels.decode_attention.triton_merge import merge_runs, sum_mass
 from kvatlas.kernels.decode_attention.triton_packed import attend_packed
@@ -208,11 +208,11 @@ class _Call:
 def layout_constants(part: Part) -> dict[str, int]:
     """Return where things lie in a part's blocks, in elements of the pointers that the kernels get."""
     layout = part.pool.layout
-    has_positions = Sidecar.POSITIONS in layout.sidecars
+    has_positions = layout.positions
     constants = {
         "DK": layout.key_dim,
         "DV": layout.value_dim,
-        "POSITION_OFFSET": layout.sidecar_offset(Sidecar.POSITIONS) // 4 if has_positions else 0,
+        "POSITION_OFFSET": layout.positions_offset // 4 if has_positions else 0,
     }
     if layout.format.is_packed:
         return constants | {

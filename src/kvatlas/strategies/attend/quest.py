@@ -11,12 +11,20 @@ its pages, chosen by the best of them, since their keys are read together; layer
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from kvatlas.core.errors import ConfigError
+from kvatlas.core.needs import Derived
 from kvatlas.core.plan import Traits
-from kvatlas.core.vocabulary import Need, Saves
+from kvatlas.core.streams import Per
+from kvatlas.core.vocabulary import Saves
 from kvatlas.strategies.registry import register
 from kvatlas.strategies.stage import Attend, Encode, Keep, Place, Stage, StageInfo
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from kvatlas.core.views import TokenView
 
 _LEAST_PAGES = 3
 
@@ -27,7 +35,6 @@ _LEAST_PAGES = 3
         summary="read the pages whose key bounds promise the highest scores",
         paper="arXiv:2406.10774",
         saves=(Saves.BANDWIDTH,),
-        needs=frozenset({Need.KEY_BOUNDS}),
         traits=Traits(keeps_all=True, prompt_shareable=True, query_agnostic=True),
     ),
 )
@@ -63,6 +70,24 @@ class Quest(Attend):
         if isinstance(other, Place):
             return "pages are chosen when their layer runs, too late to fetch them; use 'speculate' there"
         return None
+
+    @property
+    def needs(self) -> tuple[Derived]:
+        """Return the minima and the maxima of the key channels of each page."""
+        return (Derived("bounds", 2, unit="key_dim", per=Per.BLOCK, label="bounds of keys"),)
+
+    def derive(self, name: str, tokens: TokenView) -> Tensor:
+        """Return the bounds of a page of one token: its key, twice."""
+        import torch  # strategies load without torch
+
+        return torch.cat([tokens.keys()] * 2, dim=-1)
+
+    def merge(self, name: str, one: Tensor, other: Tensor) -> Tensor:
+        """Return the lesser minima and the greater maxima."""
+        import torch
+
+        (low, high), (lower, higher) = one.chunk(2, dim=-1), other.chunk(2, dim=-1)
+        return torch.cat([torch.minimum(low, lower), torch.maximum(high, higher)], dim=-1)
 
     @property
     def dense_layers(self) -> int:

@@ -18,8 +18,9 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 from kvatlas.core.errors import ConfigError
+from kvatlas.core.needs import Artifact, Derived, LayerInputs, Need
 from kvatlas.core.plan import Traits
-from kvatlas.core.vocabulary import Need, Saves
+from kvatlas.core.vocabulary import Saves
 from kvatlas.strategies.registry import register
 from kvatlas.strategies.stage import Attend, Keep, Place, Stage, StageInfo
 
@@ -30,7 +31,6 @@ from kvatlas.strategies.stage import Attend, Keep, Place, Stage, StageInfo
         summary="fetch the tokens that partial keys score within alpha of the best",
         paper="arXiv:2406.19707",
         saves=(Saves.BANDWIDTH,),
-        needs=frozenset({Need.ROTATION}),
         traits=Traits(keeps_all=True, query_agnostic=True),
     ),
 )
@@ -85,14 +85,15 @@ class Speculate(Attend):
         return replace(self, alpha=math.inf, cap=fraction)
 
     @property
+    def needs(self) -> tuple[Need, ...]:
+        """Return partial keys, slot by slot on the device, and what queries are foreseen and rotated with."""
+        partial = Derived("partial", self.partial, unit="key_dim", dtype=None, label="partial keys", later=True)
+        return (partial, LayerInputs(), Artifact("rotation", about="calibrated rotations"))
+
+    @property
     def dense_layers(self) -> int:
         """As asked for; the first layer has none before it to speculate from."""
         return self.dense
-
-    @property
-    def sketch_share(self) -> float:
-        """Columns of the partial keys."""
-        return self.partial
 
     @property
     def margin(self) -> float:

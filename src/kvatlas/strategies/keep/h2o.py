@@ -11,9 +11,10 @@ from dataclasses import InitVar, dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 from kvatlas.core.errors import ConfigError
+from kvatlas.core.needs import Received
 from kvatlas.core.vocabulary import Saves
 from kvatlas.strategies.registry import register
-from kvatlas.strategies.stage import Keep, Limits, Received, StageInfo, check_share, tokens_of
+from kvatlas.strategies.stage import Keep, Limits, StageInfo, check_share, tokens_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -90,9 +91,9 @@ class H2O(Keep):
         return Limits.steady(tokens_of(self.heavy, prompt_tokens) + self.recent_tokens(prompt_tokens))
 
     @property
-    def received(self) -> Received:
+    def needs(self) -> tuple[Received]:
         """Return all attention ever received."""
-        return Received()
+        return (Received(),)
 
     def recent_tokens(self, prompt_tokens: int) -> int:
         """Return ``recent`` in tokens."""

@@ -10,10 +10,11 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 from kvatlas.core.errors import ConfigError
+from kvatlas.core.needs import Received
 from kvatlas.core.plan import Traits
 from kvatlas.core.vocabulary import Saves
 from kvatlas.strategies.registry import register
-from kvatlas.strategies.stage import Keep, Limits, Received, StageInfo, check_share, tokens_of
+from kvatlas.strategies.stage import Keep, Limits, StageInfo, check_share, tokens_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -70,9 +71,9 @@ class SnapKV(Keep):
         return Limits(after_prompt=max(tokens_of(self.budget, prompt_tokens), self.window + 1))
 
     @property
-    def received(self) -> Received:
+    def needs(self) -> tuple[Received]:
         """Return the attention that the observation window paid."""
-        return Received(queries=self.window, in_decode=False)
+        return (Received(queries=self.window, in_decode=False),)
 
     def recent_tokens(self, prompt_tokens: int) -> int:
         """Return the observation window, which is kept."""

@@ -9,10 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+from kvatlas.core.needs import Received
 from kvatlas.core.plan import Traits
 from kvatlas.core.vocabulary import Saves
 from kvatlas.strategies.registry import register
-from kvatlas.strategies.stage import Budget, Keep, Limits, Received, Stage, StageInfo, check_share, tokens_of
+from kvatlas.strategies.stage import Budget, Keep, Limits, Stage, StageInfo, check_share, tokens_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -59,9 +60,9 @@ class Tova(Keep):
         return Limits.steady(tokens_of(self.budget, prompt_tokens))
 
     @property
-    def received(self) -> Received:
+    def needs(self) -> tuple[Received]:
         """Return the attention that the newest query pays."""
-        return Received(queries=1)
+        return (Received(queries=1),)
 
     def scores(self, view: LaneView) -> Tensor:
         """Return the attention received, summed over the heads of a layer; their slots hold the same tokens."""

@@ -1,0 +1,98 @@
+"""What a stage asks to be computed or kept for it: values, told by `Stage.needs`. No torch.
+
+What a need produces lies in a stream beside keys and values (`kvatlas.core.streams`), is written, moved, swapped and
+accounted for by storage, and is read by its name.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from kvatlas.core.shapes import LayerShape
+from kvatlas.core.streams import Per, Stream
+
+
+@dataclass(frozen=True, kw_only=True)
+class Received:
+    """Attention that cached tokens receive, summed over queries and over the query heads of a KV head.
+
+    Args:
+        queries: last queries of a prompt that count; None: all.
+        in_decode: whether decode steps count: added to the sums where all queries count, else in their place.
+    """
+
+    queries: int | None = None
+    in_decode: bool = True
+
+    @property
+    def about(self) -> str:
+        """What it is, for people."""
+        return "attention received"
+
+    def stream(self, layer: LayerShape, dtype: str) -> Stream:
+        """Return where it lies: one float32 number per slot, which begins at 0."""
+        return Stream(name="received", fill=0.0)
+
+
+@dataclass(frozen=True)
+class Derived:
+    """Numbers that `Stage.derive` makes of each token's keys and values.
+
+    Args:
+        name: of the stream.
+        width: numbers of an entry, in units of ``unit``; rounded, at least one.
+        unit: one number, or as many as a key or a value of a head has elements.
+        dtype: their type, as torch calls it; None: that of the model's own keys, or float16 where these are integers.
+        per: whether each slot has an entry, or each block one, which `Stage.merge` makes of those of its tokens.
+        label: what it is, for people; empty: its name.
+        later: entries are not made with their tokens; who asked for them writes them.
+
+    Example:
+        >>> from kvatlas.core.shapes import LayerShape
+        >>> layer = LayerShape(num_query_heads=9, num_kv_heads=3, key_dim=64, value_dim=64)
+        >>> Derived("bounds", 2, unit="key_dim", dtype="float32", per=Per.BLOCK).stream(layer, "float16").width
+        128
+    """
+
+    name: str
+    width: float = 1
+    unit: Literal["number", "key_dim", "value_dim"] = "number"
+    dtype: str | None = "float32"
+    per: Per = Per.SLOT
+    label: str = ""
+    later: bool = False
+
+    @property
+    def about(self) -> str:
+        """What it is, for people."""
+        return self.label or self.name
+
+    def stream(self, layer: LayerShape, dtype: str) -> Stream:
+        """Return where it lies in a layer whose own keys are of type ``dtype``."""
+        size = 1 if self.unit == "number" else getattr(layer, self.unit)
+        width = max(1, round(self.width * size))
+        return Stream(name=self.name, width=width, dtype=self.dtype or dtype, per=self.per)
+
+
+@dataclass(frozen=True)
+class LayerInputs:
+    """The hidden states that enter each layer, from which those of the next are foreseen."""
+
+    about: str = "layer inputs"
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """Something worked out once for a model.
+
+    Args:
+        name: what it is called.
+        about: what it is, for people.
+    """
+
+    name: str
+    about: str
+
+
+Need = Received | Derived | LayerInputs | Artifact

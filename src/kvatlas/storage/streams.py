@@ -1,0 +1,134 @@
+"""Streams that are made from keys and values: written with each token, made anew where tokens were moved.
+
+What a stream says of a whole block may speak of tokens that are gone, after one was evicted and its slot reused; it
+never leaves out one that is there. Shapes: n tokens, m blocks, s slots of a block, H lanes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+
+import torch
+from torch import Tensor
+
+from kvatlas.core.plan import Deriver
+from kvatlas.core.streams import Per, Stream
+from kvatlas.core.views import TokenView
+from kvatlas.kernels.blocks import read_keys, read_values
+from kvatlas.storage.arena import BlockClass, SideClass
+
+_TOKENS_AT_ONCE = 16384
+Derived = Seq[tuple[Stream, Deriver]]
+
+
+def of_blocks(derived: Derived) -> Derived:
+    """Return those streams that say something of whole blocks."""
+    return [(stream, by) for stream, by in derived if stream.per is Per.BLOCK]
+
+
+def derive_tokens(
+    side: SideClass, derived: Derived, block: Tensor, offset: Tensor, fresh: Tensor, view: TokenView
+) -> None:
+    """Write the entries of new tokens, each in a block of its own.
+
+    Args:
+        side: class of the blocks beside.
+        derived: which streams, and who makes them.
+        block: [..] int64, ids of the blocks beside.
+        offset: [..] int64, slots in these.
+        fresh: [..] bool, whether a token is the only one of its block.
+        view: shows the tokens [.., D].
+    """
+    for stream, by in derived:
+        entry, kept = by.derive(stream.name, view), side.pool.view(stream.name)
+        if stream.per is Per.SLOT:
+            kept[block, offset] = entry.to(kept.dtype)
+        else:
+            merged = by.merge(stream.name, kept[block], entry.to(kept.dtype))
+            kept[block] = torch.where(fresh[..., None].to(kept.device), entry.to(kept.dtype), merged)
+
+
+def derive_run(side: SideClass, derived: Derived, table: Tensor, first: Tensor, view: TokenView) -> None:
+    """Write the entries of tokens that follow each other in every lane.
+
+    Args:
+        side: class of the blocks beside.
+        derived: which streams, and who makes them.
+        table: [H, C] ids of the blocks beside.
+        first: [H] int64, on the CPU, the slot of the first token of each lane.
+        view: shows the tokens [n, H, D].
+    """
+    for stream, by in derived:
+        entries = by.derive(stream.name, view).transpose(0, 1)  # [H, n, w]
+        kept, size = side.pool.view(stream.name), side.layout.block_size
+        slot = first[:, None] + torch.arange(entries.shape[1])
+        entries = entries.to(kept.dtype)
+        if stream.per is Per.SLOT:
+            block = table.gather(1, (slot // size).to(table.device)).long()
+            kept[block, (slot % size).to(kept.device)] = entries
+            continue
+        start = first // size
+        columns = int((slot[:, -1] // size - start).max()) + 1
+        place = (slot - (start * size)[:, None]).to(kept.device)
+        grid = entries.new_zeros(len(entries), columns * size, stream.width)
+        grid.scatter_(1, place[..., None].expand_as(entries), entries)
+        live = torch.zeros(grid.shape[:2], dtype=torch.bool, device=kept.device).scatter_(1, place, True)
+        grid, live = grid.view(-1, size, stream.width), live.view(-1, size)
+        column = (start[:, None] + torch.arange(columns)).clamp(max=table.shape[1] - 1)
+        block = table.gather(1, column.to(table.device)).flatten().long()
+        begun = torch.zeros(len(entries), columns, dtype=torch.bool)
+        begun[:, 0] = first % size > 0
+        some, begun = live.any(dim=1), begun.flatten().to(kept.device)
+        merged = _merged(grid[some], live[some], stream, by)
+        block, begun = block[some], begun[some]
+        kept[block] = torch.where(begun[:, None], by.merge(stream.name, kept[block], merged), merged)
+
+
+def derive_blocks(
+    side: SideClass, derived: Derived, side_ids: Tensor, home: BlockClass, home_ids: Tensor, used: Tensor
+) -> None:
+    """Make the entries of whole blocks anew.
+
+    Args:
+        side: class of the blocks beside.
+        derived: which streams, and who makes them.
+        side_ids: [m] ids of the blocks beside.
+        home: class of the blocks of keys and values.
+        home_ids: [m] ids of these.
+        used: [m] int64, how many slots at the front of each are in use; blocks without any are left alone.
+    """
+    if not derived:
+        return
+    some = (used > 0).to(home_ids.device)
+    side_ids, home_ids, used = (each[some.to(each.device)] for each in (side_ids, home_ids, used))
+    at_once = max(1, _TOKENS_AT_ONCE // home.layout.block_size)
+    for first in range(0, len(home_ids), at_once):
+        part = slice(first, first + at_once)
+        _derive_some(side, derived, side_ids[part], home, home_ids[part], used[part])
+
+
+def _derive_some(
+    side: SideClass, derived: Derived, side_ids: Tensor, home: BlockClass, home_ids: Tensor, used: Tensor
+) -> None:
+    ids, beside = home_ids.int().to(home.device)[:, None], side_ids.long().to(side.device)
+    readers = {"keys": read_keys, "values": read_values}
+    view = TokenView(read=lambda what: readers[what](home.pool, ids, torch.float32).to(side.device))
+    live = torch.arange(home.layout.block_size) < used.cpu()[:, None]
+    live &= home.positions[ids[:, 0].long()].cpu() >= 0
+    for stream, by in derived:
+        kept, entries = side.pool.view(stream.name), by.derive(stream.name, view)
+        if stream.per is Per.BLOCK:
+            entries = _merged(entries, live.to(entries.device), stream, by)
+        kept[beside] = entries.to(kept.dtype)
+
+
+def _merged(entries: Tensor, live: Tensor, stream: Stream, by: Deriver) -> Tensor:
+    """Return one entry [m, w] of all live ones [m, s, w] of each block, which has at least one."""
+    while entries.shape[1] > 1:
+        half = entries.shape[1] // 2
+        one, other, rest = entries[:, :half], entries[:, half : 2 * half], entries[:, 2 * half :]
+        has_one, has_other = live[:, :half, None], live[:, half : 2 * half, None]
+        both = torch.where(has_one & has_other, by.merge(stream.name, one, other), torch.where(has_one, one, other))
+        entries = torch.cat([both, rest], dim=1)
+        live = torch.cat([live[:, :half] | live[:, half : 2 * half], live[:, 2 * half :]], dim=1)
+    return entries[:, 0]
