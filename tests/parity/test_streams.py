@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
@@ -19,14 +20,12 @@ from kvatlas.engine.engine import Engine
 from kvatlas.engine.llm import LLM
 from kvatlas.engine.params import SamplingParams
 from kvatlas.storage.eviction import lane_slots
+from kvatlas.strategies import registry
 from kvatlas.strategies.registry import register
 from kvatlas.strategies.stage import Attend, Keep, Limits, tokens_of
 from kvatlas.strategies.strategy import Strategy
 
 
-@register(
-    "asked_norm", summary="tokens whose keys are short, looked at when it cuts", traits=Traits(query_agnostic=True)
-)
 @dataclass(frozen=True, kw_only=True)
 class AskedNorm(Keep):
     budget: int | float = 0.5
@@ -38,7 +37,6 @@ class AskedNorm(Keep):
         return -view.keys().norm(dim=-1)
 
 
-@register("kept_norm", summary="the same, from norms that were kept", traits=Traits(query_agnostic=True))
 @dataclass(frozen=True, kw_only=True)
 class KeptNorm(AskedNorm):
     needs = (Derived("norm"), Derived("longest", per=Per.BLOCK))
@@ -53,6 +51,40 @@ class KeptNorm(AskedNorm):
         norms = view.side("norm").squeeze(-1)
         torch.testing.assert_close(norms[view.valid_BHS], view.keys().norm(dim=-1)[view.valid_BHS])
         return -norms
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedNorm(KeptNorm):
+    def scores(self, view: LaneView) -> torch.Tensor:
+        norms, read = view.side("norm").squeeze(-1), view.keys().norm(dim=-1)
+        torch.testing.assert_close(norms[view.valid_BHS], read[view.valid_BHS], rtol=0.15, atol=0.05)
+        return -norms
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeptAll(Keep):
+    needs = KeptNorm.needs
+    derive, merge = KeptNorm.derive, KeptNorm.merge
+
+
+@dataclass(frozen=True, kw_only=True)
+class NormReader(Attend):
+    needs = (Derived("norm", 2),)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def known() -> Iterator[None]:
+    """Make the stages of this file known, to its tests alone."""
+    drops, keeps = Traits(query_agnostic=True), Traits(keeps_all=True, prompt_shareable=True)
+    given = {
+        "asked_norm": (AskedNorm, drops), "kept_norm": (KeptNorm, drops), "packed_norm": (PackedNorm, drops),
+        "kept_all": (KeptAll, keeps), "norm_reader": (NormReader, keeps),
+    }  # fmt: skip
+    for name, (stage, traits) in given.items():
+        register(name, summary="a stage of these tests", traits=traits)(stage)
+    yield
+    for name in given:
+        del registry._STAGES[name]
 
 
 RULES = (
@@ -90,22 +122,6 @@ def test_streams_survive_packing() -> None:
     engine = Engine(model(), kv_memory="16MiB", max_batched_tokens=50, enable_prefix_caching=False)
     done = drive(engine, [Job(ids(n, n), ids(28, n + 1), sentence) for n in (99, 60)])
     assert all(len(lane) == 40 for job in done for lane in job.kept[-1])
-
-
-@register("packed_norm", summary="checks that norms are near those of packed keys", traits=Traits(query_agnostic=True))
-@dataclass(frozen=True, kw_only=True)
-class PackedNorm(KeptNorm):
-    def scores(self, view: LaneView) -> torch.Tensor:
-        norms, read = view.side("norm").squeeze(-1), view.keys().norm(dim=-1)
-        torch.testing.assert_close(norms[view.valid_BHS], read[view.valid_BHS], rtol=0.15, atol=0.05)
-        return -norms
-
-
-@register("kept_all", summary="every token, and its norm", traits=Traits(keeps_all=True, prompt_shareable=True))
-@dataclass(frozen=True, kw_only=True)
-class KeptAll(Keep):
-    needs = KeptNorm.needs
-    derive, merge = KeptNorm.derive, KeptNorm.merge
 
 
 @pytest.mark.parametrize("before", ["full", "kept_all", "quest(budget=8, dense=0)", "snapkv(budget=20, window=4)"])
@@ -161,10 +177,5 @@ def test_conversations_with_streams_can_be_forked() -> None:
 
 
 def test_two_streams_of_one_name_are_refused() -> None:
-    @register("norm_reader", summary="keeps a stream that another keeps too")
-    @dataclass(frozen=True, kw_only=True)
-    class NormReader(Attend):
-        needs = (Derived("norm", 2),)
-
     with pytest.raises(CompositionError, match="kept_norm and norm_reader both keep 'norm'"):
         Strategy.parse("kept_norm | norm_reader").plan(model().adapter.shape, Format.FP32)
