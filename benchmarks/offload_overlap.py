@@ -77,7 +77,7 @@ def figures(steps: list[Step], compute: float) -> dict[str, float]:
         "fetch": fetch,
         "store": store,
         "wait": wait,
-        "speculate": spent(steps, EventKind.SPECULATE),
+        "speculate": spent(steps, EventKind.SELECT),
         "ratio": max(fetch, store) / compute,
         "hidden": 1 - wait / (fetch + store),
         "bound reached": max(compute, fetch, store) / step,

@@ -26,11 +26,13 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from kvatlas.engine import forward, selection
+from kvatlas.engine import forward
 from kvatlas.engine.engine import Engine
 from kvatlas.engine.params import SamplingParams
+from kvatlas.kernels import blocks
 from kvatlas.kernels.pool import Entries, Part
 from kvatlas.models.loading import load_model
+from kvatlas.strategies.attend.quest import Quest
 from kvatlas.strategies.strategy import Strategy
 
 DENSE = 1
@@ -46,8 +48,8 @@ class Meter:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        attend_group, attention, choose, score = (
-            forward.ForwardPass._attend_group, forward.decode_attention, forward.choose_pages, selection.score_bounds,
+        attend_group, attention, select, score = (
+            forward.ForwardPass._attend_group, forward.decode_attention, Quest.select, blocks.score_bounds,
         )  # fmt: skip
 
         def group(this: Any, call: Any, *arguments: Any) -> Any:
@@ -57,21 +59,21 @@ class Meter:
             return attend_group(this, call, *arguments)
 
         def counted(q: torch.Tensor, parts: Sequence[Part], **options: Any) -> Any:
-            self.read[self.layer][-1] += sum(blocks(part) * part.pool.layout.kv_bytes for part in parts)
+            self.read[self.layer][-1] += sum(num_blocks(part) * part.pool.layout.kv_bytes for part in parts)
             return self.timed(attention, q, parts, **options)
 
         def scored(q: torch.Tensor, bounds: Entries) -> torch.Tensor:
-            self.read[self.layer][-1] += blocks(bounds) * bounds.pool.layout.num_bytes(bounds.name)
+            self.read[self.layer][-1] += num_blocks(bounds) * bounds.pool.layout.num_bytes(bounds.name)
             return score(q, bounds)
 
         forward.ForwardPass._attend_group, forward.decode_attention = group, counted  # type: ignore[method-assign]
-        forward.choose_pages = lambda *arguments: self.timed(choose, *arguments)
-        selection.score_bounds = scored
+        Quest.select = lambda *arguments: self.timed(select, *arguments)  # type: ignore[method-assign, assignment]
+        blocks.score_bounds = scored
         try:
             yield
         finally:
             forward.ForwardPass._attend_group = attend_group  # type: ignore[method-assign]
-            forward.decode_attention, forward.choose_pages, selection.score_bounds = attention, choose, score
+            forward.decode_attention, Quest.select, blocks.score_bounds = attention, select, score  # type: ignore[method-assign]
 
     def timed(self, call: Any, *arguments: Any, **options: Any) -> Any:
         start = time.process_time()
@@ -80,7 +82,7 @@ class Meter:
         return result
 
 
-def blocks(part: Part | Entries) -> int:
+def num_blocks(part: Part | Entries) -> int:
     return int((-(-part.length // part.pool.layout.block_size)).sum())
 
 

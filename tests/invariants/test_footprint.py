@@ -61,17 +61,26 @@ encodes, places = (
     st.sampled_from(["", " | offload(host)", " | offload(host, false)", " | offload(host, layers=0-1)"]),
 )
 speculations = st.builds(
-    lambda alpha, cap, partial: f"speculate(alpha={alpha!r}, cap={cap!r}, partial={partial!r}) | offload(host)",
+    lambda keep, alpha, cap, partial: (
+        f"{keep} | speculate(alpha={alpha!r}, cap={cap!r}, partial={partial!r}) | offload(host)"
+    ),
+    st.sampled_from(["full", "full", "snapkv(budget=20, window=4)", "knorm(budget=25) | ada(floor=0.1)"]),
     st.sampled_from([0.0, 1.0, 4.0, float("inf")]), st.floats(0.01, 1.0), st.floats(0.01, 1.0),
 )  # fmt: skip
 pages = st.builds(
-    lambda encode, budget, dense: f"snapkv(budget=20, window=4){encode} | quest(budget={budget}, dense={dense})",
-    encodes, small, st.integers(0, 2),
+    lambda keep, encode, budget, dense, place: f"{keep}{encode} | quest(budget={budget}, dense={dense}){place}",
+    st.sampled_from(["full", "snapkv(budget=20, window=4)", "knorm(budget=25) | ada(floor=0.1)"]), encodes, small,
+    st.integers(0, 2), st.sampled_from(["", " | offload(host)"]),
 )  # fmt: skip
 strategies = st.one_of(*[st.builds("{}{}{}".format, keeps, encodes, places)] * 3, pages)
-packed = st.builds(
-    lambda keep, bits, residual: f"{keep} | kivi(bits={bits}, residual={residual})",
-    keeps, st.sampled_from([2, 4]), st.integers(0, 60),
+bits, residuals = st.sampled_from([2, 4]), st.integers(0, 60)
+packed = st.one_of(
+    st.builds("{} | kivi(bits={}, residual={})".format, keeps, bits, residuals),
+    st.builds("{} | kivi(bits={}, residual={})".format, keeps, bits, residuals),
+    st.builds(
+        "{} | kivi(bits={}, residual={}) | quest(budget=32, dense=0)".format,
+        st.sampled_from(["full", "snapkv(budget=20, window=4)", "streaming_llm(sinks=2, recent=60)"]), bits, residuals,
+    ),
 )  # fmt: skip
 
 

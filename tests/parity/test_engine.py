@@ -15,7 +15,7 @@ import torch
 from tests.driving import Job, drive, finish, loaded, relative_error
 from tests.families import FAMILIES, LONGROPE_LIMIT_TOKENS, tiny_model, token_ids
 
-from kvatlas.core.vocabulary import Format
+from kvatlas.core.vocabulary import Axis, Format
 from kvatlas.engine.engine import Engine
 from kvatlas.engine.llm import LLM
 from kvatlas.engine.params import SamplingParams
@@ -138,8 +138,18 @@ STAGES = {
     "h2o(heavy=15, recent=14) | offload(host)": TOLERANCE,
     "infinigen": TOLERANCE,
     "speculate(alpha=2.0, cap=0.5, partial=0.5) | offload(host, false)": TOLERANCE,
+    "quest(budget=32, dense=1) | offload(host)": TOLERANCE,
+    "quest(budget=32, dense=0) | int8 | offload(host)": 3e-2,
+    "snapkv(budget=100, window=8) | quest(budget=32, dense=0)": TOLERANCE,
+    "snapkv(budget=100, window=8) | ada(floor=0.2) | quest(budget=32, dense=0)": TOLERANCE,
+    "kivi(bits=4, residual=8) | quest(budget=32, dense=0)": 3e-2,
+    "snapkv(budget=100, window=8) | kivi(bits=4, residual=8) | quest(budget=32, dense=1)": 3e-2,
+    "snapkv(budget=29, window=8) | infinigen": TOLERANCE,
+    "snapkv(budget=29, window=8) | ada | speculate(cap=0.5) | offload(host)": TOLERANCE,
 }
 LENGTHS = (70, 9, 40)
+SELECTS = (100, 9, 40)
+"""Of prompts where pages are chosen: at least three are read in any case."""
 
 
 @cache
@@ -153,7 +163,11 @@ def wide_model() -> LoadedModel:
 
 
 def stage_jobs(strategies: Iterable[str] = STAGES) -> list[Job]:
-    return [job(strategy, n, seed=n, outputs=16) for n in LENGTHS for strategy in strategies]
+    return [
+        job(strategy, n, seed=n, outputs=16)
+        for strategy in strategies
+        for n in (SELECTS if Strategy.parse(strategy).on(Axis.ATTEND) else LENGTHS)
+    ]
 
 
 def stage_engine(**options) -> Engine:
@@ -199,7 +213,8 @@ def test_packed_chunks_are_near(strategy: str) -> None:
     near, same = drive(stage_engine(max_batched_tokens=29), stage_jobs([strategy])[:1]), stage_jobs([strategy])[:1]
     drive(stage_engine(max_batched_tokens=29), same)
     assert torch.equal(logits_of(*near), logits_of(*same)), LASTING
-    whole, full = stage_alone(strategy, LENGTHS[0]), stage_alone("full", LENGTHS[0])
+    longest = len(near[0].prompt)
+    whole, full = stage_alone(strategy, longest), stage_alone("full", longest)
     assert relative_error(logits_of(*near), whole) < 1.5 * relative_error(whole, full)
 
 

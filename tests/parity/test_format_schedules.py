@@ -7,10 +7,10 @@ import torch
 from tests.driving import Job, assert_empty, drive, loaded, relative_error
 from tests.families import tiny_model, token_ids
 
-from kvatlas.engine import forward, selection
 from kvatlas.engine.engine import Engine
 from kvatlas.engine.params import SamplingParams
 from kvatlas.kernels.blocks import read_keys
+from kvatlas.strategies.attend.quest import Quest
 from kvatlas.strategies.strategy import Strategy
 
 MODEL = loaded(tiny_model("llama", num_hidden_layers=2, max_position_embeddings=2048))
@@ -59,16 +59,17 @@ def test_blocks_moved_together_keep_what_they_hold() -> None:
 
 @pytest.mark.parametrize("keep", ["streaming_llm(sinks=4, recent=252)", "full", "snapkv(budget=200, window=8)"])
 def test_quest_always_reads_the_newest_token(keep: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    choose, seen = selection.choose_pages, []
+    select, seen = Quest.select, []
 
-    def noting(query, cached, side, most, slot):
-        part = choose(query, cached, side, most, slot)
-        block = cached.table.long().gather(-1, (slot // 32)[..., None])
-        used = torch.arange(part.table.shape[-1]) * 32 < part.length[..., None]
-        seen.append(bool(((part.table == block) & used).any(dim=-1).all()))
-        return part
+    def noting(this, view):
+        found = select(this, view)
+        if found is not None:
+            meant = torch.arange(found.index_RHn.shape[-1]) < found.count_RH[..., None]
+            newest = (view.newest_RH // view.block_size)[..., None]
+            seen.append(bool(((found.index_RHn == newest) & meant).any(dim=-1).all()))
+        return found
 
-    monkeypatch.setattr(forward, "choose_pages", noting)
+    monkeypatch.setattr(Quest, "select", noting)
     drive(Engine(MODEL, kv_memory="8MiB"), [job(f"{keep} | quest(budget=96, dense=0)", 400, 60)])
     assert len(seen) >= 2 * 59 and all(seen)
 

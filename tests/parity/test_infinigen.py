@@ -14,11 +14,12 @@ from tests.driving import Job, assert_empty, drive, loaded, relative_error
 from tests.families import tiny_model, token_ids
 from tests.retold import InfiniGen
 
+from kvatlas.core.views import Selection
 from kvatlas.core.vocabulary import Axis
-from kvatlas.engine import forward
+from kvatlas.engine import beside
 from kvatlas.engine.engine import Engine
-from kvatlas.engine.speculation import Choice, make_speculator
 from kvatlas.models.loading import LoadedModel
+from kvatlas.models.rotation import rotations_of
 from kvatlas.strategies.attend.speculate import Speculate
 from kvatlas.strategies.strategy import Strategy
 
@@ -45,7 +46,7 @@ def model(kv_heads: int = GROUPED) -> LoadedModel:
 
 @cache
 def matrices(kv_heads: int) -> list[torch.Tensor]:
-    return [rotation.matrix for rotation in make_speculator(model(kv_heads)).rotations]
+    return [rotation.matrix for rotation in rotations_of(model(kv_heads))]
 
 
 @cache
@@ -78,16 +79,16 @@ def assert_as_told(job: Job, kv_heads: int = GROUPED) -> None:
 
 
 @pytest.fixture
-def choices(monkeypatch: pytest.MonkeyPatch) -> list[Choice]:
-    """Return the list into which every choice goes that an engine makes."""
-    made: list[Choice] = []
-    choose = forward.choose
+def choices(monkeypatch: pytest.MonkeyPatch) -> list[Selection]:
+    """Return the list into which every choice goes that an engine's stages make."""
+    made: list[Selection] = []
+    select = Speculate.select
 
-    def noting(*args) -> Choice:
-        made.append(choose(*args))
+    def noting(*args) -> Selection:
+        made.append(select(*args))
         return made[-1]
 
-    monkeypatch.setattr(forward, "choose", noting)
+    monkeypatch.setattr(Speculate, "select", noting)
     return made
 
 
@@ -108,10 +109,10 @@ def choices(monkeypatch: pytest.MonkeyPatch) -> list[Choice]:
     ],
 )
 def test_chooses_and_answers_as_told(
-    choices: list[Choice], strategy: str, prompt_tokens: int, chunk: int, block_size: int, kv_heads: int
+    choices: list[Selection], strategy: str, prompt_tokens: int, chunk: int, block_size: int, kv_heads: int
 ) -> None:
     engine = Engine(model(kv_heads), kv_memory="4MiB", block_size=block_size, max_batched_tokens=chunk)
-    engine.observe_speculation()
+    engine.observe_selection()
     done = job(strategy, prompt_tokens)
     drive(engine, [done])
     retelling, _ = told(strategy, prompt_tokens, kv_heads)
@@ -119,12 +120,12 @@ def test_chooses_and_answers_as_told(
     for step, layers in enumerate(retelling.chosen):
         for layer, heads in sorted(layers.items()):
             choice = next(taken)
-            count = int(choice.count[0])
-            got = {head: choice.slots[0, head, :count].tolist() for head in range(choice.slots.shape[1])}
+            counts = choice.count_RH[0].tolist()
+            got = {head: choice.index_RHn[0, head, :count].tolist() for head, count in enumerate(counts)}
             assert got == heads, f"step {step}, layer {layer}"
     assert next(taken, None) is None
     assert_as_told(done, kv_heads)
-    account = engine.speculation
+    account = engine.probe
     assert account is not None and account.count == len(retelling.recalls)
     assert account.recall == pytest.approx(sum(retelling.recalls) / account.count, abs=1e-5)
     assert account.mass == pytest.approx(sum(retelling.masses) / account.count, abs=1e-5)
@@ -176,7 +177,7 @@ def test_caps_between_blocks_spoil_nobody() -> None:
 def test_long_prompts_fill_the_sketch_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """With blocks that do not divide a part, and with parts smaller than a block."""
     for part, block_size in ((8, 3), (8, 5), (2, 4), (7, 7)):
-        monkeypatch.setattr(forward, "_SKETCH_SLOTS", part)
+        monkeypatch.setattr(beside, "_TOKENS_AT_ONCE", part)
         done = job(SPECULATIONS[0], 34)
         drive(Engine(model(), kv_memory="4MiB", block_size=block_size, max_batched_tokens=16), [done])
         assert_as_told(done)
@@ -193,9 +194,9 @@ def test_in_half_precision_it_is_near(text: str) -> None:
 
 def test_accounts_begin_at_nothing() -> None:
     engine = Engine(model(), kv_memory="1MiB")
-    assert engine.speculation is None
-    engine.observe_speculation()
-    account = engine.speculation
+    assert engine.probe is None
+    engine.observe_selection()
+    account = engine.probe
     assert account is not None and account.count == 0 and math.isnan(account.recall) and math.isnan(account.mass)
     drive(engine, [job("full", 9), job("offload(host)", 9)])
     assert account.count == 0, "nothing was guessed"

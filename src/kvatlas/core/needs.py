@@ -46,7 +46,7 @@ class Derived:
         dtype: their type, as torch calls it; None: that of the model's own keys, or float16 where these are integers.
         per: whether each slot has an entry, or each block one, which `Stage.merge` makes of those of its tokens.
         label: what it is, for people; empty: its name.
-        later: entries are not made with their tokens; who asked for them writes them.
+        later: entries are made from the end of the first prompt on, when `Stage.begin` has set what they depend on.
 
     Example:
         >>> from kvatlas.core.shapes import LayerShape
@@ -70,9 +70,40 @@ class Derived:
 
     def stream(self, layer: LayerShape, dtype: str) -> Stream:
         """Return where it lies in a layer whose own keys are of type ``dtype``."""
-        size = 1 if self.unit == "number" else getattr(layer, self.unit)
-        width = max(1, round(self.width * size))
+        width = _width(layer, self.width, self.unit)
         return Stream(name=self.name, width=width, dtype=self.dtype or dtype, per=self.per)
+
+
+@dataclass(frozen=True)
+class Record:
+    """Numbers that there is one entry of per lane.
+
+    They begin at 0. Until the first prompt is over, `Stage.observe` renews them with each of its chunks; at its end,
+    before tokens are dropped, `Stage.begin` may set them once more.
+
+    Args:
+        name: of the stream.
+        width: numbers, in units of ``unit``; rounded, at least one.
+        unit: as in `Derived`.
+        dtype: their type, as torch calls it.
+        label: what it is, for people; empty: its name.
+    """
+
+    name: str
+    width: float = 1
+    unit: Literal["number", "key_dim", "value_dim"] = "number"
+    dtype: str = "float32"
+    label: str = ""
+
+    @property
+    def about(self) -> str:
+        """What it is, for people."""
+        return self.label or self.name
+
+    def stream(self, layer: LayerShape) -> Stream:
+        """Return where it lies."""
+        width = _width(layer, self.width, self.unit)
+        return Stream(name=self.name, width=width, dtype=self.dtype, per=Per.LANE, fill=0.0)
 
 
 @dataclass(frozen=True)
@@ -84,15 +115,21 @@ class LayerInputs:
 
 @dataclass(frozen=True)
 class Artifact:
-    """Something worked out once for a model.
+    """Something worked out once for a model, one thing per layer, by a function of a loaded model.
 
     Args:
         name: what it is called.
+        build: ``"module:function"`` that works it out of a loaded model.
         about: what it is, for people.
     """
 
     name: str
+    build: str
     about: str
 
 
-Need = Received | Derived | LayerInputs | Artifact
+Need = Received | Derived | Record | LayerInputs | Artifact
+
+
+def _width(layer: LayerShape, width: float, unit: str) -> int:
+    return max(1, round(width * (1 if unit == "number" else getattr(layer, unit))))

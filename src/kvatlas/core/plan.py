@@ -5,7 +5,7 @@ Everything here is per layer, since a stage may be given to some layers only.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import TYPE_CHECKING, Protocol
@@ -18,7 +18,7 @@ from kvatlas.core.vocabulary import Format, Tier
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from kvatlas.core.views import TokenView
+    from kvatlas.core.views import ChunkView, Given, TokenView
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +62,16 @@ class Deriver(Protocol):
         """Return the entry [.., width] of the tokens of two entries together."""
 
 
+class Observer(Protocol):
+    """Who keeps records of a lane; stages are."""
+
+    def observe(self, name: str, chunk: ChunkView) -> Tensor:
+        """Return what a record [H, width] is after a further chunk of the first prompt."""
+
+    def begin(self, given: Given) -> Mapping[str, Tensor]:
+        """Return records [H, width] to set at the end of the first prompt."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class LayerCache:
     """What is stored of a layer that owns lanes.
@@ -73,6 +83,9 @@ class LayerCache:
         residual: newest tokens of a lane that are not encoded, at least.
         side: device blocks of streams beside all those blocks; None: there are none.
         derived: streams made from keys and values, each with who makes them.
+        later: likewise, but not before the first prompt is over.
+        records: a device block of what each lane has one of; None: there is none.
+        recorded: what `records` holds, each with who observes it.
     """
 
     own: BlockLayout
@@ -81,6 +94,9 @@ class LayerCache:
     residual: int = 0
     side: SideLayout | None = None
     derived: tuple[tuple[Stream, Deriver], ...] = ()
+    later: tuple[tuple[Stream, Deriver], ...] = ()
+    records: SideLayout | None = None
+    recorded: tuple[tuple[Stream, Observer], ...] = ()
 
 
 @dataclass(frozen=True)

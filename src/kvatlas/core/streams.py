@@ -1,7 +1,7 @@
 """What is kept of lanes beside their keys and values: streams of numbers in blocks of their own.
 
-The block that lies beside a block of keys and values holds all its streams, one behind the other: those with an entry
-per slot, then those with one entry for the whole block.
+The block that lies beside a block of keys and values holds all its streams, one behind the other: an entry per slot, or
+one for the whole block. What there is one of per lane lies in a block of its own.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ class Per(StrEnum):
 
     SLOT = "slot"
     BLOCK = "block"
+    LANE = "lane"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +37,7 @@ class Stream:
         width: numbers of an entry.
         dtype: their type, as torch calls it.
         per: what an entry is of.
-        fill: what a slot begins with; None: its entry is written with its token.
+        fill: what a slot, or a lane, begins with; None: its entry is written with its token.
 
     Raises:
         ConfigError: the type is unknown, or an entry is empty.
@@ -61,7 +62,7 @@ class SideLayout:
 
     Args:
         streams: in order.
-        block_size: slots of the block of keys and values that it lies beside.
+        block_size: slots of the block of keys and values that it lies beside; of what lanes have one of, any.
     """
 
     streams: tuple[Stream, ...]

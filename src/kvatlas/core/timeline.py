@@ -13,7 +13,7 @@ class EventKind(StrEnum):
     STORE = "store"
     WAIT = "wait"
     ATTEND = "attend"
-    SPECULATE = "speculate"
+    SELECT = "select"
     STEP = "step"
 
 

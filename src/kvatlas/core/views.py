@@ -6,20 +6,47 @@ to the longest lane, D elements of a key or a value.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from kvatlas.core.streams import Per
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
+def _nothing(name: str) -> Any:
+    raise KeyError(f"{name!r} was not asked for")
+
+
 @dataclass(frozen=True, kw_only=True)
-class TokenView:
-    """Tokens of which entries of streams are to be made.
+class Given:
+    """What is known of a layer beside its tokens.
 
     Args:
-        read: returns their keys and values [.., D].
+        records: returns what there is one entry of per lane, [.., H, width].
+        artifacts: returns what was worked out for the model's layer.
+    """
+
+    records: Callable[[str], Tensor] = _nothing
+    artifacts: Callable[[str], Any] = _nothing
+
+    def record(self, name: str) -> Tensor:
+        """Return what a `Record` holds, [.., H, width]."""
+        return self.records(name)
+
+    def artifact(self, name: str) -> Any:
+        """Return what an `Artifact` is for this layer."""
+        return self.artifacts(name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenView(Given):
+    """Tokens of which entries of streams are to be made, in lanes.
+
+    Args:
+        read: returns their keys and values: those of a chunk [H, n, D], of a step [R, H, 1, D], of m blocks [m, s, D].
     """
 
     read: Callable[[str], Tensor]
@@ -31,6 +58,61 @@ class TokenView:
     def values(self) -> Tensor:
         """Return the values, float32 [.., Dv]."""
         return self.read("values")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChunkView(Given):
+    """A chunk of a sequence's first prompt: n tokens, H lanes of a layer, G query heads of each.
+
+    Args:
+        query_HGnD: queries, rotated, float32.
+        key_HnD: keys, rotated, float32.
+    """
+
+    query_HGnD: Tensor
+    key_HnD: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selection:
+    """What a decode step reads of each lane.
+
+    Args:
+        per: whether slots or blocks are named.
+        index_RHn: int64, ascending; what is named beyond the count is padding.
+        count_RH: int64, how many of them are meant.
+    """
+
+    per: Per
+    index_RHn: Tensor
+    count_RH: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class QueryView(Given):
+    """What a step asks of R sequences in a layer, and what there is to choose by: H lanes, G query heads of each.
+
+    Slots of a lane are numbered as its blocks lie: encoded ones first.
+
+    Args:
+        query_RHGD: queries, rotated.
+        length_RH: int64, slots that may be read.
+        newest_RH: int64, slot of the newest token; None: it has none yet, as when a stage is asked ahead.
+        block_size: slots of a block.
+        sides: returns the entries of a stream, of all slots [R, H, S, width] or blocks [R, H, C, width].
+        entries: returns where these lie, part by part, for kernels (`kvatlas.kernels.pool.Entries`).
+    """
+
+    query_RHGD: Tensor
+    length_RH: Tensor
+    newest_RH: Tensor | None
+    block_size: int
+    sides: Callable[[str], Tensor]
+    entries: Callable[[str], Sequence[Any]]
+
+    def side(self, name: str) -> Tensor:
+        """Return the entries of a stream, of all slots [R, H, S, width] or blocks [R, H, C, width]."""
+        return self.sides(name)
 
 
 @dataclass(kw_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import logging
 import time
@@ -15,7 +16,7 @@ import torch
 from kvatlas.core.errors import CapacityError, ConfigError, UnsupportedError
 from kvatlas.core.footprint import Footprint
 from kvatlas.core.layout import DEFAULT_BLOCK_SIZE
-from kvatlas.core.needs import LayerInputs
+from kvatlas.core.needs import Artifact, LayerInputs
 from kvatlas.core.timeline import Event, Timeline
 from kvatlas.core.units import format_bytes, parse_bytes, parse_tier_bytes
 from kvatlas.core.vocabulary import Format
@@ -29,7 +30,7 @@ from kvatlas.engine.request import FinishReason, NewToken, Request
 from kvatlas.engine.runner import Batch, Runner
 from kvatlas.engine.sampler import sample
 from kvatlas.engine.scheduler import Scheduler
-from kvatlas.engine.speculation import Account, make_speculator
+from kvatlas.engine.selection import Probe
 from kvatlas.models.loading import LoadedModel
 from kvatlas.storage.link import Link, LinkRate
 from kvatlas.storage.prefix_cache import PrefixCache
@@ -132,18 +133,17 @@ class Engine:
         return None if self.transport.timeline is None else self.transport.timeline.events
 
     @property
-    def speculation(self) -> Account | None:
-        """How good the guesses were, since `observe_speculation`."""
-        return None if self.transport.speculator is None else self.transport.speculator.account
+    def probe(self) -> Probe | None:
+        """How good choices of what to read were, since `observe_selection`."""
+        return self.transport.probe
 
     def record_timeline(self) -> None:
         """Note from now on what happens when in each forward, beginning with an empty list."""
         self.transport.timeline = Timeline()
 
-    def observe_speculation(self) -> None:
-        """Compare from now on every guess with the exact scores; slows speculating strategies down a lot."""
-        self.transport.speculator = self.transport.speculator or make_speculator(self.model)
-        self.transport.speculator.account = Account()
+    def observe_selection(self) -> None:
+        """Compare from now on what is chosen with the exact scores, beginning anew; slows such strategies a lot."""
+        self.transport.probe = Probe()
 
     def prepare(self, strategy: Strategy) -> Plan:
         """Make ready what a strategy needs beside memory; return what it means for this engine's model.
@@ -154,8 +154,11 @@ class Engine:
         """
         plan = self.plan(strategy)
         self.store.layout(plan.cache)
-        if any(isinstance(need, LayerInputs) for need in strategy.needs) and self.transport.speculator is None:
-            self.transport.speculator = make_speculator(self.model)
+        for need in strategy.needs:
+            if isinstance(need, Artifact) and need.name not in self.transport.artifacts:
+                self.transport.artifacts[need.name] = _built(need, self.model)
+            if isinstance(need, LayerInputs):
+                self.model.adapter.watch_inputs()
         return plan
 
     def plan(self, strategy: Strategy) -> Plan:
@@ -398,6 +401,11 @@ class Engine:
                     f"raise {option} or choose another strategy"
                 )
         return bound
+
+
+def _built(artifact: Artifact, model: LoadedModel) -> Any:
+    module, function = artifact.build.split(":")
+    return getattr(importlib.import_module(module), function)(model)
 
 
 def _end_ids(model: LoadedModel) -> frozenset[int]:

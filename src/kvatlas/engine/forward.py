@@ -9,32 +9,35 @@ Shapes: T packed tokens, n tokens of a chunk, R sequences of a group, H KV heads
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence as Seq
-from dataclasses import dataclass, replace
-from typing import TypedDict
+from dataclasses import dataclass, field, replace
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
 
+from kvatlas.core.errors import UnsupportedError
+from kvatlas.core.streams import Per
 from kvatlas.core.timeline import EventKind, Timeline
-from kvatlas.core.views import TokenView
+from kvatlas.core.views import Selection
+from kvatlas.engine.beside import Beside
 from kvatlas.engine.segments import Chunk, DecodeGroup, sequence_of
-from kvatlas.engine.selection import choose_pages
+from kvatlas.engine.selection import Probe, chosen_blocks, slots_of
 from kvatlas.engine.sources import Blocks, old_blocks
-from kvatlas.engine.speculation import Choice, Foresee, Sketch, Speculator, by_kv_head, choose
 from kvatlas.engine.staging import Staging, Transfer, Visitors
 from kvatlas.kernels.blocks import read_keys, rounded, write_slots
 from kvatlas.kernels.chunk_attention import chunk_attention
 from kvatlas.kernels.column_sums import column_sums
 from kvatlas.kernels.decode_attention import NewTokens, decode_attention
+from kvatlas.kernels.gather import gather_slots
 from kvatlas.kernels.pool import Part
 from kvatlas.models.adapter import AttentionCall
 from kvatlas.storage.arena import BlockClass, SideClass
 from kvatlas.storage.link import Link
 from kvatlas.storage.sequence import Sequence
 from kvatlas.storage.store import KVStore
-from kvatlas.storage.streams import derive_run, derive_tokens
 
-_SKETCH_SLOTS = 4096  # past keys that enter a sketch at a time, about: whole blocks do
+Foresee = Callable[[int, slice], Tensor]
+"""Returns the queries [n, Hq, Dk] that a later layer would ask for some rows of the batch."""
 
 
 @dataclass(kw_only=True)
@@ -44,12 +47,14 @@ class Transport:
     Args:
         link: the way between the tiers.
         timeline: notes what happens when, or None.
-        speculator: foresees what a layer reads; None until a strategy asks for it.
+        artifacts: what was worked out for the model, by name, one thing per layer.
+        probe: compares what is chosen with the exact scores, or None.
     """
 
     link: Link
     timeline: Timeline | None = None
-    speculator: Speculator | None = None
+    artifacts: dict[str, Seq[Any]] = field(default_factory=dict)
+    probe: Probe | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +90,7 @@ class ForwardPass:
         self._chunks = chunks
         self._groups = groups
         self._transport = transport
+        self._beside = Beside(store, transport.artifacts)
         parts = [chunk.visitors for chunk in chunks] + [group.visitors for group in groups]
         visitors = [each for each in parts if each is not None]
         self._staging = Staging(transport.link, visitors, len(store.lanes.shape.layers), transport.timeline)
@@ -98,24 +104,21 @@ class ForwardPass:
         self._staging.abandon()
 
     def before_layer(self, layer: int, foresee: Foresee) -> None:
-        """Choose and fetch what the next layer will read, for groups whose strategy speculates."""
-        speculator, target = self._transport.speculator, layer + 1
+        """Choose and fetch what the next layer will read, for groups whose stage there is asked ahead."""
+        target = layer + 1
         for group in self._groups:
-            visitors = group.visitors
-            if visitors is None or not visitors.chooses or not visitors.reads_host(target):
+            attend = group.plan.layers[target].attend if target < len(group.plan.layers) else None
+            if attend is None or not attend.ahead:
                 continue
-            attend = group.plan.layers[target].attend
-            assert attend is not None
-            assert speculator is not None
-            with self._staging.noted(EventKind.SPECULATE, target):
+            assert group.visitors is not None
+            with self._staging.noted(EventKind.SELECT, target):
                 query = foresee(target, slice(group.start, group.start + len(group.requests)))
-                cached = group.host_length[:, self._store.lanes.slices[target].start] - 1
-                sketch = Sketch(self._store, speculator.rotations[target], target)
-                shape = self._store.lanes.shape.layers[target]
-                most = torch.tensor([attend.most_read(count, shape.group) for count in cached.tolist()])
-                choice = choose(sketch.relative(group.seqs, query, cached), attend.margin, most)
-                group.choices[target] = choice
-                self._staging.bring(target, visitors, visitors.chosen(target, choice.slots, choice.wanted))
+                cached = group.layers[target].host_length - 1
+                own = self._own(group, target, cached.to(query.device), cached)
+                selection = attend.select(self._beside.query(target, group, query, [own], ahead=True))
+                if selection is not None:
+                    group.choices[target] = selection
+                    self._staging.bring(target, group.visitors, group.visitors.chosen(target, selection))
 
     def attend(self, call: AttentionCall, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Write this layer's keys and values to their slots and return what the queries read [1, T, Hq, Dv]."""
@@ -146,7 +149,9 @@ class ForwardPass:
         home = seq.layout.of_layer(call.layer)
         block, offset = chunk.slots.block[:, lanes], chunk.slots.offset[:, lanes]
         k, v = self._write(call, home, block, offset, k, v, source.visiting)
-        self._derive_chunk(call, chunk, k, v)
+        cached = Blocks.of(source.blocks, source.table[0], past.to(q.device), past)
+        if self._stores(call.layer):
+            self._beside.add_chunk(call.layer, chunk, cached, q, k, v)
         reach = keep.reach(chunk.request.prompt_tokens)
         limits = _Limits(
             scale=call.scale,
@@ -154,22 +159,12 @@ class ForwardPass:
             window=call.window,
             reach=None if reach is None else (reach.sinks, reach.recent),
         )
-        parts = self._past_parts(call, chunk, Blocks.of(source.blocks, source.table[0], past.to(q.device), past))
+        parts = self._past_parts(call, chunk, cached)
         out, lse = chunk_attention(q, k, v, chunk.positions, parts, sinks=call.sinks, **limits)
         received = chunk.request.plan.layers[call.layer].received
         if received is not None:
             self._add_column_sums(call, chunk, source, q, k, lse, limits, received.queries)
-        if source.visiting and chunk.request.plan.layers[call.layer].attend is not None:
-            self._extend_sketch(call, chunk, source, q, k)
         return out
-
-    def _derive_chunk(self, call: AttentionCall, chunk: Chunk, k: Tensor, v: Tensor) -> None:
-        """Write what is made of a chunk's keys and values [n, H, D] beside them."""
-        layer = chunk.request.plan.layers[call.layer].store
-        if layer.derived and self._stores(call.layer):
-            lanes, side = self._store.lanes.slices[call.layer], self._side(sequence_of(chunk.request), call.layer)
-            assert side is not None and chunk.side is not None
-            derive_run(side, layer.derived, chunk.side[lanes], chunk.past_length[lanes], _shown(k, v))
 
     def _side(self, seq: Sequence, layer: int) -> SideClass | None:
         return seq.layout.side_of_layer(layer)
@@ -177,16 +172,6 @@ class ForwardPass:
     def _stores(self, layer: int) -> bool:
         """Whether a layer's keys and values are its own: the others read those of an earlier one."""
         return self._store.lanes.shape.layers[layer].shares_kv_with is None
-
-    def _derive_step(self, call: AttentionCall, group: DecodeGroup, k: Tensor, v: Tensor) -> None:
-        """Write what is made of the keys and values [R, H, D] of a step beside them."""
-        layer, here = group.plan.layers[call.layer].store, group.layers[call.layer]
-        side = self._side(group.seqs[0], call.layer)
-        if side is not None and self._stores(call.layer):
-            assert here.beside is not None
-            fresh = (here.slot == here.host_length - 1) & (here.slot % self._store.block_size == 0)
-            view = _shown(rounded(k, layer.own.format), rounded(v, layer.own.format))
-            derive_tokens(side, layer.derived, here.beside, here.offset, fresh, view)
 
     def _past_parts(self, call: AttentionCall, chunk: Chunk, own: Blocks) -> list[Part]:
         """Return what a chunk reads of the past: encoded blocks, then ``own``."""
@@ -247,94 +232,151 @@ class ForwardPass:
         own_slots = chunk.slots.side[first:, lanes], chunk.slots.offset[first:, lanes]
         side.pool.view("received")[own_slots] += own_sums.T[..., None]
 
-    def _extend_sketch(self, call: AttentionCall, chunk: Chunk, source: _Source, q: Tensor, k: Tensor) -> None:
-        """Give the sketch the chunk's keys; at the end of the first prompt, choose its columns and fill it."""
-        assert self._transport.speculator is not None
-        seq, lanes = sequence_of(chunk.request), self._store.lanes.slices[call.layer]
-        sketch = Sketch(self._store, self._transport.speculator.rotations[call.layer], call.layer)
-        past = int(chunk.past_length[lanes.start])
-        if not sketch.has_columns(seq):
-            sketch.weigh(seq, q, k)
-            if not chunk.request.ends_prefill_span:
-                return
-            sketch.choose_columns(seq)
-            size = self._store.block_size
-            columns, most = max(1, _SKETCH_SLOTS // size), -(-past // size)
-            for first in range(0, most, columns):
-                table = source.table[0, :, first : min(first + columns, most)]
-                keys = read_keys(source.blocks.pool, table, k.dtype)[:, : past - first * size]
-                sketch.write(seq, first * size, keys)
-        sketch.write(seq, past, k.transpose(0, 1))
-
     def _attend_group(self, call: AttentionCall, group: DecodeGroup, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         seq, plan, here = group.seqs[0], group.plan.layers[call.layer], group.layers[call.layer]
         home = seq.layout.of_layer(call.layer)
         source = self._source(call, seq, group.visitors, here.table)
+        stores, kept = self._stores(call.layer), bool(plan.store.derived or plan.store.later)
         new = None
         if source.visiting:
             k, v = self._write(call, home, here.block, here.offset, k, v, source.visiting)
-        elif plan.store.derived:  # by which tokens may be chosen, the new ones too
+        elif kept:  # by which tokens may be chosen, the new ones too
             self._put(call, home, here.block, here.offset, k, v, on_host=False)
-        elif self._stores(call.layer):
+        elif stores:
             new = NewTokens(here.block, here.offset, k, v)
-        choice = group.choices.get(call.layer)
-        length, host_length, columns = here.length, here.host_length, group.columns[call.layer]
-        if choice is not None:
-            host_length, columns = choice.count[:, None].expand_as(here.slot) + 1, self._columns(choice.count)
-            length = host_length.to(q.device)
-        if source.visiting:
-            self._write_visiting(source, here.slot if choice is None else host_length - 1, k, v)
-        own = Blocks(blocks=source.blocks, table=source.table[..., :columns], length=length, host_length=host_length)
-        read = None
-        if plan.store.derived:
-            self._derive_step(call, group, k, v)
-        pages = plan.pages(self._store.block_size)
-        if pages is not None and here.side is not None:
-            side = self._side(seq, call.layer)
-            assert side is not None
-            read = choose_pages(q, own, (side, here.side[..., :columns]), pages, here.slot)
+        if kept and stores:
+            stored = (each if source.visiting else rounded(each, home.layout.format) for each in (k, v))
+            self._beside.add_step(call.layer, group, *stored)
+        own = self._own(group, call.layer, here.length, here.host_length)
         old = None if group.old is None else self._old(call, group)
-        last = own.part() if read is None else read
-        parts = [last] if old is None else [old.part(hide_empty=plan.evicts), last]
+        selection = self._selection(call, group, q, own, old)
+        parts = self._parts(call, group, source, own, old, selection, k, v)
         received = plan.received
         need_mass = received is not None and received.in_decode
         alike: object = call.window if group.dense else call.layer
+        slots_moved = selection is not None and selection.per is Per.SLOT  # to where no positions are
         out, masses = decode_attention(
             q, parts, scale=call.scale, softcap=call.softcap, sinks=call.sinks,
-            window=call.window if choice is None else None, query_position=group.positions, need_mass=need_mass,
-            shared=None if choice is not None or read is not None else group.shared.setdefault(alike, {}),
+            window=None if slots_moved else call.window, query_position=group.positions, need_mass=need_mass,
+            shared=None if selection is not None else group.shared.setdefault(alike, {}),
             new=new,
         )  # fmt: skip
         if masses is not None:
-            side = self._side(seq, call.layer)
-            assert side is not None and here.side is not None
-            where = replace(own, side=(side, here.side[..., :columns]))
-            fresh = received is not None and received.queries is not None and self._stores(call.layer)
-            where.add_received(masses[-1], self._held_blocks(alike, group, where), fresh=fresh)
+            fresh = received is not None and received.queries is not None and stores
+            own.add_received(masses[-1], self._held_blocks(alike, group, own), fresh=fresh)
             if old is not None:
                 old.add_received(masses[0], old.held(), fresh=fresh)
-        if choice is not None:
-            self._follow_up(call, group, choice, q, k)
+        if selection is not None and self._transport.probe is not None:
+            self._note_choice(self._transport.probe, call, selection, q, k, own, old, here.slot)
         return out
 
-    def _columns(self, count: Tensor) -> int:
-        """Return how many blocks hold the chosen tokens of a lane and the new one."""
-        return int(count.max()) // self._store.block_size + 1
+    def _own(self, group: DecodeGroup, layer: int, length: Tensor, host_length: Tensor) -> Blocks:
+        """Return where a layer's own blocks of a group live, and what lies beside them."""
+        layout, here, columns = group.seqs[0].layout, group.layers[layer], group.columns[layer]
+        side = layout.side_of_layer(layer)
+        return Blocks(
+            blocks=layout.of_layer(layer),
+            table=here.table[..., :columns],
+            length=length,
+            host_length=host_length,
+            side=None if side is None or here.side is None else (side, here.side[..., :columns]),
+        )
 
-    def _follow_up(self, call: AttentionCall, group: DecodeGroup, choice: Choice, q: Tensor, k: Tensor) -> None:
-        """Give the sketch the new token's key; account for the choice, if anybody asks."""
-        speculator, visitors = self._transport.speculator, group.visitors
-        assert speculator is not None and visitors is not None
-        rotation, first = speculator.rotations[call.layer], self._store.lanes.slices[call.layer].start
-        cached = group.host_length[:, first] - 1
-        Sketch(self._store, rotation, call.layer).write_step(group.seqs, cached, k)
-        if speculator.account is not None:
-            home, table = visitors.home(call.layer)
-            keys = read_keys(home.pool, table, torch.float32).to(q.device)
-            for row, length in enumerate(cached.tolist()):  # the new key may still be on its way
-                keys[row, :, length] = k[row]
-            queries = by_kv_head(q.float(), k.shape[1])
-            speculator.account.note(queries, keys, choice, cached, rotation)
+    def _selection(
+        self, call: AttentionCall, group: DecodeGroup, q: Tensor, own: Blocks, old: Blocks | None
+    ) -> Selection | None:
+        """Return what a stage has chosen to read of a layer, or chooses now; None: everything."""
+        attend = group.plan.layers[call.layer].attend
+        if attend is None or attend.ahead:
+            return group.choices.get(call.layer)
+        parts = [own] if old is None else [old, own]
+        with self._staging.noted(EventKind.SELECT, call.layer):
+            return attend.select(self._beside.query(call.layer, group, q, parts, ahead=False))
+
+    def _parts(
+        self,
+        call: AttentionCall,
+        group: DecodeGroup,
+        source: _Source,
+        own: Blocks,
+        old: Blocks | None,
+        selection: Selection | None,
+        k: Tensor,
+        v: Tensor,
+    ) -> list[Part]:
+        """Return what a step reads of a layer: encoded blocks, then the lanes' own, at home or visiting."""
+        before = None if old is None else old.part(hide_empty=group.plan.evicts)
+        first = 0 if old is None else old.table.shape[-1]
+        if source.visiting:
+            last = self._visiting(call, group, source, own, selection, k, v)
+        elif selection is None:
+            last = own.part()
+        elif selection.per is Per.BLOCK:
+            last = chosen_blocks(own, own.part(), selection, first)
+        else:
+            raise UnsupportedError("single slots are chosen on the host only")
+        if before is not None and old is not None and selection is not None:
+            before = chosen_blocks(old, before, selection, 0)
+        return [last] if before is None else [before, last]
+
+    def _visiting(
+        self,
+        call: AttentionCall,
+        group: DecodeGroup,
+        source: _Source,
+        own: Blocks,
+        selection: Selection | None,
+        k: Tensor,
+        v: Tensor,
+    ) -> Part:
+        """Return the blocks through which a layer on the host is read, the new tokens among them."""
+        here, size, visitors = group.layers[call.layer], self._store.block_size, group.visitors
+        assert visitors is not None
+        if visitors.late:  # nobody could know before
+            self._staging.fetch(call.layer, visitors, visitors.wanted(call.layer, selection))
+        table, length, slot = source.table[..., : own.table.shape[-1]], own.length, here.slot
+        if selection is not None and selection.per is Per.SLOT:
+            slot = selection.count_RH.cpu()
+            length = (slot + 1).to(k.device)
+            table = source.table[..., : int(slot.max()) // size + 1]
+        elif selection is not None:
+            part = chosen_blocks(own, own.part(), selection, 0)
+            length, table = part.length, source.table[..., : selection.index_RHn.shape[-1]]
+            newest = selection.index_RHn == (here.slot // size).to(selection.index_RHn.device)[..., None]
+            slot = newest.int().argmax(dim=-1).cpu() * size + here.slot % size
+        self._write_visiting(source, slot, k, v)
+        return Part(pool=source.blocks.pool, table=table, length=length)
+
+    def _note_choice(
+        self,
+        probe: Probe,
+        call: AttentionCall,
+        selection: Selection,
+        q: Tensor,
+        k: Tensor,
+        own: Blocks,
+        old: Blocks | None,
+        slot: Tensor,
+    ) -> None:
+        """Compare a choice with the exact scores over all that is cached."""
+        parts, device = [own] if old is None else [old, own], q.device
+        keys, live = [], []
+        for part in parts:
+            keys.append(read_keys(part.blocks.pool, part.table.to(part.blocks.device), torch.float32).to(device))
+            used = torch.arange(keys[-1].shape[2], device=device) < part.length[..., None]
+            if part is old:
+                used &= gather_slots(part.blocks.positions, part.table) >= 0
+            live.append(used)
+        newest = (slot + sum(each.shape[2] for each in keys[:-1])).to(device)
+        every, held = torch.cat(keys, dim=2), torch.cat(live, dim=2)
+        every.scatter_(2, newest[..., None, None].expand(*newest.shape, 1, k.shape[-1]), k.float()[:, :, None])
+        queries = q.float().reshape(len(q), k.shape[1], -1, q.shape[-1])
+        scores = torch.einsum("rhgd,rhsd->rhgs", queries, every) * call.scale
+        if call.softcap is not None:
+            scores = call.softcap * torch.tanh(scores / call.softcap)
+        scores = scores.masked_fill(~held[:, :, None], -torch.inf)
+        read = slots_of(selection, scores.shape[-1], self._store.block_size).to(device) & held
+        probe.note(scores, read, held.sum(dim=-1), newest)
 
     def _write(
         self,
@@ -397,8 +439,3 @@ class ForwardPass:
         if alike not in group.held:
             group.held[alike] = own.held()
         return group.held[alike]
-
-
-def _shown(k: Tensor, v: Tensor) -> TokenView:
-    """Show keys and values to who makes streams of them."""
-    return TokenView(read=lambda what: (k if what == "keys" else v).float())

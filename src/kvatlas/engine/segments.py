@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kvatlas.core.views import Selection
 from kvatlas.engine.request import Request
-from kvatlas.engine.speculation import Choice
 from kvatlas.engine.staging import Visitors
 from kvatlas.storage.sequence import Sequence, Slots
 from kvatlas.storage.store import KVStore, side_rows
@@ -94,7 +94,7 @@ class DecodeGroup:
     visitors: Visitors | None
     old: OldBlocks | None
     layers: list[GroupLayer]
-    choices: dict[int, Choice] = field(default_factory=dict)
+    choices: dict[int, Selection] = field(default_factory=dict)
     shared: dict[object, dict[str, Tensor | None]] = field(default_factory=dict)
     held: dict[object, Tensor] = field(default_factory=dict)
 
@@ -104,10 +104,11 @@ class DecodeGroup:
         return [sequence_of(request) for request in self.requests]
 
 
-def _visitors(store: KVStore, plan: Plan, seqs: Seq[Sequence], length: Tensor, chooses: bool) -> Visitors | None:
+def _visitors(store: KVStore, plan: Plan, seqs: Seq[Sequence], length: Tensor, *, steps: bool) -> Visitors | None:
     if not plan.cache.host_layers:
         return None
-    return Visitors(store, seqs, length, ahead=plan.fetches_ahead, chooses=chooses)
+    chooses, late = steps and plan.chooses, steps and plan.chooses_late
+    return Visitors(store, seqs, length, ahead=plan.fetches_ahead, chooses=chooses, late=late)
 
 
 def make_chunk(store: KVStore, request: Request, count: int, start: int) -> Chunk:
@@ -131,7 +132,7 @@ def make_chunk(store: KVStore, request: Request, count: int, start: int) -> Chun
         past_length=past_length,
         slots=slots,
         dense_starts=dense_starts,
-        visitors=_visitors(store, request.plan, [seq], past_length[None], chooses=False),
+        visitors=_visitors(store, request.plan, [seq], past_length[None], steps=False),
         old=old,
     )
 
@@ -159,7 +160,7 @@ def make_group(store: KVStore, requests: list[Request], start: int) -> DecodeGro
         columns=columns,
         layers=[GroupLayer(*parts) for parts in zip(*map(store.lanes.split, cut), strict=True)],
         dense=all(seq.dense for seq in seqs) or (old is None and _alike(store, length)),
-        visitors=_visitors(store, plan, seqs, length, chooses=plan.chooses),
+        visitors=_visitors(store, plan, seqs, length, steps=True),
         old=old,
     )
 

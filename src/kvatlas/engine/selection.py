@@ -1,42 +1,106 @@
-"""Which pages of a lane a decode step reads: those whose key bounds promise the highest scores.
+"""What a decode step reads where a stage has chosen, and how good the choice was.
 
-Shapes: R sequences, H KV heads, C table columns, s slots of a block, m pages chosen.
+Shapes: R sequences, H KV heads, G query heads per KV head, C table columns, S slots, n chosen, Dk elements of a key.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from kvatlas.engine.sources import Beside, Blocks
-from kvatlas.kernels.blocks import score_bounds
-from kvatlas.kernels.pool import Entries, Part
+from kvatlas.core.streams import Per
+from kvatlas.core.views import Selection
+from kvatlas.engine.sources import Blocks
+from kvatlas.kernels.pool import Part
 
 
-def choose_pages(query: Tensor, cached: Blocks, side: Beside, most: int, slot: Tensor) -> Part:
-    """Return the ``most`` most promising blocks of each lane, in order, that of the newest token always among them.
+def wanted(selection: Selection) -> Tensor:
+    """Return which of a selection's indices are not padding, bool [R, H, n]."""
+    index = selection.index_RHn
+    return torch.arange(index.shape[-1], device=index.device) < selection.count_RH.to(index.device)[..., None]
+
+
+def chosen_blocks(cached: Blocks, part: Part, selection: Selection, first: int) -> Part:
+    """Return a part cut to the chosen ones of its blocks.
 
     Args:
-        query: [R, Hq, Dk], rotated.
-        cached: blocks without holes.
-        side: what lies beside them, bounds of their keys among it.
-        most: blocks of a lane to read, at least 1.
-        slot: [R, H] int64, where the newest token is: not always the last slot, as it may have taken an evicted one's.
+        cached: the blocks of the part.
+        part: all of them.
+        selection: of blocks, in order, of which the part's are numbered from ``first`` on.
+        first: as above.
     """
-    part = cached.part()
-    if cached.table.shape[-1] <= most:
-        return part
-    size, length = cached.blocks.layout.block_size, cached.length
-    columns = -(-length // size)
-    blocks, table = side
-    scores = score_bounds(query, Entries(pool=blocks.pool, name="bounds", table=table, length=length))
-    newest = torch.arange(scores.shape[-1], device=scores.device) == (slot // size).to(scores.device)[..., None]
-    # Equal scores go to the earlier block, whatever the padding: topk would let the batch decide.
-    column = scores.masked_fill_(newest, torch.inf).sort(dim=-1, descending=True, stable=True).indices[..., :most]
-    # Columns behind a short lane's end were chosen for want of others; they go last, behind its length.
-    column = column.sort(dim=-1).values
-    ends = (column == columns[..., None] - 1).any(dim=-1)  # only the last block may be partly filled
-    chosen = columns.clamp(max=most) * size - torch.where(ends, columns * size - length, 0)
-    return replace(part, table=cached.table.gather(-1, column), length=chosen)
+    size, length, columns = cached.blocks.layout.block_size, cached.length, cached.table.shape[-1]
+    local = selection.index_RHn - first
+    mine = wanted(selection) & (local >= 0) & (local < columns)
+    order = local.masked_fill(~mine, columns).sort(dim=-1).values.clamp(max=columns - 1)
+    held = -(-length // size)
+    ends = (mine & (local == held[..., None] - 1)).any(dim=-1)  # only the last block may be partly filled
+    read = mine.sum(dim=-1) * size - torch.where(ends, held * size - length, 0)
+    return replace(part, table=cached.table.gather(-1, order), length=read, dense_start=None)
+
+
+class Probe:
+    """How good choices were, averaged over steps, layers and sequences; costs a full read of all keys each time."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._recall = self._mass = self._selected = 0.0
+
+    @property
+    def recall(self) -> float:
+        """Share of the tokens that exact scores would have chosen, as many per lane, that were chosen."""
+        return self._mean(self._recall)
+
+    @property
+    def mass(self) -> float:
+        """Share of the exact attention probability that falls on what was read, the new token included."""
+        return self._mean(self._mass)
+
+    @property
+    def selected_fraction(self) -> float:
+        """Chosen tokens per cached token."""
+        return self._mean(self._selected)
+
+    def note(self, score_RHGS: Tensor, read_RHS: Tensor, length_RH: Tensor, newest_RH: Tensor) -> None:
+        """Compare a choice with the exact scores.
+
+        Args:
+            score_RHGS: of all slots, as the softmax takes them; -inf where there is no token.
+            read_RHS: which slots were chosen, bool; whether that of the newest token is, does not matter.
+            length_RH: slots in use.
+            newest_RH: slot of the newest token, which is read in any case.
+        """
+        probability = score_RHGS.softmax(dim=-1)
+        newest = torch.zeros_like(read_RHS).scatter_(-1, newest_RH[..., None], True)
+        chosen = read_RHS & ~newest
+        mass = probability.masked_fill(~(chosen | newest)[:, :, None], 0).sum(dim=-1).mean(dim=(1, 2))
+        below = score_RHGS.masked_fill(newest[:, :, None], -torch.inf)
+        below = below - below.amax(dim=-1, keepdim=True)
+        best = below.amax(dim=2).scatter_(-1, below.argmax(dim=-1), torch.inf)
+        for row in range(len(best)):
+            hits = number = 0
+            for lane in range(best.shape[1]):
+                count = int(chosen[row, lane].sum())
+                top = best[row, lane].sort(descending=True, stable=True).indices[:count]
+                hits, number = hits + int(chosen[row, lane][top].sum()), number + count
+            cached = (length_RH[row] - 1).clamp(min=1)
+            self._recall += hits / max(1, number)
+            self._mass += float(mass[row])
+            self._selected += float((chosen[row].sum(dim=-1).to(cached.device) / cached).mean())
+            self.count += 1
+
+    def _mean(self, total: float) -> float:
+        return total / self.count if self.count else math.nan
+
+
+def slots_of(selection: Selection, slots: int, block_size: int) -> Tensor:
+    """Return which of ``slots`` slots of each lane a selection names, bool [R, H, slots]."""
+    index = selection.index_RHn
+    number = slots if selection.per is Per.SLOT else -(-slots // block_size)
+    named = torch.zeros(*index.shape[:-1], number + 1, dtype=torch.bool, device=index.device)
+    named.scatter_(-1, index.masked_fill(~wanted(selection), number), True)
+    named = named[..., :number]
+    return named if selection.per is Per.SLOT else named.repeat_interleave(block_size, dim=-1)[..., :slots]

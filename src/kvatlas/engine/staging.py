@@ -16,7 +16,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from kvatlas.core.streams import Per
 from kvatlas.core.timeline import EventKind, Timeline
+from kvatlas.core.views import Selection
 from kvatlas.engine.request import Request
 from kvatlas.storage.arena import BlockClass, copy_blocks
 from kvatlas.storage.link import AHEAD, URGENT, Link, Move, Traffic
@@ -45,15 +47,24 @@ class Visitors:
         seqs: the sequences.
         length: slots [R, lanes] int64 to fetch of each lane, on the CPU.
         ahead: fetch a layer before it is needed.
-        chooses: slots are chosen while the layer before runs, so no layer is fetched whole.
+        chooses: what is read is chosen, so no layer is fetched whole ahead.
+        late: it is chosen when the layer runs, and fetched then.
     """
 
     def __init__(
-        self, store: KVStore, seqs: Seq[Sequence], length: Tensor, *, ahead: bool, chooses: bool = False
+        self,
+        store: KVStore,
+        seqs: Seq[Sequence],
+        length: Tensor,
+        *,
+        ahead: bool,
+        chooses: bool = False,
+        late: bool = False,
     ) -> None:
         self.layout = seqs[0].layout
         self.ahead = ahead
         self.chooses = chooses
+        self.late = late
         self._store = store
         rows = torch.tensor([seq.row for seq in seqs])
         staging = torch.tensor([seq.staging.row for seq in seqs if seq.staging is not None])
@@ -89,18 +100,25 @@ class Visitors:
 
         return Transfer(copy=copy, num_bytes=len(source_ids) * source.block_bytes)
 
-    def chosen(self, layer: int, slots: Tensor, wanted: Tensor) -> Transfer:
-        """Return the transfer of some slots of each lane to the first slots of the lane's buffer.
+    def wanted(self, layer: int, selection: Selection | None) -> Transfer:
+        """Return the transfer of what was chosen; None: everything."""
+        return self.whole(layer) if selection is None else self.chosen(layer, selection)
 
-        Args:
-            layer: which.
-            slots: [R, H, n] int64, on the CPU.
-            wanted: [R, H, n] bool, which of them; the others are padding.
-        """
-        (source, home), (target, stage), size = self.home(layer), self.stage(layer), self._store.block_size
-        place = torch.arange(slots.shape[-1]).expand_as(slots)
-        read = home.long().gather(-1, slots // size)[wanted], (slots % size)[wanted]
-        written = stage.long().gather(-1, place // size)[wanted], (place % size)[wanted]
+    def chosen(self, layer: int, selection: Selection) -> Transfer:
+        """Return the transfer of chosen slots or blocks of each lane to the first ones of the lane's buffer."""
+        index = selection.index_RHn.cpu()
+        meant = torch.arange(index.shape[-1]) < selection.count_RH.cpu()[..., None]
+        (source, home), (target, stage) = self.home(layer), self.stage(layer)
+        if selection.per is Per.BLOCK:
+            source_ids = home.gather(-1, index)[meant].long()
+            target_ids = stage[..., : index.shape[-1]][meant].long()
+            return Transfer(
+                copy=partial(copy_blocks, source, source_ids, target, target_ids),
+                num_bytes=len(source_ids) * source.block_bytes,
+            )
+        size, place = self._store.block_size, torch.arange(index.shape[-1]).expand_as(index)
+        read = home.long().gather(-1, index // size)[meant], (index % size)[meant]
+        written = stage.long().gather(-1, place // size)[meant], (place % size)[meant]
         written = written[0].to(target.device), written[1].to(target.device)
 
         def copy() -> None:
@@ -108,7 +126,7 @@ class Visitors:
                 filled[written] = pool[read].to(target.device)
 
         slot_bytes = source.layout.kv_bytes // source.layout.block_size
-        return Transfer(copy=copy, num_bytes=int(wanted.sum()) * slot_bytes)
+        return Transfer(copy=copy, num_bytes=int(meant.sum()) * slot_bytes)
 
 
 class Staging:
@@ -145,7 +163,7 @@ class Staging:
         """Return when all that a layer reads is on the device; start on the next layer's."""
         if not self._visitors:
             return
-        here = [one for one in self._visitors if one.reads_host(layer)]
+        here = [one for one in self._visitors if one.reads_host(layer) and not one.late]
         missing = [one for one in here if (layer, one) not in self._fetches]
         if missing:
             keys = [(layer, one) for one in missing]
@@ -158,6 +176,14 @@ class Staging:
                 for one in here:
                     self._fetches[layer, one].wait()  # known until it is done, should the wait be broken off
                     del self._fetches[layer, one]
+
+    def fetch(self, layer: int, visitors: Visitors, transfer: Transfer) -> None:
+        """Return when something that a layer reads is on the device, fetched now."""
+        key = layer, visitors
+        self._fetches[key] = self._submit(layer, [transfer], URGENT)
+        with self.noted(EventKind.WAIT, layer):
+            self._fetches[key].wait()
+            del self._fetches[key]
 
     def store(self, layer: int, transfer: Transfer) -> None:
         """Send something to the host in the background."""

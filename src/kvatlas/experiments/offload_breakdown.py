@@ -35,7 +35,7 @@ from kvatlas.records.schema import Point, Sample
 from kvatlas.strategies.strategy import Strategy
 from kvatlas.workloads.recall import read_filler
 
-TIMELINE_KINDS = (EventKind.FETCH, EventKind.STORE, EventKind.WAIT, EventKind.ATTEND, EventKind.SPECULATE)
+TIMELINE_KINDS = (EventKind.FETCH, EventKind.STORE, EventKind.WAIT, EventKind.ATTEND, EventKind.SELECT)
 """Kinds of events in ``timeline_kind``: the sample's value is the place in this list."""
 
 _OBSERVED_STEPS = 16
@@ -204,7 +204,7 @@ def _times(step: Step, number: int, compute: float | None) -> list[Sample]:
         number: its place among those of all repeats.
         compute: seconds that a step takes without any move, or None where that is not known.
     """
-    attend, speculate, wait = map(step.spent, (EventKind.ATTEND, EventKind.SPECULATE, EventKind.WAIT))
+    attend, speculate, wait = map(step.spent, (EventKind.ATTEND, EventKind.SELECT, EventKind.WAIT))
     fetch, store = step.spent(EventKind.FETCH), step.spent(EventKind.STORE)
     transfer = max(fetch, store)  # both directions are busy at once
     seconds = {
@@ -248,11 +248,11 @@ def _observe(point: Point, lab: Lab) -> list[Sample]:
     """Return how good speculation was over the first decode steps of a run of its own."""
     engine = lab.engine(point, link=NO_LINK)  # nothing is timed
     request = _begin(engine, point, lab.settings.seed)
-    engine.observe_speculation()
+    engine.observe_selection()
     while request.finish_reason is None and len(request.token_times_s) <= _OBSERVED_STEPS:
         engine.step()
     engine.cancel(request)
-    seen = engine.speculation
+    seen = engine.probe
     if seen is None or not seen.count:
         return []
     found = {

@@ -116,7 +116,7 @@ class SidePool:
         views: dict[str, Tensor] = self.__dict__["_views"]
         if name not in views:
             layout, stream = self.layout, self.layout.stream(name)
-            shape = (stream.width,) if stream.per is Per.BLOCK else (layout.block_size, stream.width)
+            shape = (layout.block_size, stream.width) if stream.per is Per.SLOT else (stream.width,)
             rows = _num_rows(self.memory, layout.block_bytes)
             views[name] = _view(self.memory, rows, _ELEMENTS[stream.dtype], layout.offset(name), shape)
         return views[name]

@@ -26,8 +26,11 @@ from kvatlas.core.folders import cache_folder
 from kvatlas.models.adapter import Adapter
 from kvatlas.models.attention import AttentionCall
 from kvatlas.models.dense_context import DenseContext, Segment
+from kvatlas.models.loading import LoadedModel
+from kvatlas.workloads.recall import read_filler
 
 _LOG = logging.getLogger(__name__)
+_SAMPLE_TOKENS = 1024
 _VERSION = 1  # of how a rotation is found
 
 
@@ -48,6 +51,21 @@ class Rotation:
     def rotate(self, heads: Tensor) -> Tensor:
         """Return [..., H, n, Dk], float32, rotated: the products of queries and keys stay what they were."""
         return heads.float() @ self.matrix
+
+    def below_best(self, query_RHGD: Tensor, key_RHSD: Tensor, length_RH: Tensor) -> Tensor:
+        """Return how far each slot scores below its query head's best, float32 [R, H, G, S]; -inf beyond the length.
+
+        Args:
+            query_RHGD: queries, or some columns of them.
+            key_RHSD: keys, or the same columns of them.
+            length_RH: slots in use.
+        """
+        scores = torch.einsum("rhgd,rhsd->rhgs", query_RHGD, key_RHSD) * self.scale
+        if self.softcap is not None:
+            scores = self.softcap * torch.tanh(scores / self.softcap)
+        unused = torch.arange(scores.shape[-1], device=scores.device) >= length_RH.to(scores.device)[..., None]
+        scores = scores.masked_fill(unused[:, :, None], -torch.inf)
+        return scores - scores.amax(dim=-1, keepdim=True)
 
 
 class _QueryMoments(DenseContext):
@@ -86,6 +104,24 @@ def calibrate(adapter: Adapter, tokens: Sequence[int]) -> list[Rotation]:
         Rotation(matrix=torch.linalg.eigh(moment).eigenvectors.flip(-1).float(), scale=call.scale, softcap=call.softcap)
         for moment, call in zip(context.moments, context.calls, strict=True)
     ]
+
+
+def rotations_of(model: LoadedModel) -> list[Rotation]:
+    """Return the rotations of a model, calibrated on text where it has a tokenizer, else on any tokens."""
+    return rotations_for(model.adapter, _sample_tokens(model))
+
+
+def _sample_tokens(model: LoadedModel) -> list[int]:
+    shape = model.adapter.shape
+    count = min(_SAMPLE_TOKENS, shape.max_positions)
+    if model.tokenizer is not None:
+        text = read_filler()[: 8 * count]
+        ids: list[int] = model.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        if len(ids) >= count:
+            return ids[:count]
+    generator = torch.Generator().manual_seed(0)
+    found: list[int] = torch.randint(shape.vocab_size, (count,), generator=generator).tolist()
+    return found
 
 
 def rotations_for(adapter: Adapter, tokens: Sequence[int], folder: Path | None = None) -> list[Rotation]:

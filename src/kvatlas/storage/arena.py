@@ -149,10 +149,13 @@ class SideClass(LentBlocks):
         """Return the blocks of the same layout of another tier."""
         return arena.side_class(self.layout)
 
-    def fill(self, block: Tensor, offset: Tensor) -> None:
-        """Let some slots begin: block ids and offsets, int64."""
+    def fill(self, block: Tensor, offset: Tensor | None = None) -> None:
+        """Let some slots begin: block ids and offsets, int64; None: all that these blocks hold."""
         for view, value in self.filled:
-            view[block, offset] = value
+            if offset is None:
+                view[block] = value
+            else:
+                view[block, offset] = value
 
     def gather(self, both: Tensor, order: Tensor) -> None:
         """Bring entries of two blocks [n, 2] into the first: its slots [n, s] are those of ``order``."""

@@ -173,6 +173,7 @@ class SequenceLayout(KVClasses):
         encoded: device blocks of old tokens in a packed format; None without any.
         residual: int64 [lanes], newest tokens of a lane that are not encoded, at least.
         staging: device blocks that layers on the host are read through, by buffer layer; None without such layers.
+        records: device blocks of what lanes have one of; None without any.
         buffers: layer that reads host lanes -> layer whose lanes name its buffer in ``staging``.
     """
 
@@ -182,6 +183,7 @@ class SequenceLayout(KVClasses):
         self.host_lanes = lanes.lanes_of(plan.host_layers)
         self.residual = torch.zeros(lanes.count, dtype=torch.int64)
         tiers = {Tier.DEVICE: device, Tier.HOST: host}
+        records: dict[int, SideClass] = {}
         own: dict[int, KVGroup] = {}
         old: dict[int, KVGroup] = {}
         none = torch.zeros(0, dtype=torch.int64)
@@ -194,6 +196,8 @@ class SequenceLayout(KVClasses):
             if packed is not None:
                 old[index] = KVGroup(blocks=packed, lanes=none, home=home, side=side, derived=layer.derived)
             self.residual[lanes.slices[index]] = layer.residual
+            if layer.records is not None:
+                records[index] = device.side_class(layer.records)
         super().__init__(lanes, own)
         self.encoded = KVClasses(lanes, old) if old else None
         buffers = {
@@ -201,6 +205,12 @@ class SequenceLayout(KVClasses):
             for index in sorted(set(self.buffers.values()))
         }
         self.staging = KVClasses(lanes, buffers) if buffers else None
+        self._records = records
+        self.records = LaneClasses(lanes, records) if records else None
+
+    def records_of_layer(self, layer: int) -> SideClass | None:
+        """Return the class of the blocks of what a layer's lanes have one of; None: there is nothing."""
+        return self._records.get(self._lanes.owner(layer))
 
     def old_of_layer(self, layer: int) -> BlockClass | None:
         """Return the class of the encoded blocks that a layer reads; None: it has none."""

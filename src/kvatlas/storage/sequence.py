@@ -53,8 +53,8 @@ class Sequence(KVRow):
         staging: device blocks that its lanes on the host are read through.
         encoded: blocks of its old tokens in a packed format; a lane is what is here, then what is in its own row.
         encodes: whether blocks are encoded once they are old enough; False: not for now.
-        sketch_columns: per layer, which columns of the rotated keys partial keys hold, int64 [lanes of the layer, r].
-        column_energy: per layer, how much each rotated column has weighed so far, [lanes of the layer, Dk].
+        records: device blocks of what lanes have one of.
+        begun: layers whose stages have been told that the first prompt is over.
     """
 
     layout: SequenceLayout
@@ -68,13 +68,13 @@ class Sequence(KVRow):
     staging: LaneRow | None = None
     encoded: KVRow | None = None
     encodes: bool = False
-    sketch_columns: dict[int, Tensor] = field(default_factory=dict)
-    column_energy: dict[int, Tensor] = field(default_factory=dict)
+    records: LaneRow | None = None
+    begun: set[int] = field(default_factory=set)
 
     @property
     def rows(self) -> list[LaneRow]:
         """All its rows: its own, those of its companions, and what lies beside them."""
-        companions = [row for row in (self.staging, self.encoded) if row is not None]
+        companions = [row for row in (self.staging, self.encoded, self.records) if row is not None]
         return [row for each in (self, *companions) for row in each.with_side]
 
     @property

@@ -133,6 +133,7 @@ class KVStore:
         starts = dict.fromkeys(self.lanes.windows, 0)
         seq = Sequence(row=self._take(), layout=layout, side=self._open_row(layout.side), starts=starts)
         seq.staging = self._open_row(layout.staging)
+        seq.records = self._open_row(layout.records)
         if layout.encoded is not None:
             seq.encoded = KVRow(row=self._take(), layout=layout.encoded, side=self._open_row(layout.encoded.side))
         self._open.update(seq.rows)
@@ -165,7 +166,7 @@ class KVStore:
 
         Only sequences that no strategy has evicted from can be forked.
         """
-        assert seq.dense and seq.encoded is None, "a lossy cache would need its own companions"
+        assert seq.dense and seq.encoded is None and seq.records is None, "a lossy cache would need its own companions"
         child = self.open(seq.layout)
         child.seen, child.starts, child.digests = seq.seen, dict(seq.starts), list(seq.digests)
         for row, copy in zip(seq.with_side, child.with_side, strict=True):
@@ -213,8 +214,9 @@ class KVStore:
             arena: the tier; None for the device.
         """
         arena = arena or self.arena
-        parts = (part for part in (layout, layout.side, layout.staging, layout.encoded) if part is not None)
-        classes = {group.blocks for part in parts for group in part.groups if group.blocks.arena is arena}
+        parts = (layout, layout.side, layout.staging, layout.encoded, layout.records)
+        groups = (group for part in parts if part is not None for group in part.groups)
+        classes = {group.blocks for group in groups if group.blocks.arena is arena}
         slabs = max(0, arena.num_slabs - len(classes) + 1)
         return slabs * min((blocks.per_slab * blocks.block_bytes for blocks in classes), default=0)
 
@@ -286,6 +288,9 @@ class KVStore:
                 lanes = group.lanes[copies[group.lanes] > 0]
                 self._copy_tails(row, self.length[seq.row, lanes] // self.block_size, group.blocks, lanes, ids)
                 self.tables.enter(row.row, group.lanes, new, ids[len(lanes) :])
+                if row is seq.records:
+                    assert isinstance(group.blocks, SideClass)
+                    group.blocks.fill(ids.long())
             if slots is None:
                 seq.reserved = self.columns_held(seq) + new  # not before: what is not entered must not be given back
             else:
@@ -309,7 +314,7 @@ class KVStore:
         self.tables.lengthen(seq.side.row, slots)
         for group, ids in granted:
             assert isinstance(group.blocks, SideClass)
-            group.blocks.fill(ids.long()[:, None], torch.arange(self.block_size))
+            group.blocks.fill(ids.long())
         return True
 
     def _release_reserved(self, seq: Sequence) -> None:
@@ -346,7 +351,9 @@ class KVStore:
         if seq.staging is not None:
             found.append((seq.staging, torch.full((self.lanes.count,), staged)))
         if seq.side is not None:
-            found.append((seq.side, self.length[seq.row] + count))
+            found.append((seq.side, self._tokens_held(seq) + count))
+        if seq.records is not None:
+            found.append((seq.records, torch.ones_like(self.length[seq.row])))
         return [(row, slots * self.has_lanes(row)) for row, slots in found]
 
     def has_lanes(self, row: LaneRow) -> Tensor:
@@ -492,8 +499,11 @@ class KVStore:
         return self.tables.columns_held(seq.row)
 
     def _new_columns(self, seq: Sequence, count: int) -> Tensor:
-        length = self.length[seq.row] - (self.hole[seq.row] >= 0).long()
-        return (-(-(length + count) // self.block_size) - self.columns_held(seq)).clamp(min=0)
+        return (-(-(self._tokens_held(seq) + count) // self.block_size) - self.columns_held(seq)).clamp(min=0)
+
+    def _tokens_held(self, seq: Sequence) -> Tensor:
+        """Return the tokens of each lane [lanes] int64: a hole holds none."""
+        return self.length[seq.row] - (self.hole[seq.row] >= 0).long()
 
     def _shared_tails(self, seq: Sequence) -> Tensor:
         """Return 1 for each lane [lanes] int64 whose partly filled last block has another owner."""

@@ -37,10 +37,10 @@ def derive_tokens(
         block: [..] int64, ids of the blocks beside.
         offset: [..] int64, slots in these.
         fresh: [..] bool, whether a token is the only one of its block.
-        view: shows the tokens [.., D].
+        view: shows the tokens [R, H, 1, D].
     """
     for stream, by in derived:
-        entry, kept = by.derive(stream.name, view), side.pool.view(stream.name)
+        entry, kept = by.derive(stream.name, view).squeeze(-2), side.pool.view(stream.name)
         if stream.per is Per.SLOT:
             kept[block, offset] = entry.to(kept.dtype)
         else:
@@ -56,10 +56,10 @@ def derive_run(side: SideClass, derived: Derived, table: Tensor, first: Tensor, 
         derived: which streams, and who makes them.
         table: [H, C] ids of the blocks beside.
         first: [H] int64, on the CPU, the slot of the first token of each lane.
-        view: shows the tokens [n, H, D].
+        view: shows the tokens [H, n, D].
     """
     for stream, by in derived:
-        entries = by.derive(stream.name, view).transpose(0, 1)  # [H, n, w]
+        entries = by.derive(stream.name, view)  # [H, n, w]
         kept, size = side.pool.view(stream.name), side.layout.block_size
         slot = first[:, None] + torch.arange(entries.shape[1])
         entries = entries.to(kept.dtype)

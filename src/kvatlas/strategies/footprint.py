@@ -80,6 +80,10 @@ def footprint(plan: Plan, prompt: int, output: int, chunk: int) -> Footprint:
         if store.side is not None:
             tiers[Tier.DEVICE].add(store.side, lanes, slots)
             sums.hold(store.side, lanes, slots.peak)
+        if store.records is not None:
+            one = _Slots(peak=1, steady=1, final=1, read=0)
+            tiers[Tier.DEVICE].add(store.records, lanes, one)
+            sums.hold(store.records, lanes, 1)
         if store.tier is Tier.HOST:
             staged = _deeper(staged, _longest(layer, slots, prompt, output), plan)
             sums.moved += _visits(plan, layer.index) * lanes * _fetched(layer, slots, plan.block_size)
@@ -183,26 +187,25 @@ def _fetched(layer: LayerPlan, slots: _Slots, block_size: int) -> int:
     layout = layer.store.own
     if layer.attend is None:
         return layout.block_bytes * _blocks(slots.final, block_size)
-    return _chosen(layer, slots) * layout.kv_bytes // block_size
+    tokens = _tokens_read(layer, slots, block_size)
+    if layer.attend.per is Per.BLOCK:
+        return layout.block_bytes * _blocks(tokens, block_size)
+    return tokens * layout.kv_bytes // block_size
 
 
-def _chosen(layer: LayerPlan, slots: _Slots) -> int:
-    assert layer.attend is not None
-    return min(slots.read, layer.attend.most_read(slots.read, layer.shape.group) + 1)
+def _tokens_read(layer: LayerPlan, slots: _Slots, block_size: int) -> int:
+    """Return how many tokens of a lane a step reads, the new one included; packed ones left out."""
+    if layer.attend is None:
+        return slots.read
+    most = layer.attend.most_read(slots.read, layer.shape.group, block_size)
+    return min(slots.read, most + layer.attend.ahead)
 
 
 def _read(layer: LayerPlan, slots: _Slots, block_size: int) -> int:
     """Return the bytes of a lane that a step reads, those that it chooses by included; packed ones left out."""
-    store, pages = layer.store, layer.pages(block_size)
-    tokens, by = slots.read, 0
-    if store.tier is Tier.HOST and layer.attend is not None:
-        tokens = _chosen(layer, slots)
+    store, tokens, by = layer.store, _tokens_read(layer, slots, block_size), 0
     if layer.attend is not None and store.side is not None and tokens < slots.read:
         by = _scored(layer.attend, store.side, slots.read)
-    if pages is not None and _blocks(slots.read, block_size) > pages:
-        assert layer.attend is not None and store.side is not None
-        by += _scored(layer.attend, store.side, slots.read)
-        tokens = pages * block_size
     return by + tokens * store.own.kv_bytes // block_size
 
 

@@ -11,7 +11,7 @@ from functools import cached_property
 from kvatlas.core.errors import CompositionError, ConfigError, UnsupportedError
 from kvatlas.core.footprint import Footprint
 from kvatlas.core.layout import BlockLayout, layout_of
-from kvatlas.core.needs import Derived, Received
+from kvatlas.core.needs import Derived, Received, Record
 from kvatlas.core.plan import CachePlan, Deriver, LayerCache, Traits
 from kvatlas.core.shapes import LayerShape, ModelShape
 from kvatlas.core.streams import SideLayout, Stream
@@ -73,10 +73,6 @@ class LayerPlan:
             return limits
         recent = self.keep.recent_tokens(prompt_tokens)
         return limits.resized(self.budget.of_layer(limits.after_prompt, recent, prompt_tokens, *self.turn))
-
-    def pages(self, block_size: int) -> int | None:
-        """Return the most blocks of a lane that a decode step reads; None: all."""
-        return None if self.attend is None else self.attend.pages(block_size)
 
 
 class Plan:
@@ -145,7 +141,10 @@ class Plan:
         packed = encode.format if encode is not None and encode.format.is_packed and shape.window is None else None
         format = own if encode is None else _beside_packed(own) if encode.format.is_packed else encode.format
         old: BlockLayout | None = None if packed is None else layout_of(shape, packed, size)
-        side, derived = _streams(shape, format, size, acting)
+        side, derived, later = _streams(shape, format, size, acting)
+        recorded = tuple(
+            (need.stream(shape), stage) for stage in acting for need in stage.needs if isinstance(need, Record)
+        )
         return LayerCache(
             own=layout_of(shape, format, size),
             tier=Tier.DEVICE if place is None else place.tier,
@@ -153,6 +152,9 @@ class Plan:
             residual=0 if old is None or encode is None else encode.residual,
             side=side,
             derived=derived,
+            later=later,
+            records=SideLayout(tuple(stream for stream, _ in recorded), size) if recorded else None,
+            recorded=recorded,
         )
 
     @cached_property
@@ -174,8 +176,15 @@ class Plan:
 
     @cached_property
     def chooses(self) -> bool:
-        """Whether what a decode step reads of the host is chosen token by token."""
+        """Whether what a decode step reads of the host is chosen."""
         return any(layer.place is not None and layer.attend is not None for layer in self.owned)
+
+    @cached_property
+    def chooses_late(self) -> bool:
+        """Whether it is chosen when its layer runs, not before."""
+        return any(
+            layer.place is not None and layer.attend is not None and not layer.attend.ahead for layer in self.owned
+        )
 
     @cached_property
     def fetches_ahead(self) -> bool:
@@ -186,14 +195,15 @@ class Plan:
         """Return the most tokens of a lane on the host that a decode step reads beside the new one."""
         asked = [layer.attend for layer in self.owned if layer.place is not None and layer.attend is not None]
         return max(
-            (attend.most_read(cached_tokens, self.shape.largest_group) for attend in asked), default=cached_tokens
+            (attend.most_read(cached_tokens, self.shape.largest_group, self.block_size) for attend in asked),
+            default=cached_tokens,
         )
 
     @cached_property
     def forkable(self) -> bool:
         """Whether a copy of a cache goes on as the original would: nothing depends on who made which block."""
         needs = (need for layer in self.owned for stage in layer.stages for need in stage.needs)
-        lasting = any(isinstance(need, Received) or (isinstance(need, Derived) and need.later) for need in needs)
+        lasting = any(isinstance(need, Received | Record) for need in needs)
         return self.traits.keeps_all and not self.packs and not lasting
 
     def unshared_tokens(self) -> int:
@@ -227,11 +237,14 @@ def _beside_packed(own: Format) -> Format:
     return Format.FP16 if own is Format.FP32 else own
 
 
+_Made = tuple[tuple[Stream, Deriver], ...]
+
+
 def _streams(
     shape: LayerShape, format: Format, block_size: int, acting: list[Stage]
-) -> tuple[SideLayout | None, tuple[tuple[Stream, Deriver], ...]]:
-    """Return what lies beside a layer's keys and values for its stages, and which of it they make of these."""
-    found: dict[str, tuple[Stream, Stage, bool]] = {}
+) -> tuple[SideLayout | None, _Made, _Made]:
+    """Return what lies beside a layer's keys and values, what of it its stages make at once, and what later."""
+    found: dict[str, tuple[Stream, Stage, Received | Derived]] = {}
     for stage in acting:
         for need in stage.needs:
             if isinstance(need, Received | Derived):
@@ -240,9 +253,11 @@ def _streams(
                     raise CompositionError(
                         f"{found[stream.name][1].name} and {stage.name} both keep {stream.name!r}; rename one's"
                     )
-                found[stream.name] = stream, stage, isinstance(need, Derived) and not need.later
+                found[stream.name] = stream, stage, need
+    made = [(stream, stage, need.later) for stream, stage, need in found.values() if isinstance(need, Derived)]
     side = SideLayout(tuple(stream for stream, _, _ in found.values()), block_size) if found else None
-    return side, tuple((stream, stage) for stream, stage, made in found.values() if made)
+    at_once = tuple((stream, stage) for stream, stage, later in made if not later)
+    return side, at_once, tuple((stream, stage) for stream, stage, later in made if later)
 
 
 def _with_turns(owned: dict[int, LayerPlan]) -> dict[int, LayerPlan]:
@@ -291,7 +306,7 @@ def _check_packing(strategy: Strategy, shape: ModelShape, owned: dict[int, Layer
 
 def _check_places(owned: dict[int, LayerPlan]) -> None:
     hosted = [layer for layer in owned.values() if layer.place is not None]
-    if len({layer.attend is None for layer in hosted}) > 1:
+    if len({None if layer.attend is None else layer.attend.ahead for layer in hosted}) > 1:
         raise CompositionError(
             "what is offloaded is chosen in all its layers or in none; give both stages one 'layers'"
         )

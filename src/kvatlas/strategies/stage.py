@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import types
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar, Union, get_args, get_origin, get_type_hints
@@ -19,12 +19,13 @@ from kvatlas.core.grammar import StageCall, Value, format_value
 from kvatlas.core.names import unknown_name
 from kvatlas.core.needs import Need, Received
 from kvatlas.core.plan import NOTHING, Traits
+from kvatlas.core.streams import Per
 from kvatlas.core.vocabulary import Axis, Format, Moment, Saves, Tier
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from kvatlas.core.views import LaneView, TokenView
+    from kvatlas.core.views import ChunkView, Given, LaneView, QueryView, Selection, TokenView
 
 
 _MOST = 2**31 - 1
@@ -147,6 +148,14 @@ class Stage:
     def derive(self, name: str, tokens: TokenView) -> Tensor:
         """Return the entry [.., width] of each token [..] in the stream of a `Derived`."""
         raise NotImplementedError(f"{self.name} needs {name!r} to be derived and does not say how; override 'derive'")
+
+    def observe(self, name: str, chunk: ChunkView) -> Tensor:
+        """Return what a `Record` [H, width] is after a further chunk of the first prompt: by default, what it was."""
+        return chunk.record(name)
+
+    def begin(self, given: Given) -> Mapping[str, Tensor]:
+        """Return records [H, width] to set at the end of the first prompt, from what was observed: by default, none."""
+        return {}
 
     def merge(self, name: str, one: Tensor, other: Tensor) -> Tensor:
         """Return the entry [.., width] of all tokens of two entries, where a block has one."""
@@ -337,9 +346,17 @@ class Place(Stage):
 
 @dataclass(frozen=True, kw_only=True)
 class Attend(Stage):
-    """Axis *attend*: which of the cached tokens a decode step reads."""
+    """Axis *attend*: which of the cached tokens a decode step reads.
+
+    Attributes:
+        ahead: asked while the layer before runs, with the queries that its input foretells, so that what is chosen can
+            come from another tier meanwhile; the new token, which has no key yet, is read beside what is chosen.
+        per: whether slots or blocks are chosen.
+    """
 
     axis: ClassVar[Axis] = Axis.ATTEND
+    ahead: ClassVar[bool] = False
+    per: ClassVar[Per] = Per.SLOT
 
     @property
     def moments(self) -> frozenset[Moment]:
@@ -348,25 +365,21 @@ class Attend(Stage):
 
     @property
     def dense_layers(self) -> int:
-        """Number of first layers that read everything."""
+        """Number of first layers that read everything, and stay on the device."""
         return 0
 
-    @property
-    def margin(self) -> float:
-        """How far below a query head's best a token may score and still count, in units of the softmax's argument."""
-        return float("inf")
-
-    def most_read(self, cached_tokens: int, group: int) -> int:
-        """Return the most cached tokens of a lane that a step reads beside the new one.
+    def most_read(self, cached_tokens: int, group: int, block_size: int) -> int:
+        """Return the most cached tokens of a lane that a step reads; beside the new one, if it is asked ahead.
 
         Args:
             cached_tokens: tokens that the lane holds.
             group: query heads that read it.
+            block_size: slots of a block.
         """
         return cached_tokens
 
-    def pages(self, block_size: int) -> int | None:
-        """Return the most blocks of a lane that a step reads, chosen by the bounds of their keys; None: all."""
+    def select(self, view: QueryView) -> Selection | None:
+        """Return what to read, in each lane at most what `most_read` says; None: everything."""
         return None
 
 

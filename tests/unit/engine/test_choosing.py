@@ -7,7 +7,7 @@ from hypothesis import given, strategies as st
 from torch import Tensor
 
 from kvatlas.engine.eviction import _best, _lowest
-from kvatlas.engine.speculation import best_slots, choose
+from kvatlas.strategies.attend.speculate import best_slots, choose
 
 levels = st.sampled_from([2, 5, 1000])
 """Numbers that scores may take: few make ties, as heads do that prefer different tokens."""
@@ -24,9 +24,9 @@ def padded(below: Tensor, slots: int) -> Tensor:
 
 
 def chosen(below: Tensor, alpha: float, most: list[int]) -> list[list[list[int]]]:
-    choice = choose(below, alpha, torch.tensor(most))
-    counts = choice.count.tolist()
-    return [[lane[:count] for lane in lanes] for lanes, count in zip(choice.slots.tolist(), counts, strict=True)]
+    choice = choose(below, alpha, torch.tensor(most)[:, None].expand(-1, below.shape[1]))
+    rows = zip(choice.index_RHn.tolist(), choice.count_RH.tolist(), strict=True)
+    return [[lane[:count] for lane, count in zip(lanes, counts, strict=True)] for lanes, counts in rows]
 
 
 @given(st.integers(0, 10**6), st.integers(1, 3), st.sampled_from([1, 2, 8]), st.integers(1, 40), levels, levels)
@@ -55,11 +55,11 @@ def test_every_query_head_reads_its_best(seed: int, group: int, slots: int, leve
 def test_the_best_and_among_equals_the_earlier(seed: int, levels: int, counts: list[int]) -> None:
     generator = torch.Generator().manual_seed(seed)
     values = torch.randint(levels, (len(counts), 2, 17), generator=generator).float()
-    got = best_slots(values, torch.tensor(counts))
-    for lanes, marks, count in zip(values.tolist(), got.tolist(), counts, strict=True):
-        for lane, marked in zip(lanes, marks, strict=True):
+    got = best_slots(values, torch.tensor(counts)[:, None].expand(-1, 2))
+    for lanes, chosen_lanes, count in zip(values.tolist(), got.index_RHn.tolist(), counts, strict=True):
+        for lane, slots in zip(lanes, chosen_lanes, strict=True):
             ranked = sorted(range(17), key=lambda slot: (-lane[slot], slot))
-            assert [slot for slot in range(17) if marked[slot]] == sorted(ranked[:count])
+            assert slots[:count] == sorted(ranked[:count])
 
 
 def test_scores_that_are_no_numbers_spoil_nobody() -> None:

@@ -16,7 +16,7 @@ class Visits:
 
     def __init__(self, buffers: dict[int, int], *, ahead: bool = True, chooses: bool = False, num_bytes: int = 8):
         self.layout = SimpleNamespace(buffers=buffers)
-        self.ahead, self.chooses, self.num_bytes = ahead, chooses, num_bytes
+        self.ahead, self.chooses, self.late, self.num_bytes = ahead, chooses, False, num_bytes
         self.log: list[tuple[str, int]] = []
 
     def reads_host(self, layer: int) -> bool:
@@ -56,6 +56,19 @@ def run(link: Link, visitors: list[Visits], layers: int) -> None:
         for each in visitors:
             each.log.append(("read", layer))
     staging.finish()
+
+
+def test_what_is_chosen_late_is_fetched_when_it_is_asked_for(link: Link) -> None:
+    visits = Visits({0: 0, 1: 1}, chooses=True)
+    visits.late = True
+    staging = Staging(link, [visits], 2, None)
+    for layer in range(2):
+        staging.enter(layer)
+        staging.fetch(layer, visits, visits.transfer("chosen", layer))
+        visits.log.append(("read", layer))
+    staging.finish()
+    assert steps(visits) == [("fetch chosen", 0), ("read", 0), ("fetch chosen", 1), ("read", 1)]
+    assert link.priorities == [URGENT, URGENT]
 
 
 def steps(visits: Visits) -> list[tuple[str, int]]:

@@ -168,7 +168,7 @@ def test_the_breakdown_adds_up():
 def test_times_and_ratios_of_a_step():
     """Moves of both directions run at once; compute is that of a run without any."""
     spans = [
-        *((EventKind.ATTEND, 0, 2), (EventKind.SPECULATE, 2, 3), (EventKind.WAIT, 3, 5)),
+        *((EventKind.ATTEND, 0, 2), (EventKind.SELECT, 2, 3), (EventKind.WAIT, 3, 5)),
         *((EventKind.FETCH, 0, 5), (EventKind.STORE, 4, 6), (EventKind.STORE, 6, 7), (EventKind.WAIT, 6, 10)),
     ]
     events = tuple(Event(kind=kind, layer=0, start_s=start, end_s=end) for kind, start, end in spans)

@@ -80,9 +80,10 @@ def test_short_forms() -> None:
         ("infinigen | offload", CompositionError, "both answer the axis 'place'"),
         ("speculate", CompositionError, "'speculate' cannot stand alone: it chooses what to fetch"),
         ("speculate | fp16", CompositionError, "add '| offload(host)'"),
-        ("h2o | infinigen", CompositionError, "'speculate' and 'h2o' cannot be composed: partial keys lie beside"),
-        ("snapkv | speculate | offload", CompositionError, "leave one out"),
-        ("streaming_llm | speculate | offload", CompositionError, "leave one out"),
+        ("h2o | infinigen", CompositionError, "'speculate' and 'h2o' cannot be composed: it counts the attention"),
+        ("h2o | quest", CompositionError, "it counts the attention that every token gets"),
+        ("kivi | speculate | offload", CompositionError, "leave one out"),
+        ("streaming_llm | speculate | offload", CompositionError, "it drops tokens at every step"),
     ],
 )
 def test_refused(text: str, kind: type[Exception], message: str) -> None:

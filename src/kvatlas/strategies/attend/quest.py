@@ -11,20 +11,21 @@ its pages, chosen by the best of them, since their keys are read together; layer
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from kvatlas.core.errors import ConfigError
 from kvatlas.core.needs import Derived
 from kvatlas.core.plan import Traits
 from kvatlas.core.streams import Per
+from kvatlas.core.views import Selection
 from kvatlas.core.vocabulary import Saves
 from kvatlas.strategies.registry import register
-from kvatlas.strategies.stage import Attend, Encode, Keep, Place, Stage, StageInfo
+from kvatlas.strategies.stage import Attend, Keep, Stage, StageInfo
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from kvatlas.core.views import TokenView
+    from kvatlas.core.views import QueryView, TokenView
 
 _LEAST_PAGES = 3
 
@@ -51,6 +52,8 @@ class Quest(Attend):
         ConfigError: a number is out of range.
     """
 
+    per: ClassVar[Per] = Per.BLOCK
+
     budget: int = 1024
     dense: int = 2
 
@@ -62,13 +65,9 @@ class Quest(Attend):
             raise ConfigError(f"quest: dense={self.dense} is out of range; write a number of layers, such as 2")
 
     def conflict(self, other: Stage) -> str | None:
-        """Refuse what needs every score, and blocks whose bounds would weigh more than they save."""
+        """Refuse what needs every score."""
         if isinstance(other, Keep) and other.received is not None and other.received.in_decode:
             return "it counts the attention that every token gets, and pages that are not read get none; leave one out"
-        if isinstance(other, Encode) and other.format.is_packed:
-            return "the bounds of a packed block would weigh a third of it; use 'int8' or leave one out"
-        if isinstance(other, Place):
-            return "pages are chosen when their layer runs, too late to fetch them; use 'speculate' there"
         return None
 
     @property
@@ -94,6 +93,29 @@ class Quest(Attend):
         """As asked for."""
         return self.dense
 
-    def pages(self, block_size: int) -> int:
-        """Return the most pages that a step reads."""
+    def most_read(self, cached_tokens: int, group: int, block_size: int) -> int:
+        """Return the budget in whole pages."""
+        return min(cached_tokens, self._pages(block_size) * block_size)
+
+    def _pages(self, block_size: int) -> int:
         return max(_LEAST_PAGES, self.budget // block_size)
+
+    def select(self, view: QueryView) -> Selection | None:
+        """Return the pages of the highest bounds, that of the newest token always among them."""
+        import torch
+
+        from kvatlas.kernels.blocks import score_bounds
+
+        parts, most = view.entries("bounds"), self._pages(view.block_size)
+        columns = sum(part.table.shape[-1] for part in parts)
+        if columns <= most:
+            return None
+        query = view.query_RHGD.flatten(1, 2)
+        scores = torch.cat([score_bounds(query, part) for part in parts], dim=-1)
+        assert view.newest_RH is not None
+        newest = torch.arange(columns, device=scores.device) == (view.newest_RH // view.block_size)[..., None]
+        held = scores > -torch.inf
+        # Equal scores go to the earlier page, whatever the padding: topk would let the batch decide.
+        best = scores.masked_fill_(newest, torch.inf).sort(dim=-1, descending=True, stable=True).indices[..., :most]
+        index = best.masked_fill(~held.gather(-1, best) & ~newest.gather(-1, best), columns).sort(dim=-1).values
+        return Selection(per=Per.BLOCK, index_RHn=index.clamp(max=columns - 1), count_RH=(index < columns).sum(dim=-1))

@@ -14,15 +14,23 @@ for, stays on the device; nothing is dropped from the host.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar
 
 from kvatlas.core.errors import ConfigError
-from kvatlas.core.needs import Artifact, Derived, LayerInputs, Need
+from kvatlas.core.needs import Artifact, Derived, LayerInputs, Need, Record
 from kvatlas.core.plan import Traits
+from kvatlas.core.streams import Per
+from kvatlas.core.views import Selection
 from kvatlas.core.vocabulary import Saves
 from kvatlas.strategies.registry import register
-from kvatlas.strategies.stage import Attend, Keep, Place, Stage, StageInfo
+from kvatlas.strategies.stage import Attend, Encode, Keep, Place, Stage, StageInfo
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from kvatlas.core.views import ChunkView, Given, QueryView, TokenView
 
 
 @register(
@@ -51,6 +59,8 @@ class Speculate(Attend):
         ConfigError: a number is out of range.
     """
 
+    ahead: ClassVar[bool] = True
+
     alpha: float = 4.0
     cap: float = 0.2
     partial: float = 0.3
@@ -69,9 +79,13 @@ class Speculate(Attend):
                 )
 
     def conflict(self, other: Stage) -> str | None:
-        """Refuse stages that evict: partial keys lie slot by slot beside keys that never move."""
-        if isinstance(other, Keep) and not other.info.traits.keeps_all:
-            return "partial keys lie beside keys in order, and eviction would move those; leave one out"
+        """Refuse what moves tokens in steps, what counts all attention, and formats that are packed."""
+        if isinstance(other, Keep) and other.received is not None and other.received.in_decode:
+            return "it counts the attention that every token gets, and tokens that are not read get none; leave one out"
+        if isinstance(other, Keep) and other.limits(1024).high is not None:
+            return "it drops tokens at every step, while those to read are chosen a layer ahead; leave one out"
+        if isinstance(other, Encode) and other.format.is_packed:
+            return "packed blocks are read whole, and single tokens are chosen; use 'int8' or leave one out"
         return None
 
     def lacks(self, others: Collection[Stage]) -> str | None:
@@ -85,24 +99,99 @@ class Speculate(Attend):
         return replace(self, alpha=math.inf, cap=fraction)
 
     @property
-    def needs(self) -> tuple[Need, ...]:
-        """Return partial keys, slot by slot on the device, and what queries are foreseen and rotated with."""
-        partial = Derived("partial", self.partial, unit="key_dim", dtype=None, label="partial keys", later=True)
-        return (partial, LayerInputs(), Artifact("rotation", about="calibrated rotations"))
-
-    @property
     def dense_layers(self) -> int:
         """As asked for; the first layer has none before it to speculate from."""
         return self.dense
 
     @property
-    def margin(self) -> float:
-        """Alpha."""
-        return self.alpha
+    def needs(self) -> tuple[Need, ...]:
+        """Return partial keys on the device, which columns these are, and what foresees and rotates queries."""
+        return (
+            Derived("partial", self.partial, unit="key_dim", dtype=None, label="partial keys", later=True),
+            Record("columns", self.partial, unit="key_dim", dtype="int32", label="chosen columns"),
+            Record("energy", unit="key_dim", label="weights of columns"),
+            LayerInputs(),
+            Artifact("rotation", build="kvatlas.models.rotation:rotations_of", about="calibrated rotations"),
+        )
 
-    def most_read(self, cached_tokens: int, group: int) -> int:
+    def observe(self, name: str, chunk: ChunkView) -> Tensor:
+        """Add what the prompt's queries and keys weigh in each rotated column."""
+        if name != "energy":
+            return chunk.record(name)
+        rotate = chunk.artifact("rotation").rotate
+        queries, keys = rotate(chunk.query_HGnD.flatten(1, 2)), rotate(chunk.key_HnD)
+        more: Tensor = queries.abs().sum(dim=1) + keys.abs().sum(dim=1)
+        return chunk.record(name) + more
+
+    def begin(self, given: Given) -> Mapping[str, Tensor]:
+        """Choose the heaviest columns of each lane, from now on."""
+        width = given.record("columns").shape[-1]
+        return {"columns": given.record("energy").topk(width, dim=-1).indices.sort(dim=-1).values}
+
+    def derive(self, name: str, tokens: TokenView) -> Tensor:
+        """Return the chosen columns of the rotated keys."""
+        return self._cut(tokens, tokens.keys())
+
+    def _cut(self, given: Given, heads: Tensor) -> Tensor:
+        rotated: Tensor = given.artifact("rotation").rotate(heads)
+        columns = given.record("columns").long().unsqueeze(-2)
+        return rotated.gather(-1, columns.expand(*rotated.shape[:-1], columns.shape[-1]))
+
+    def most_read(self, cached_tokens: int, group: int, block_size: int = 1) -> int:
         """Return the cap in tokens, rounded up; 0.7 of 10 are 7, though not quite in binary fractions.
 
         Every query head reads its own best token, whatever the cap.
         """
         return min(cached_tokens, max(group, math.ceil(round(self.cap * cached_tokens, 6))))
+
+    def select(self, view: QueryView) -> Selection:
+        """Return the slots whose partial keys score best for any of a lane's query heads."""
+        import torch  # strategies load without torch
+
+        rotation, group = view.artifact("rotation"), view.query_RHGD.shape[2]
+        below = rotation.below_best(self._cut(view, view.query_RHGD), view.side("partial").float(), view.length_RH)
+        most = [[self.most_read(count, group) for count in lanes] for lanes in view.length_RH.tolist()]
+        found = choose(below, self.alpha, torch.tensor(most))
+        # Of a batch's heads, some may read more than a short lane has.
+        return replace(found, count_RH=torch.minimum(found.count_RH, view.length_RH.to(found.count_RH.device)))
+
+
+def choose(below_RHGS: Tensor, alpha: float, most_RH: Tensor) -> Selection:
+    """Return for each lane the slots that score best for any of its query heads.
+
+    How many: those within ``alpha`` of a query head's best, averaged over all query heads of the layer, rounded up; at
+    most ``most_RH`` [R, H], but never so few that a query head would miss its own best slot. What a sequence is given
+    depends on its scores alone, not on who shares the batch: equal scores go to the earlier slot, and NaN counts as
+    -inf, which is also what pads.
+
+    Args:
+        below_RHGS: how far each slot scores below its query head's best.
+        alpha: as above.
+        most_RH: as above.
+    """
+    import torch
+
+    below_RHGS = below_RHGS.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    important = (below_RHGS > -alpha).sum(dim=-1).float().mean(dim=(1, 2)).ceil().long()[:, None]
+    # A head's favourite has infinity, and every slot else what the head says that likes it best.
+    best = below_RHGS.amax(dim=2).scatter_(-1, below_RHGS.argmax(dim=-1), torch.inf)
+    favourites = best.isposinf().sum(dim=-1).amax(dim=-1, keepdim=True)
+    count = torch.maximum(torch.minimum(important, most_RH.to(best.device)), favourites)
+    return best_slots(best, count)
+
+
+def best_slots(score_RHS: Tensor, count_RH: Tensor) -> Selection:
+    """Return the ``count_RH`` best slots of each lane, ascending; of equal ones the earlier.
+
+    ``topk`` alone would not do: which of equal scores it takes depends on the count and the padding, and so on others.
+    """
+    import torch
+
+    values = score_RHS.topk(int(count_RH.max()), dim=-1).values
+    last = values.gather(-1, (count_RH - 1).clamp(min=0)[..., None])
+    above, tied = score_RHS > last, score_RHS == last
+    room = count_RH[..., None] - above.sum(dim=-1, keepdim=True)
+    taken = above | (tied & (tied.cumsum(dim=-1) <= room))
+    slots = torch.arange(score_RHS.shape[-1], device=score_RHS.device)
+    index = slots.masked_fill(~taken, len(slots)).sort(dim=-1).values[..., : values.shape[-1]]
+    return Selection(per=Per.SLOT, index_RHn=index.clamp(max=len(slots) - 1), count_RH=count_RH)

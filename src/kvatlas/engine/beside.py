@@ -1,0 +1,179 @@
+"""What lies beside keys and values while a forward runs: written with new tokens, shown to stages that choose by it.
+
+Shapes: n tokens of a chunk, R sequences of a group, H KV heads, C table columns, Dk and Dv elements of keys and values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence as Seq
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvatlas.core.streams import Per
+from kvatlas.core.views import ChunkView, Given, QueryView, TokenView
+from kvatlas.engine.segments import Chunk, DecodeGroup, sequence_of
+from kvatlas.engine.sources import Blocks
+from kvatlas.kernels.blocks import read_keys, read_values
+from kvatlas.kernels.gather import gather_slots
+from kvatlas.kernels.pool import Entries
+from kvatlas.storage.sequence import Sequence
+from kvatlas.storage.store import KVStore
+from kvatlas.storage.streams import derive_run, derive_tokens
+
+_TOKENS_AT_ONCE = 4096  # past tokens whose entries are made together when a prompt is over, about: whole blocks are
+
+
+class Beside:
+    """Streams and records of one forward.
+
+    Args:
+        store: where they lie.
+        artifacts: what was worked out for the model, by name, one thing per layer.
+    """
+
+    def __init__(self, store: KVStore, artifacts: Mapping[str, Seq[Any]]) -> None:
+        self._store = store
+        self._artifacts = artifacts
+
+    # Written with new tokens
+
+    def add_chunk(self, layer: int, chunk: Chunk, past: Blocks, q: Tensor, k: Tensor, v: Tensor) -> None:
+        """Keep what stages want of a chunk; at the end of the first prompt, also what they want of it only then.
+
+        Args:
+            layer: which; it owns its lanes.
+            chunk: the chunk.
+            past: where the tokens before it are read, [H, C].
+            q: queries [n, Hq, Dk].
+            k: keys [n, H, Dk], as a later read will see them.
+            v: values [n, H, Dv], likewise.
+        """
+        seq, plan = sequence_of(chunk.request), chunk.request.plan.layers[layer].store
+        lanes, side = self._store.lanes.slices[layer], seq.layout.side_of_layer(layer)
+        first = chunk.past_length[lanes]
+        if (plan.recorded or plan.later) and layer not in seq.begun:
+            self._observe(layer, chunk, q, k)
+            if chunk.request.ends_prefill_span:
+                self._begin(layer, chunk, past)
+        derived = plan.derived + (plan.later if layer in seq.begun else ())
+        if derived and side is not None and chunk.side is not None:
+            view = self._tokens(k.transpose(0, 1), v.transpose(0, 1), self.of_sequence(seq, layer))
+            derive_run(side, derived, chunk.side[lanes], first, view)
+
+    def add_step(self, layer: int, group: DecodeGroup, k: Tensor, v: Tensor) -> None:
+        """Keep what stages want of a step's new tokens: keys [R, H, Dk], values [R, H, Dv], as later reads see them."""
+        plan, here, seqs = group.plan.layers[layer].store, group.layers[layer], group.seqs
+        side = seqs[0].layout.side_of_layer(layer)
+        derived = plan.derived + plan.later
+        if derived and side is not None and here.beside is not None:
+            fresh = (here.slot == here.host_length - 1) & (here.slot % self._store.block_size == 0)
+            view = self._tokens(k[:, :, None], v[:, :, None], self.of_group(seqs, layer))
+            derive_tokens(side, derived, here.beside, here.offset, fresh, view)
+
+    def _observe(self, layer: int, chunk: Chunk, q: Tensor, k: Tensor) -> None:
+        seq, heads = sequence_of(chunk.request), k.shape[1]
+        given = self.of_sequence(seq, layer)
+        queries = q.reshape(len(q), heads, -1, q.shape[-1]).permute(1, 2, 0, 3)
+        view = ChunkView(
+            query_HGnD=queries.float(), key_HnD=k.transpose(0, 1).float(), records=given.records,
+            artifacts=given.artifacts,
+        )  # fmt: skip
+        for stream, by in chunk.request.plan.layers[layer].store.recorded:
+            self._set(seq, layer, stream.name, by.observe(stream.name, view))
+
+    def _begin(self, layer: int, chunk: Chunk, past: Blocks) -> None:
+        """Let stages settle their records, and make entries of all tokens before the chunk."""
+        seq, plan = sequence_of(chunk.request), chunk.request.plan.layers[layer].store
+        given = self.of_sequence(seq, layer)
+        for by in {id(by): by for _, by in plan.recorded}.values():
+            for name, value in by.begin(given).items():
+                self._set(seq, layer, name, value)
+        seq.begun.add(layer)
+        side, size, length = seq.layout.side_of_layer(layer), self._store.block_size, int(past.host_length.max())
+        if not plan.later or side is None or chunk.side is None:
+            return
+        columns = max(1, _TOKENS_AT_ONCE // size)
+        table = chunk.side[self._store.lanes.slices[layer]]
+        for first in range(0, past.table.shape[-1], columns):
+            part, count = past.table[:, first : first + columns], min(columns * size, length - first * size)
+            keys = read_keys(past.blocks.pool, part, torch.float32)[:, :count]
+            values = read_values(past.blocks.pool, part, torch.float32)[:, :count]
+            start = torch.full((len(table),), first * size)
+            derive_run(side, plan.later, table, start, self._tokens(keys, values, given))
+
+    def _set(self, seq: Sequence, layer: int, name: str, value: Tensor) -> None:
+        kept = seq.layout.records_of_layer(layer)
+        assert kept is not None
+        view = kept.pool.view(name)
+        view[self._record_blocks([seq], layer)[0].to(kept.device)] = value.to(view.dtype)
+
+    def _tokens(self, keys: Tensor, values: Tensor, given: Given) -> TokenView:
+        return TokenView(
+            read=lambda what: (keys if what == "keys" else values).float(), records=given.records,
+            artifacts=given.artifacts,
+        )  # fmt: skip
+
+    # Shown
+
+    def of_sequence(self, seq: Sequence, layer: int) -> Given:
+        """Show what is known of a layer of one sequence: records are [H, width]."""
+        given = self.of_group([seq], layer)
+        return replace(given, records=lambda name: given.records(name)[0])
+
+    def of_group(self, seqs: Seq[Sequence], layer: int) -> Given:
+        """Show what is known of a layer of some sequences: records are [R, H, width]."""
+        kept = seqs[0].layout.records_of_layer(layer)
+
+        def records(name: str) -> Tensor:
+            assert kept is not None
+            return kept.pool.view(name)[self._record_blocks(seqs, layer).to(kept.device)]
+
+        return Given(records=records, artifacts=lambda name: self._artifacts[name][layer])
+
+    def query(self, layer: int, group: DecodeGroup, query: Tensor, parts: Seq[Blocks], *, ahead: bool) -> QueryView:
+        """Show the queries [R, Hq, Dk] of a step, and what lies beside the slots of some parts of each lane, in order.
+
+        Args:
+            layer: which.
+            group: whose.
+            query: as above.
+            parts: encoded blocks, if any, and the lanes' own; the newest token is in the last.
+            ahead: the newest token has no key yet, so its slot, the last, is not shown.
+        """
+        here, given, size = group.layers[layer], self.of_group(group.seqs, layer), self._store.block_size
+        before = sum(part.table.shape[-1] for part in parts[:-1]) * size
+        own = parts[-1]
+        entries = [
+            Entries(pool=part.side[0].pool, name="", table=part.side[1], length=part.length)
+            for part in parts
+            if part.side is not None
+        ]
+
+        def sides(name: str) -> Tensor:
+            found = []
+            for part in entries:
+                view = part.pool.view(name)
+                if part.pool.layout.stream(name).per is Per.SLOT:
+                    found.append(gather_slots(view, part.table))
+                else:
+                    found.append(view.index_select(0, part.table.reshape(-1)).view(*part.table.shape, -1))
+            return found[0] if len(found) == 1 else torch.cat(found, dim=2)
+
+        return QueryView(
+            query_RHGD=query.reshape(len(query), here.slot.shape[1], -1, query.shape[-1]),
+            length_RH=own.length + before,
+            newest_RH=None if ahead else (here.slot + before).to(query.device),
+            block_size=size,
+            sides=sides,
+            entries=lambda name: [replace(part, name=name) for part in entries],
+            records=given.records,
+            artifacts=given.artifacts,
+        )
+
+    def _record_blocks(self, seqs: Seq[Sequence], layer: int) -> Tensor:
+        """Return the blocks [R, H] int64 of what the lanes of a layer have one of."""
+        rows = torch.tensor([seq.records.row for seq in seqs if seq.records is not None])
+        return self._store.table[rows, self._store.lanes.slices[layer], 0].long()
