@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from kvatlas.models import precision
 from kvatlas.strategies import plugins, registry
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -19,6 +20,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache_folder(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["KVATLAS_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_trial_of_dtypes() -> Iterator[None]:
+    """A trial that is timed beside other tests may choose anything; the tests of `precision` ask for it themselves."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(precision, "has_bfloat16_products", lambda: False)
+        yield
 
 
 @pytest.fixture

@@ -41,14 +41,14 @@ def write(store: KVStore, seq: Sequence, slots: Slots, first: int) -> None:
         assert group.side is not None and slots.side is not None
         group.side.pool.view("received")[slots.side[:, group.lanes], offset] = number
         keys = group.blocks.pool.keys[block, offset].float()
-        derived = shown(keys)
         table = store.table[seq.side.row, group.lanes]
         if len(block) > 1:
-            derive_run(group.side, group.derived, table, slots.index[0, group.lanes], derived)
+            derive_run(group.side, group.derived, table, slots.index[0, group.lanes], shown(keys.transpose(0, 1)))
         else:
             index = slots.index[:, group.lanes]
             fresh = (index == store.length[seq.row, group.lanes] - 1) & (index % store.block_size == 0)
-            derive_tokens(group.side, group.derived, slots.side[:, group.lanes], offset, fresh, derived)
+            place = slots.side[:, group.lanes], offset
+            derive_tokens(group.side, group.derived, *place, fresh, shown(keys[:, :, None]))
 
 
 def check_contents(store: KVStore, seq: Sequence, tolerance: float) -> None:

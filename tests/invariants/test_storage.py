@@ -165,7 +165,7 @@ class StoreMachine(RuleBasedStateMachine):
             if group.derived:
                 keys = self.keys(model, slots, group)
                 table = self.store.table[model.seq.side.row, group.lanes]
-                derive_run(group.side, group.derived, table, slots.index[0, group.lanes], shown(keys))
+                derive_run(group.side, group.derived, table, slots.index[0, group.lanes], shown(keys.transpose(0, 1)))
 
     @rule(models=st.lists(live, min_size=1, max_size=3, unique=True))
     def append_step(self, models: list[Model]) -> None:
@@ -183,7 +183,7 @@ class StoreMachine(RuleBasedStateMachine):
                 length = self.store.length[torch.tensor([m.seq.row for m in models])][:, group.lanes]
                 place = slots.side[:, group.lanes], slots.offset[:, group.lanes]
                 fresh = (index == length - 1) & (index % BLOCK == 0)
-                derive_tokens(group.side, group.derived, *place, fresh, shown(keys))
+                derive_tokens(group.side, group.derived, *place, fresh, shown(keys[:, :, None]))
 
     @rule(model=live, data=st.data())
     def open_holes(self, model: Model, data: st.DataObject) -> None:

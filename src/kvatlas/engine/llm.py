@@ -121,7 +121,7 @@ class LLM:
         if given is None:
             return self.strategy
         if not isinstance(given, str | Strategy):
-            raise ConfigError(f"a strategy is {shown(given)}; write a sentence such as 'h2o(heavy=0.1, recent=0.1)'")
+            raise ConfigError(f"a strategy is {shown(given)}; write a sentence such as 'int8 | offload(host)'")
         return Strategy.parse(given)
 
     def _stream(self, ids: list[int], params: SamplingParams, strategy: Strategy) -> Iterator[NewToken]:

@@ -239,10 +239,10 @@ class KVStore:
     def _claims(self, seq: Sequence, count: int, staged: int) -> list[_Claim]:
         """Return what each row needs for ``count`` more tokens."""
         none = self.no_columns()
-        copies = self._shared_tails(seq) if seq.forked else none
+        copies = self._shared_tails(seq, seq) if seq.forked else none
         claims = [_Claim(seq, copies, self._new_columns(seq, count), None)]
         for row, slots in self._companion_slots(seq, count, staged):
-            beside = copies * self.has_lanes(row) if row is seq.side else none
+            beside = self._shared_tails(seq, row) if seq.forked and row is seq.side else none
             claims.append(_Claim(row, beside, self._more_columns(row, slots), slots))
         return claims
 
@@ -505,13 +505,13 @@ class KVStore:
         """Return the tokens of each lane [lanes] int64: a hole holds none."""
         return self.length[seq.row] - (self.hole[seq.row] >= 0).long()
 
-    def _shared_tails(self, seq: Sequence) -> Tensor:
-        """Return 1 for each lane [lanes] int64 whose partly filled last block has another owner."""
+    def _shared_tails(self, seq: Sequence, row: LaneRow) -> Tensor:
+        """Return 1 for each lane [lanes] int64 whose partly filled last block, or that beside it, has another owner."""
         shared = self.no_columns()
         partial = self.length[seq.row] % self.block_size != 0
-        for group in seq.layout.groups:
+        for group in row.layout.groups:
             lanes = group.lanes[partial[group.lanes]]
-            ids = self.table[seq.row, lanes, self.length[seq.row, lanes] // self.block_size]
+            ids = self.table[row.row, lanes, self.length[seq.row, lanes] // self.block_size]
             shared[lanes] = (group.blocks.arena.num_owners(group.blocks, ids) > 1).long()
         return shared
 
