@@ -146,7 +146,9 @@ def _sort_by_position(store: KVStore, seq: Sequence, lanes_due: Tensor) -> None:
         order = positions.masked_fill(~used, torch.iinfo(torch.int32).max).argsort(dim=1, stable=True)
         rows = torch.arange(len(lanes))[:, None].expand_as(order)
         source, target = (order // size, order % size), (slot.expand_as(order) // size, (slot % size).expand_as(order))
-        move_tokens(store, seq, group.only(lanes), *((rows[used], *(x[used] for x in end)) for end in (source, target)))
+        due = group.only(lanes)
+        move_tokens(store, seq, due, *((rows[used], *(x[used] for x in end)) for end in (source, target)))
+        derive_moved(store, seq, due)
 
 
 def move_tokens(
@@ -178,3 +180,16 @@ def move_slots(blocks: BlockClass | SideClass, source: tuple[Tensor, Tensor], ta
         return
     copy_slots(blocks.pool, source, target)
     blocks.positions[target] = blocks.positions[source]
+
+
+def derive_moved(store: KVStore, row: KVRow, group: KVGroup) -> None:
+    """Make anew what streams say of whole blocks of a row's lanes, because tokens of theirs were moved."""
+    derived = of_blocks(group.derived)
+    if not derived or not len(group.lanes):
+        return
+    assert group.side is not None and row.side is not None
+    length, size = store.length[row.row, group.lanes], store.block_size
+    first = torch.arange(-(-int(length.max()) // size)) * size
+    used = (length[:, None] - first).clamp(min=0, max=size)
+    home, beside = (store.table[each.row, group.lanes, : len(first)].flatten() for each in row.with_side)
+    derive_blocks(group.side, derived, beside, group.blocks, home, used.flatten())

@@ -14,11 +14,10 @@ from torch import Tensor
 
 from kvatlas.kernels.blocks import read_keys, read_values
 from kvatlas.storage.arena import BlockClass, SideClass
-from kvatlas.storage.encoding import empty_slots, move_slots, move_tokens
+from kvatlas.storage.encoding import derive_moved, empty_slots, move_slots, move_tokens
 from kvatlas.storage.lanes import KVGroup
 from kvatlas.storage.sequence import KVRow, Sequence
 from kvatlas.storage.store import KVStore, side_rows
-from kvatlas.storage.streams import derive_blocks, of_blocks
 
 if TYPE_CHECKING:
     from kvatlas.storage.prefix_cache import PrefixCache
@@ -200,7 +199,7 @@ def _keep_slots(
         store.tables.exchange(rows, group.lanes, table, count)
     for seq in seqs:
         seq.dense = False
-        _derive_anew(store, seq, group)
+        derive_moved(store, seq, group)
 
 
 def _new_table(store: KVStore, group: KVGroup, count: Tensor, prefixes: PrefixCache) -> Tensor | None:
@@ -227,7 +226,7 @@ def close_holes(store: KVStore, seq: Sequence) -> None:
         place = torch.arange(len(holed.lanes))
         move_tokens(store, seq, holed, *((place, slot // size, slot % size) for slot in (last, hole)))
         store.tables.close_holes(row, holed.lanes)
-        _derive_anew(store, seq, holed)
+        derive_moved(store, seq, holed)
     store.release_columns(seq, store.columns_held(seq), before)
     store.shrink_side(seq)
 
@@ -268,16 +267,3 @@ def compact_windows(store: KVStore, seq: Sequence, due: Tensor, prefixes: Prefix
         visible = slots.live & (slots.positions > (seq.seen - windows[lanes]).to(slots.live.device)[:, None])
         kept = visible.cpu().logical_not().sort(dim=-1, stable=True).indices
         cut(store, [seq], windowed, kept, visible.sum(dim=-1).cpu(), prefixes=prefixes)
-
-
-def _derive_anew(store: KVStore, seq: Sequence, group: KVGroup) -> None:
-    """Make anew what streams say of whole blocks of lanes whose tokens were moved."""
-    derived = of_blocks(group.derived)
-    if not derived or not len(group.lanes):
-        return
-    assert group.side is not None and seq.side is not None
-    length, size = store.length[seq.row, group.lanes], store.block_size
-    first = torch.arange(-(-int(length.max()) // size)) * size
-    used = (length[:, None] - first).clamp(min=0, max=size)
-    home, beside = (store.table[row.row, group.lanes, : len(first)].flatten() for row in seq.with_side)
-    derive_blocks(group.side, derived, beside, group.blocks, home, used.flatten())
