@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from kvatlas.core.needs import Derived as Derived, Received as Received
     from kvatlas.core.plan import Traits as Traits
-    from kvatlas.core.streams import Per as Per
     from kvatlas.core.views import LaneView as LaneView, TokenView as TokenView
-    from kvatlas.core.vocabulary import Saves as Saves
+    from kvatlas.core.vocabulary import Per as Per, Saves as Saves
     from kvatlas.engine.attach import attach as attach, detach as detach
     from kvatlas.engine.llm import LLM as LLM
     from kvatlas.engine.params import SamplingParams as SamplingParams
@@ -44,7 +43,7 @@ _LAZY = {
     **dict.fromkeys(("Limits", "Reach", "check_share", "tokens_of"), "kvatlas.strategies.stage"),
     **dict.fromkeys(("Derived", "Received"), "kvatlas.core.needs"),
     "LaneView": "kvatlas.core.views",
-    "Per": "kvatlas.core.streams",
+    "Per": "kvatlas.core.vocabulary",
     "Saves": "kvatlas.core.vocabulary",
     "StageInfo": "kvatlas.strategies.stage",
     "TokenView": "kvatlas.core.views",

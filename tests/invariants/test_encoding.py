@@ -10,12 +10,13 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from tests.driving import kept_positions
-from tests.invariants.test_storage import MIXED, NUMBER, RANGE, SUMS, WINDOW_LANES, shown
+from tests.invariants.test_storage import MIXED, NUMBER, RANGE, SUMS, WINDOW_LANES, Maker, shown
 
 from kvatlas.core.errors import ConfigError, UnsupportedError
 from kvatlas.core.layout import GROUP
 from kvatlas.core.plan import uniform_cache
 from kvatlas.core.shapes import ModelShape
+from kvatlas.core.streams import Stream
 from kvatlas.core.vocabulary import Format
 from kvatlas.kernels.blocks import read_keys, read_values
 from kvatlas.storage.eviction import close_holes, cut, lane_slots, open_holes
@@ -29,6 +30,7 @@ from kvatlas.strategies.strategy import Strategy
 
 LANES = [lane for lane in range(4) if lane not in WINDOW_LANES]
 SPAN = 400
+PAGES = (Stream(name="pages", width=2, every=8), Maker())
 
 
 def write(store: KVStore, seq: Sequence, slots: Slots, first: int) -> None:
@@ -46,7 +48,7 @@ def write(store: KVStore, seq: Sequence, slots: Slots, first: int) -> None:
             derive_run(group.side, group.derived, table, slots.index[0, group.lanes], shown(keys.transpose(0, 1)))
         else:
             index = slots.index[:, group.lanes]
-            fresh = (index == store.length[seq.row, group.lanes] - 1) & (index % store.block_size == 0)
+            fresh = index == store.length[seq.row, group.lanes] - 1
             place = slots.side[:, group.lanes], offset
             derive_tokens(group.side, group.derived, *place, fresh, shown(keys[:, :, None]))
 
@@ -74,20 +76,21 @@ def check_contents(store: KVStore, seq: Sequence, tolerance: float) -> None:
 
 
 def check_ranges(store: KVStore, seq: Sequence, group: KVGroup, keys: list[torch.Tensor]) -> None:
-    """What is said of a block holds of each of its tokens, as they were written or as they are read."""
+    """What is said of tokens together holds of each, as they were written or as they are read."""
     for row, blocks, read in zip(seq.parts, (group.old, group.blocks), keys, strict=False) if group.old else ():
         columns = read.shape[1] // store.block_size
         table, beside = (store.table[each.row, group.lanes, :columns] for each in row.with_side)
-        low, high = group.side.pool.view("range")[beside.long()].unbind(-1)
         number = blocks.positions[table.long()].float() / SPAN
         slot = torch.arange(columns * store.block_size).view(columns, store.block_size)
         length, hole = store.length[row.row, group.lanes], store.hole[row.row, group.lanes]
         live = (slot < length[:, None, None]) & (slot != hole[:, None, None]) & (number >= 0)
-        written, now = (
-            (each >= low[..., None] - 1e-3) & (each <= high[..., None] + 1e-3)
-            for each in (number, read[..., 0].reshape(number.shape))
-        )
-        assert (written | now)[live].all()
+        for name in ("range", "pages"):
+            said = group.side.pool.view(name)[beside.long()]
+            low, high = said.repeat_interleave(group.side.layout.every(name), dim=2).unbind(-1)
+            written, now = (
+                (each >= low - 1e-3) & (each <= high + 1e-3) for each in (number, read[..., 0].reshape(number.shape))
+            )
+            assert (written | now)[live].all()
 
 
 def check_blocks(store: KVStore, seq: Sequence) -> None:
@@ -109,7 +112,9 @@ def test_random_schedules(data: st.DataObject, residual: int, packed: Format) ->
     swapper = Swapper(store, Link())
     seq = store.open(
         store.layout(
-            uniform_cache(MIXED, Format.FP16, GROUP, (SUMS,), derived=(NUMBER, RANGE), packed=packed, residual=residual)
+            uniform_cache(
+                MIXED, Format.FP16, GROUP, (SUMS,), derived=(NUMBER, RANGE, PAGES), packed=packed, residual=residual
+            )
         )
     )
     seq.encodes = True
@@ -194,7 +199,9 @@ def forget(store: KVStore, seq: Sequence, held: list[set[int]], seed: int) -> No
 def test_half_empty_blocks_are_merged() -> None:
     store = KVStore(MIXED, Format.FP32, 1 << 20, block_size=GROUP)
     seq = store.open(
-        store.layout(uniform_cache(MIXED, Format.FP16, GROUP, (SUMS,), derived=(NUMBER, RANGE), packed=Format.INT2))
+        store.layout(
+            uniform_cache(MIXED, Format.FP16, GROUP, (SUMS,), derived=(NUMBER, RANGE, PAGES), packed=Format.INT2)
+        )
     )
     seq.encodes = True
     assert store.try_extend(seq, 4 * GROUP)
@@ -214,7 +221,9 @@ def test_half_empty_blocks_are_merged() -> None:
 def test_what_is_said_of_blocks_holds_after_tokens_were_sorted() -> None:
     store = KVStore(MIXED, Format.FP32, 1 << 20, block_size=GROUP)
     seq = store.open(
-        store.layout(uniform_cache(MIXED, Format.FP16, GROUP, (SUMS,), derived=(NUMBER, RANGE), packed=Format.INT4))
+        store.layout(
+            uniform_cache(MIXED, Format.FP16, GROUP, (SUMS,), derived=(NUMBER, RANGE, PAGES), packed=Format.INT4)
+        )
     )
     assert store.try_extend(seq, 3 * GROUP)
     write(store, seq, store.append(seq, 3 * GROUP), 0)
@@ -233,7 +242,9 @@ def test_what_is_said_of_blocks_holds_after_tokens_were_sorted() -> None:
 def test_full_pool_refuses_and_loses_nothing() -> None:
     store = KVStore(MIXED, Format.FP32, 64 << 10, block_size=GROUP)
     seq = store.open(
-        store.layout(uniform_cache(MIXED, Format.FP16, GROUP, (SUMS,), derived=(NUMBER, RANGE), packed=Format.INT4))
+        store.layout(
+            uniform_cache(MIXED, Format.FP16, GROUP, (SUMS,), derived=(NUMBER, RANGE, PAGES), packed=Format.INT4)
+        )
     )
     seq.encodes = True
     while store.try_extend(seq, 16):

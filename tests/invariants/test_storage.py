@@ -31,7 +31,7 @@ from torch import Tensor
 from kvatlas.core.layout import GRANULE
 from kvatlas.core.plan import CachePlan, uniform_cache
 from kvatlas.core.shapes import LayerShape, ModelShape
-from kvatlas.core.streams import Per, Stream
+from kvatlas.core.streams import Stream
 from kvatlas.core.views import TokenView
 from kvatlas.core.vocabulary import Format
 from kvatlas.storage.arena import Arena
@@ -72,7 +72,7 @@ class Maker:
 
 
 NUMBER = (Stream(name="number", dtype="float16"), Maker())
-RANGE = (Stream(name="range", width=2, per=Per.BLOCK), Maker())
+RANGE = (Stream(name="range", width=2, every=None), Maker())
 BESIDE = {"nothing": ((), ()), "sums": ((SUMS,), ()), "made": ((), (NUMBER, RANGE)), "all": ((SUMS,), (RANGE, NUMBER))}
 
 
@@ -182,7 +182,7 @@ class StoreMachine(RuleBasedStateMachine):
                 keys, index = self.keys(models[0], slots, group), slots.index[:, group.lanes]
                 length = self.store.length[torch.tensor([m.seq.row for m in models])][:, group.lanes]
                 place = slots.side[:, group.lanes], slots.offset[:, group.lanes]
-                fresh = (index == length - 1) & (index % BLOCK == 0)
+                fresh = index == length - 1
                 derive_tokens(group.side, group.derived, *place, fresh, shown(keys[:, :, None]))
 
     @rule(model=live, data=st.data())
@@ -510,7 +510,7 @@ class StoreMachine(RuleBasedStateMachine):
             place = self.store.table[model.seq.side.row, lane, slot // BLOCK].long()
             for name in model.streams:
                 view = group.side.pool.view(name)
-                beside[name] = view[place] if name == "range" else view[place, offset]
+                beside[name] = view[place, offset // group.side.layout.every(name)]
         return (
             group.blocks.pool.keys[block, offset],
             group.blocks.pool.values[block, offset],

@@ -92,7 +92,7 @@ def test_bounds_are_never_narrower_than_the_keys(keep: str, encode: str) -> None
                 table = engine.store.table[request.seq.row, lane, : -(-length // 32)]
                 keys = read_keys(group.blocks.pool, table, torch.float32)
                 beside = engine.store.table[request.seq.side.row, lane, : len(table)].long()
-                low, high = group.side.pool.view("bounds")[beside].repeat_interleave(32, dim=0).chunk(2, dim=-1)
+                low, high = group.side.pool.view("bounds")[beside, 0].repeat_interleave(32, dim=0).chunk(2, dim=-1)
                 live = torch.tensor([slot for slot in range(length) if slot != hole])
                 assert (keys[live] >= low[live]).all() and (keys[live] <= high[live]).all()
 

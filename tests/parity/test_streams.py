@@ -13,7 +13,6 @@ from tests.parity.test_engine import ids, model
 from kvatlas.core.errors import CompositionError
 from kvatlas.core.needs import Derived
 from kvatlas.core.plan import Traits
-from kvatlas.core.streams import Per
 from kvatlas.core.views import LaneView, TokenView
 from kvatlas.core.vocabulary import Format
 from kvatlas.engine.engine import Engine
@@ -39,7 +38,7 @@ class AskedNorm(Keep):
 
 @dataclass(frozen=True, kw_only=True)
 class KeptNorm(AskedNorm):
-    needs = (Derived("norm"), Derived("longest", per=Per.BLOCK))
+    needs = (Derived("norm"), Derived("longest", every=None))
 
     def derive(self, name: str, tokens: TokenView) -> torch.Tensor:
         return tokens.keys().norm(dim=-1, keepdim=True)
@@ -140,7 +139,7 @@ def test_who_adopts_a_prefix_makes_streams_of_it(family: str, before: str) -> No
         norms, live = seen.read("keys").norm(dim=-1), seen.live
         torch.testing.assert_close(seen.side("norm").squeeze(-1)[live], norms[live])
         blocks, table = seen.sides[0]
-        longest = blocks.pool.view("longest")[table.long()].squeeze(-1)
+        longest = blocks.pool.view("longest")[table.long(), 0].squeeze(-1)
         wanted = norms.masked_fill(~live, 0).unflatten(-1, (-1, 4)).amax(dim=-1)
         torch.testing.assert_close(longest[wanted > 0], wanted[wanted > 0])
         slots += int(live.sum())

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from kvatlas.core.shapes import LayerShape
-from kvatlas.core.streams import Per, Stream
+from kvatlas.core.streams import Stream
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,14 +44,14 @@ class Derived:
         width: numbers of an entry, in units of ``unit``; rounded, at least one.
         unit: one number, or as many as a key or a value of a head has elements.
         dtype: their type, as torch calls it; None: that of the model's own keys, or float16 where these are integers.
-        per: whether each slot has an entry, or each block one, which `Stage.merge` makes of those of its tokens.
+        every: slots that have an entry together, which `Stage.merge` makes of those of their tokens; None: a block's.
         label: what it is, for people; empty: its name.
         later: entries are made from the end of the first prompt on, when `Stage.begin` has set what they depend on.
 
     Example:
         >>> from kvatlas.core.shapes import LayerShape
         >>> layer = LayerShape(num_query_heads=9, num_kv_heads=3, key_dim=64, value_dim=64)
-        >>> Derived("bounds", 2, unit="key_dim", dtype="float32", per=Per.BLOCK).stream(layer, "float16").width
+        >>> Derived("bounds", 2, unit="key_dim", dtype="float32", every=None).stream(layer, "float16").width
         128
     """
 
@@ -59,7 +59,7 @@ class Derived:
     width: float = 1
     unit: Literal["number", "key_dim", "value_dim"] = "number"
     dtype: str | None = "float32"
-    per: Per = Per.SLOT
+    every: int | None = 1
     label: str = ""
     later: bool = False
 
@@ -71,7 +71,7 @@ class Derived:
     def stream(self, layer: LayerShape, dtype: str) -> Stream:
         """Return where it lies in a layer whose own keys are of type ``dtype``."""
         width = _width(layer, self.width, self.unit)
-        return Stream(name=self.name, width=width, dtype=self.dtype or dtype, per=self.per)
+        return Stream(name=self.name, width=width, dtype=self.dtype or dtype, every=self.every)
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class Record:
     def stream(self, layer: LayerShape) -> Stream:
         """Return where it lies."""
         width = _width(layer, self.width, self.unit)
-        return Stream(name=self.name, width=width, dtype=self.dtype, per=Per.LANE, fill=0.0)
+        return Stream(name=self.name, width=width, dtype=self.dtype, fill=0.0)
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,12 @@
 """What is kept of lanes beside their keys and values: streams of numbers in blocks of their own.
 
-The block that lies beside a block of keys and values holds all its streams, one behind the other: an entry per slot, or
-one for the whole block. What there is one of per lane lies in a block of its own.
+The block that lies beside a block of keys and values holds all its streams, one behind the other: an entry per slot,
+per so many slots, or one for the whole block. What there is one of per lane lies in a block of one slot.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import StrEnum
 from functools import cached_property
 
 from kvatlas.core.errors import ConfigError
@@ -20,14 +19,6 @@ ELEMENT_BYTES = {
 _ALIGNMENT = 8
 
 
-class Per(StrEnum):
-    """What an entry of a stream is of."""
-
-    SLOT = "slot"
-    BLOCK = "block"
-    LANE = "lane"
-
-
 @dataclass(frozen=True, kw_only=True)
 class Stream:
     """Numbers kept beside keys and values.
@@ -36,17 +27,17 @@ class Stream:
         name: unique in a layer.
         width: numbers of an entry.
         dtype: their type, as torch calls it.
-        per: what an entry is of.
+        every: slots that have an entry together; None: those of a block.
         fill: what a slot, or a lane, begins with; None: its entry is written with its token.
 
     Raises:
-        ConfigError: the type is unknown, or an entry is empty.
+        ConfigError: the type is unknown, or an entry is empty or of no slot.
     """
 
     name: str
     width: int = 1
     dtype: str = "float32"
-    per: Per = Per.SLOT
+    every: int | None = 1
     fill: float | None = None
 
     def __post_init__(self) -> None:
@@ -54,6 +45,8 @@ class Stream:
             raise ConfigError(f"{self.name}: dtype={self.dtype!r} is unknown; take one of {', '.join(ELEMENT_BYTES)}")
         if self.width < 1:
             raise ConfigError(f"{self.name}: an entry of {self.width} numbers holds nothing; give it a width")
+        if self.every is not None and self.every < 1:
+            raise ConfigError(f"{self.name}: every={self.every} is no number of slots; write 1 or more")
 
 
 @dataclass(frozen=True)
@@ -62,11 +55,22 @@ class SideLayout:
 
     Args:
         streams: in order.
-        block_size: slots of the block of keys and values that it lies beside; of what lanes have one of, any.
+        block_size: slots of the block of keys and values that it lies beside; 1 of what lanes have one of.
+
+    Raises:
+        ConfigError: a block does not hold whole entries.
     """
 
     streams: tuple[Stream, ...]
     block_size: int
+
+    def __post_init__(self) -> None:
+        for stream in self.streams:
+            if stream.every is not None and self.block_size % stream.every:
+                raise ConfigError(
+                    f"{stream.name}: {stream.every} tokens have one entry, and a block holds {self.block_size}; "
+                    "take a number that divides the block size, or another block size (--block-size)"
+                )
 
     @property
     def kv_bytes(self) -> int:
@@ -86,6 +90,14 @@ class SideLayout:
         """Whether there is a stream of this name."""
         return any(stream.name == name for stream in self.streams)
 
+    def entries(self, name: str) -> int:
+        """Return how many entries of a stream a block holds."""
+        return self.block_size // self.every(name)
+
+    def every(self, name: str) -> int:
+        """Return how many slots have an entry of a stream together."""
+        return self.stream(name).every or self.block_size
+
     def offset(self, name: str) -> int:
         """Return where a stream starts inside the block, bytes."""
         index = [stream.name for stream in self.streams].index(name)
@@ -94,8 +106,7 @@ class SideLayout:
     def num_bytes(self, name: str) -> int:
         """Return how many bytes of a block a stream takes."""
         stream = self.stream(name)
-        entries = self.block_size if stream.per is Per.SLOT else 1
-        return entries * stream.width * ELEMENT_BYTES[stream.dtype]
+        return self.entries(name) * stream.width * ELEMENT_BYTES[stream.dtype]
 
     @cached_property
     def _ends(self) -> list[int]:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from kvatlas.core.streams import Per
+from kvatlas.core.vocabulary import Per
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -99,7 +99,7 @@ class QueryView(Given):
         length_RH: int64, slots that may be read.
         newest_RH: int64, slot of the newest token; None: it has none yet, as when a stage is asked ahead.
         block_size: slots of a block.
-        sides: returns the entries of a stream, of all slots [R, H, S, width] or blocks [R, H, C, width].
+        sides: returns the entries of a stream in order of slots [R, H, n, width].
         entries: returns where these lie, part by part, for kernels (`kvatlas.kernels.pool.Entries`).
     """
 
@@ -111,7 +111,7 @@ class QueryView(Given):
     entries: Callable[[str], Sequence[Any]]
 
     def side(self, name: str) -> Tensor:
-        """Return the entries of a stream, of all slots [R, H, S, width] or blocks [R, H, C, width]."""
+        """Return the entries of a stream in order of slots [R, H, n, width]: one per slot, block, or so many slots."""
         return self.sides(name)
 
 

@@ -25,6 +25,13 @@ class Moment(StrEnum):
     AFTER_STEP = "after_step"
 
 
+class Per(StrEnum):
+    """What a stage chooses."""
+
+    SLOT = "slot"
+    BLOCK = "block"
+
+
 class Tier(StrEnum):
     """Where bytes live. Without an accelerator both tiers are RAM, and a move between them is a copy."""
 

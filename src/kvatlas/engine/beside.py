@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvatlas.core.streams import Per
 from kvatlas.core.views import ChunkView, Given, QueryView, TokenView
 from kvatlas.engine.segments import Chunk, DecodeGroup, sequence_of
 from kvatlas.engine.sources import Blocks
@@ -69,7 +68,7 @@ class Beside:
         side = seqs[0].layout.side_of_layer(layer)
         derived = plan.derived + plan.later
         if derived and side is not None and here.beside is not None:
-            fresh = (here.slot == here.host_length - 1) & (here.slot % self._store.block_size == 0)
+            fresh = here.slot == here.host_length - 1
             view = self._tokens(k[:, :, None], v[:, :, None], self.of_group(seqs, layer))
             derive_tokens(side, derived, here.beside, here.offset, fresh, view)
 
@@ -108,7 +107,7 @@ class Beside:
         kept = seq.layout.records_of_layer(layer)
         assert kept is not None
         view = kept.pool.view(name)
-        view[self._record_blocks([seq], layer)[0].to(kept.device)] = value.to(view.dtype)
+        view[self._record_blocks([seq], layer)[0].to(kept.device), 0] = value.to(view.dtype)
 
     def _tokens(self, keys: Tensor, values: Tensor, given: Given) -> TokenView:
         return TokenView(
@@ -129,7 +128,7 @@ class Beside:
 
         def records(name: str) -> Tensor:
             assert kept is not None
-            return kept.pool.view(name)[self._record_blocks(seqs, layer).to(kept.device)]
+            return kept.pool.view(name)[self._record_blocks(seqs, layer).to(kept.device), 0]
 
         return Given(records=records, artifacts=lambda name: self._artifacts[name][layer])
 
@@ -156,10 +155,7 @@ class Beside:
             found = []
             for part in entries:
                 view = part.pool.view(name)
-                if part.pool.layout.stream(name).per is Per.SLOT:
-                    found.append(gather_slots(view, part.table))
-                else:
-                    found.append(view.index_select(0, part.table.reshape(-1)).view(*part.table.shape, -1))
+                found.append(gather_slots(view, part.table))
             return found[0] if len(found) == 1 else torch.cat(found, dim=2)
 
         return QueryView(

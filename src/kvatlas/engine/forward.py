@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from kvatlas.core.errors import UnsupportedError
-from kvatlas.core.streams import Per
 from kvatlas.core.timeline import EventKind, Timeline
 from kvatlas.core.views import Selection
+from kvatlas.core.vocabulary import Per
 from kvatlas.engine.beside import Beside
 from kvatlas.engine.segments import Chunk, DecodeGroup, sequence_of
 from kvatlas.engine.selection import Probe, chosen_blocks, slots_of

@@ -11,8 +11,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from kvatlas.core.streams import Per
 from kvatlas.core.views import Selection
+from kvatlas.core.vocabulary import Per
 from kvatlas.engine.sources import Blocks
 from kvatlas.kernels.pool import Part
 

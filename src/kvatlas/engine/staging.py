@@ -16,9 +16,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from kvatlas.core.streams import Per
 from kvatlas.core.timeline import EventKind, Timeline
 from kvatlas.core.views import Selection
+from kvatlas.core.vocabulary import Per
 from kvatlas.engine.request import Request
 from kvatlas.storage.arena import BlockClass, copy_blocks
 from kvatlas.storage.link import AHEAD, URGENT, Link, Move, Traffic

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kvatlas.core.layout import GRANULE, GROUP, BlockLayout
-from kvatlas.core.streams import ELEMENT_BYTES, Per, SideLayout
+from kvatlas.core.streams import ELEMENT_BYTES, SideLayout
 from kvatlas.core.vocabulary import Format
 
 TORCH_DTYPES = {
@@ -112,11 +112,11 @@ class SidePool:
         object.__setattr__(self, "_views", {})
 
     def view(self, name: str) -> Tensor:
-        """Return the entries of a stream: [N, s, width] where each slot has one, else [N, width]."""
+        """Return the entries of a stream [N, n, width]: n of a block."""
         views: dict[str, Tensor] = self.__dict__["_views"]
         if name not in views:
             layout, stream = self.layout, self.layout.stream(name)
-            shape = (layout.block_size, stream.width) if stream.per is Per.SLOT else (stream.width,)
+            shape = (layout.entries(name), stream.width)
             rows = _num_rows(self.memory, layout.block_bytes)
             views[name] = _view(self.memory, rows, _ELEMENTS[stream.dtype], layout.offset(name), shape)
         return views[name]

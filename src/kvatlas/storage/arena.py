@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kvatlas.core.errors import CapacityError
 from kvatlas.core.layout import GRANULE, BlockLayout
-from kvatlas.core.streams import Per, SideLayout
+from kvatlas.core.streams import SideLayout
 from kvatlas.core.units import format_bytes
 from kvatlas.kernels.pool import BlockPool, SidePool
 from kvatlas.storage.crossing import copy_rows, locked_memory
@@ -140,7 +140,7 @@ class SideClass(LentBlocks):
         super().__init__(arena, layout, memory, slab_bytes)
         self.layout = layout
         self.pool = SidePool(memory, layout)
-        self.slot_streams = [self.pool.view(stream.name) for stream in layout.streams if stream.per is Per.SLOT]
+        self.slot_streams = [self.pool.view(stream.name) for stream in layout.streams if layout.every(stream.name) == 1]
         self.filled = [
             (self.pool.view(stream.name), stream.fill) for stream in layout.streams if stream.fill is not None
         ]

@@ -18,7 +18,7 @@ from kvatlas.kernels.blocks import copy_slots, encode_blocks, read_keys, read_va
 from kvatlas.storage.arena import BlockClass, SideClass
 from kvatlas.storage.lanes import KVGroup
 from kvatlas.storage.sequence import KVRow, Sequence
-from kvatlas.storage.streams import derive_blocks, of_blocks
+from kvatlas.storage.streams import derive_blocks, of_several
 
 if TYPE_CHECKING:
     from kvatlas.storage.store import KVStore
@@ -105,7 +105,9 @@ def _merge_pairs(store: KVStore, seq: Sequence, group: KVGroup) -> bool:
             both = table_beside[pair].view(-1, 2).long().to(side.device)
             side.gather(both, order.to(side.device))
             full = torch.full((len(both),), size)
-            derive_blocks(side, of_blocks(group.derived), both[:, 0], blocks, table[pair].view(-1, 2)[:, 0], full)
+            derive_blocks(
+                side, of_several(group.derived, side), both[:, 0], blocks, table[pair].view(-1, 2)[:, 0], full
+            )
         side.arena.release(side, table_beside[gone])
         store.tables.take_out(beside.row, group.lanes, gone)
     return True
@@ -183,8 +185,8 @@ def move_slots(blocks: BlockClass | SideClass, source: tuple[Tensor, Tensor], ta
 
 
 def derive_moved(store: KVStore, row: KVRow, group: KVGroup) -> None:
-    """Make anew what streams say of whole blocks of a row's lanes, because tokens of theirs were moved."""
-    derived = of_blocks(group.derived)
+    """Make anew what streams say of several slots together of a row's lanes, because tokens of theirs were moved."""
+    derived = of_several(group.derived, group.side)
     if not derived or not len(group.lanes):
         return
     assert group.side is not None and row.side is not None

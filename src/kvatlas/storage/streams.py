@@ -1,7 +1,7 @@
 """Streams that are made from keys and values: written with each token, made anew where tokens were moved.
 
-What a stream says of a whole block may speak of tokens that are gone, after one was evicted and its slot reused; it
-never leaves out one that is there. Shapes: n tokens, m blocks, s slots of a block, H lanes.
+What a stream says of several slots together may speak of tokens that are gone, after one was evicted and its slot
+reused; it never leaves out one that is there. Shapes: n tokens, m blocks, s slots of a block, e of an entry, H lanes.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kvatlas.core.plan import Deriver
-from kvatlas.core.streams import Per, Stream
+from kvatlas.core.streams import Stream
 from kvatlas.core.views import TokenView
 from kvatlas.kernels.blocks import read_keys, read_values
 from kvatlas.storage.arena import BlockClass, SideClass
@@ -21,9 +21,9 @@ _TOKENS_AT_ONCE = 16384
 Derived = Seq[tuple[Stream, Deriver]]
 
 
-def of_blocks(derived: Derived) -> Derived:
-    """Return those streams that say something of whole blocks."""
-    return [(stream, by) for stream, by in derived if stream.per is Per.BLOCK]
+def of_several(derived: Derived, side: SideClass | None) -> Derived:
+    """Return those streams whose entries are of several slots together."""
+    return [] if side is None else [each for each in derived if side.layout.every(each[0].name) > 1]
 
 
 def derive_tokens(
@@ -36,16 +36,16 @@ def derive_tokens(
         derived: which streams, and who makes them.
         block: [..] int64, ids of the blocks beside.
         offset: [..] int64, slots in these.
-        fresh: [..] bool, whether a token is the only one of its block.
+        fresh: [..] bool, whether a token stands behind all others of its lane.
         view: shows the tokens [R, H, 1, D].
     """
     for stream, by in derived:
-        entry, kept = by.derive(stream.name, view).squeeze(-2), side.pool.view(stream.name)
-        if stream.per is Per.SLOT:
-            kept[block, offset] = entry.to(kept.dtype)
-        else:
-            merged = by.merge(stream.name, kept[block], entry.to(kept.dtype))
-            kept[block] = torch.where(fresh[..., None].to(kept.device), entry.to(kept.dtype), merged)
+        kept, every = side.pool.view(stream.name), side.layout.every(stream.name)
+        entry, place = by.derive(stream.name, view).squeeze(-2).to(kept.dtype), offset // every
+        if every > 1:
+            first = fresh.to(kept.device) & (offset % every == 0).to(kept.device)
+            entry = torch.where(first[..., None], entry, by.merge(stream.name, kept[block, place], entry))
+        kept[block, place] = entry
 
 
 def derive_run(side: SideClass, derived: Derived, table: Tensor, first: Tensor, view: TokenView) -> None:
@@ -59,29 +59,33 @@ def derive_run(side: SideClass, derived: Derived, table: Tensor, first: Tensor, 
         view: shows the tokens [H, n, D].
     """
     for stream, by in derived:
-        entries = by.derive(stream.name, view)  # [H, n, w]
-        kept, size = side.pool.view(stream.name), side.layout.block_size
+        kept, every = side.pool.view(stream.name), side.layout.every(stream.name)
+        entries = by.derive(stream.name, view).to(kept.dtype)  # [H, n, w]
         slot = first[:, None] + torch.arange(entries.shape[1])
-        entries = entries.to(kept.dtype)
-        if stream.per is Per.SLOT:
-            block = table.gather(1, (slot // size).to(table.device)).long()
-            kept[block, (slot % size).to(kept.device)] = entries
+        if every == 1:
+            kept[_places(kept, table, slot)] = entries
             continue
-        start = first // size
-        columns = int((slot[:, -1] // size - start).max()) + 1
-        place = (slot - (start * size)[:, None]).to(kept.device)
-        grid = entries.new_zeros(len(entries), columns * size, stream.width)
+        start = first // every
+        number = int((slot[:, -1] // every - start).max()) + 1
+        place = (slot - (start * every)[:, None]).to(kept.device)
+        grid = entries.new_zeros(len(entries), number * every, stream.width)
         grid.scatter_(1, place[..., None].expand_as(entries), entries)
         live = torch.zeros(grid.shape[:2], dtype=torch.bool, device=kept.device).scatter_(1, place, True)
-        grid, live = grid.view(-1, size, stream.width), live.view(-1, size)
-        column = (start[:, None] + torch.arange(columns)).clamp(max=table.shape[1] - 1)
-        block = table.gather(1, column.to(table.device)).flatten().long()
-        begun = torch.zeros(len(entries), columns, dtype=torch.bool)
-        begun[:, 0] = first % size > 0
+        grid, live = grid.view(-1, every, stream.width), live.view(-1, every)
+        index = start[:, None] + torch.arange(number)
+        block, offset = (each.flatten() for each in _places(kept, table, index))
+        begun = torch.zeros(len(entries), number, dtype=torch.bool)
+        begun[:, 0] = first % every > 0
         some, begun = live.any(dim=1), begun.flatten().to(kept.device)
         merged = _merged(grid[some], live[some], stream, by)
-        block, begun = block[some], begun[some]
-        kept[block] = torch.where(begun[:, None], by.merge(stream.name, kept[block], merged), merged)
+        block, offset, begun = block[some], offset[some], begun[some]
+        kept[block, offset] = torch.where(begun[:, None], by.merge(stream.name, kept[block, offset], merged), merged)
+
+
+def _places(kept: Tensor, table: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    """Return block ids and places in these of the entries ``index`` [H, n] of lanes; behind a table's end, its last."""
+    column = (index // kept.shape[1]).clamp(max=table.shape[1] - 1)
+    return table.gather(1, column.to(table.device)).long(), (index % kept.shape[1]).to(kept.device)
 
 
 def derive_blocks(
@@ -116,14 +120,19 @@ def _derive_some(
     live = torch.arange(home.layout.block_size) < used.cpu()[:, None]
     live &= home.positions[ids[:, 0].long()].cpu() >= 0
     for stream, by in derived:
-        kept, entries = side.pool.view(stream.name), by.derive(stream.name, view)
-        if stream.per is Per.BLOCK:
-            entries = _merged(entries, live.to(entries.device), stream, by)
-        kept[beside] = entries.to(kept.dtype)
+        kept, every = side.pool.view(stream.name), side.layout.every(stream.name)
+        entries = by.derive(stream.name, view).to(kept.dtype)  # [m, s, w]
+        if every == 1:
+            kept[beside] = entries
+            continue
+        several = live.to(entries.device).view(-1, every)
+        merged, some = _merged(entries.view(-1, every, stream.width), several, stream, by), several.any(dim=1)
+        place = torch.arange(kept.shape[1], device=kept.device).expand(len(beside), -1).flatten()[some]
+        kept[beside.repeat_interleave(kept.shape[1])[some], place] = merged[some]
 
 
 def _merged(entries: Tensor, live: Tensor, stream: Stream, by: Deriver) -> Tensor:
-    """Return one entry [m, w] of all live ones [m, s, w] of each block, which has at least one."""
+    """Return one entry [m, w] of all live ones of [m, e, w]; where none is, anything."""
     while entries.shape[1] > 1:
         half = entries.shape[1] // 2
         one, other, rest = entries[:, :half], entries[:, half : 2 * half], entries[:, 2 * half :]

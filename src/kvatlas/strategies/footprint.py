@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from kvatlas.core.footprint import Footprint
 from kvatlas.core.layout import BlockLayout
 from kvatlas.core.needs import Derived
-from kvatlas.core.streams import Per, SideLayout
-from kvatlas.core.vocabulary import Tier
+from kvatlas.core.streams import SideLayout
+from kvatlas.core.vocabulary import Per, Tier
 
 if TYPE_CHECKING:
     from kvatlas.strategies.plan import LayerPlan, Plan
@@ -212,9 +212,7 @@ def _read(layer: LayerPlan, slots: _Slots, block_size: int) -> int:
 def _scored(attend: Attend, side: SideLayout, slots: int) -> int:
     """Return the bytes of a lane's streams that a step chooses by."""
     names = [need.name for need in attend.needs if isinstance(need, Derived)]
-    per_block = sum(side.num_bytes(name) for name in names if side.stream(name).per is Per.BLOCK)
-    per_slot = sum(side.num_bytes(name) for name in names if side.stream(name).per is Per.SLOT)
-    return _blocks(slots, side.block_size) * per_block + slots * per_slot // side.block_size
+    return sum(-(-slots // side.every(name)) * side.num_bytes(name) // side.entries(name) for name in names)
 
 
 def _blocks_of(lanes: int, slots: int, block_size: int, ragged: bool) -> int:

@@ -153,7 +153,7 @@ class Plan:
             side=side,
             derived=derived,
             later=later,
-            records=SideLayout(tuple(stream for stream, _ in recorded), size) if recorded else None,
+            records=SideLayout(tuple(stream for stream, _ in recorded), block_size=1) if recorded else None,
             recorded=recorded,
         )
 

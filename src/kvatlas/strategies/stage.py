@@ -19,8 +19,7 @@ from kvatlas.core.grammar import StageCall, Value, format_value
 from kvatlas.core.names import unknown_name
 from kvatlas.core.needs import Need, Received
 from kvatlas.core.plan import NOTHING, Traits
-from kvatlas.core.streams import Per
-from kvatlas.core.vocabulary import Axis, Format, Moment, Saves, Tier
+from kvatlas.core.vocabulary import Axis, Format, Moment, Per, Saves, Tier
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -12,7 +12,7 @@ from kvatlas.core.footprint import Footprint
 from kvatlas.core.layout import GRANULE, GROUP, BlockLayout
 from kvatlas.core.names import unknown_name
 from kvatlas.core.shapes import LayerShape, ModelShape
-from kvatlas.core.streams import ELEMENT_BYTES, Per, SideLayout, Stream
+from kvatlas.core.streams import ELEMENT_BYTES, SideLayout, Stream
 from kvatlas.core.units import format_bytes, format_seconds, parse_bytes
 from kvatlas.core.vocabulary import Format
 
@@ -89,17 +89,17 @@ def test_parts_of_a_block_do_not_overlap(layout: BlockLayout) -> None:
     st.lists(
         st.builds(
             Stream, name=st.text(min_size=1), width=st.integers(1, 200), dtype=st.sampled_from([*ELEMENT_BYTES]),
-            per=st.sampled_from(Per),
+            every=st.sampled_from([1, 2, 5, None]),
         ),
         min_size=1, max_size=5, unique_by=lambda stream: stream.name,
     ),
-    st.integers(1, 70),
+    st.integers(1, 7).map(lambda tens: 10 * tens),
 )  # fmt: skip
 def test_streams_of_a_block_do_not_overlap(streams: list[Stream], size: int) -> None:
     layout = SideLayout(tuple(streams), size)
     parts = []
     for stream in streams:
-        entries = size if stream.per is Per.SLOT else 1
+        entries = size // (stream.every or size)
         start, length = layout.offset(stream.name), entries * stream.width * ELEMENT_BYTES[stream.dtype]
         assert start % ELEMENT_BYTES[stream.dtype] == 0 and layout.num_bytes(stream.name) == length
         parts.append((start, start + length))
@@ -107,7 +107,9 @@ def test_streams_of_a_block_do_not_overlap(streams: list[Stream], size: int) -> 
     assert parts[-1][1] <= layout.block_bytes < parts[-1][1] + GRANULE and layout.block_bytes % GRANULE == 0
 
 
-@pytest.mark.parametrize(("given", "message"), [({"dtype": "float33"}, "float33"), ({"width": 0}, "width")])
+@pytest.mark.parametrize(
+    ("given", "message"), [({"dtype": "float33"}, "float33"), ({"width": 0}, "width"), ({"every": 0}, "every")]
+)
 def test_streams_that_cannot_be(given: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Stream(name="norm", **given)

@@ -11,7 +11,7 @@ from hypothesis import given, settings, strategies as st
 
 from kvatlas.core.errors import ConfigError, UnsupportedError
 from kvatlas.core.layout import GRANULE, BlockLayout
-from kvatlas.core.streams import Per, SideLayout, Stream
+from kvatlas.core.streams import SideLayout, Stream
 from kvatlas.core.vocabulary import Format
 from kvatlas.kernels import blocks
 from kvatlas.kernels.abi import FLOAT_TYPES
@@ -267,12 +267,12 @@ def test_packing_loses_nothing(bits: int, width: int, n: int, seed: int) -> None
 
 def bounded(keys: torch.Tensor) -> tuple[SidePool, torch.Tensor]:
     """Blocks beside those of keys [n, s, Dk] that hold their bounds, behind another stream, and one more of poison."""
-    bounds = Stream(name="bounds", width=2 * keys.shape[2], per=Per.BLOCK)
+    bounds = Stream(name="bounds", width=2 * keys.shape[2], every=None)
     layout = SideLayout((Stream(name="other", width=3, dtype="uint8"), bounds), keys.shape[1])
     step = layout.block_bytes // GRANULE + 1
     pool = SidePool(torch.full(((len(keys) + 2) * step * GRANULE,), POISON, dtype=torch.uint8), layout)
     ids = torch.randperm(len(keys) + 1) * step + 1
-    pool.view("bounds")[ids[:-1]] = torch.cat([keys.amin(dim=1), keys.amax(dim=1)], dim=-1)
+    pool.view("bounds")[ids[:-1], 0] = torch.cat([keys.amin(dim=1), keys.amax(dim=1)], dim=-1)
     return pool, ids
 
 
@@ -282,7 +282,7 @@ def bounded(keys: torch.Tensor) -> tuple[SidePool, torch.Tensor]:
 def test_scores_of_bounds_agree_with_the_reference(group: int, width: int, dtype: torch.dtype) -> None:
     torch.manual_seed(6)
     pool, ids = bounded(torch.randn(9, 32, width) * torch.logspace(-3, 3, width))
-    pool.view("bounds")[ids[4], :width], pool.view("bounds")[ids[4], width:] = torch.inf, -torch.inf
+    pool.view("bounds")[ids[4], 0, :width], pool.view("bounds")[ids[4], 0, width:] = torch.inf, -torch.inf
     # The last block is poison; it stands in every column that no lane uses.
     choice = torch.tensor([[[0, 1, 2], [3, 9, 9]], [[9, 9, 9], [4, 5, 6]], [[7, 8, 0], [1, 2, 9]]])
     length = torch.tensor([[96, 1], [0, 65], [96, 64]])

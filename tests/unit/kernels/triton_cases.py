@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from kvatlas.core.layout import GRANULE, BlockLayout
-from kvatlas.core.streams import Per, SideLayout, Stream
+from kvatlas.core.streams import SideLayout, Stream
 from kvatlas.core.vocabulary import Format
 from kvatlas.kernels.blocks import torch_path as blocks
 from kvatlas.kernels.pool import BlockPool, Entries, Part, SidePool
@@ -215,12 +215,12 @@ def check_blocks(format: Format, device: str, key_dim: int, value_dim: int) -> N
 
 def make_bounds(width: int, device: str) -> Entries:
     """Return the bounds of [2, 2] lanes of up to three blocks, one of which has none, behind another stream."""
-    bounds = Stream(name="bounds", width=2 * width, per=Per.BLOCK)
+    bounds = Stream(name="bounds", width=2 * width, every=None)
     layout = SideLayout((Stream(name="other", width=3, dtype="uint8"), bounds), 32)
     pool = SidePool(torch.full((5 * layout.block_bytes,), 0xFF, dtype=torch.uint8), layout)
     ids = torch.tensor([3, 0, 4]) * (layout.block_bytes // GRANULE)
     low = torch.randn(3, width)
-    pool.view("bounds")[ids] = torch.cat([low, low + torch.rand(3, width)], dim=-1)
+    pool.view("bounds")[ids, 0] = torch.cat([low, low + torch.rand(3, width)], dim=-1)
     pool.view("bounds")[ids[1]] = torch.tensor([torch.inf, -torch.inf]).repeat_interleave(width)
     length = torch.tensor([[96, 64], [33, 0]])
     table = ids.int().to(device).expand(2, 2, 3)

@@ -16,9 +16,8 @@ from typing import TYPE_CHECKING, ClassVar
 from kvatlas.core.errors import ConfigError
 from kvatlas.core.needs import Derived
 from kvatlas.core.plan import Traits
-from kvatlas.core.streams import Per
 from kvatlas.core.views import Selection
-from kvatlas.core.vocabulary import Saves
+from kvatlas.core.vocabulary import Per, Saves
 from kvatlas.strategies.registry import register
 from kvatlas.strategies.stage import Attend, Keep, Stage, StageInfo
 
@@ -73,7 +72,7 @@ class Quest(Attend):
     @property
     def needs(self) -> tuple[Derived]:
         """Return the minima and the maxima of the key channels of each page."""
-        return (Derived("bounds", 2, unit="key_dim", per=Per.BLOCK, label="bounds of keys"),)
+        return (Derived("bounds", 2, unit="key_dim", every=None, label="bounds of keys"),)
 
     def derive(self, name: str, tokens: TokenView) -> Tensor:
         """Return the bounds of a page of one token: its key, twice."""

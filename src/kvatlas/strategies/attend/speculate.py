@@ -21,9 +21,8 @@ from typing import TYPE_CHECKING, ClassVar
 from kvatlas.core.errors import ConfigError
 from kvatlas.core.needs import Artifact, Derived, LayerInputs, Need, Record
 from kvatlas.core.plan import Traits
-from kvatlas.core.streams import Per
 from kvatlas.core.views import Selection
-from kvatlas.core.vocabulary import Saves
+from kvatlas.core.vocabulary import Per, Saves
 from kvatlas.strategies.registry import register
 from kvatlas.strategies.stage import Attend, Encode, Keep, Place, Stage, StageInfo
 
