@@ -99,6 +99,7 @@ class QueryView(Given):
         length_RH: int64, slots that may be read.
         newest_RH: int64, slot of the newest token; None: it has none yet, as when a stage is asked ahead.
         block_size: slots of a block.
+        scale: factor of the products of queries and keys.
         sides: returns the entries of a stream in order of slots [R, H, n, width].
         entries: returns where these lie, part by part, for kernels (`kvatlas.kernels.pool.Entries`).
     """
@@ -107,6 +108,7 @@ class QueryView(Given):
     length_RH: Tensor
     newest_RH: Tensor | None
     block_size: int
+    scale: float
     sides: Callable[[str], Tensor]
     entries: Callable[[str], Sequence[Any]]
 

@@ -18,6 +18,7 @@ from kvatlas.engine.sources import Blocks
 from kvatlas.kernels.blocks import read_keys, read_values
 from kvatlas.kernels.gather import gather_slots
 from kvatlas.kernels.pool import Entries
+from kvatlas.models.attention import AttentionCall
 from kvatlas.storage.sequence import Sequence
 from kvatlas.storage.store import KVStore
 from kvatlas.storage.streams import derive_run, derive_tokens
@@ -132,17 +133,19 @@ class Beside:
 
         return Given(records=records, artifacts=lambda name: self._artifacts[name][layer])
 
-    def query(self, layer: int, group: DecodeGroup, query: Tensor, parts: Seq[Blocks], *, ahead: bool) -> QueryView:
+    def query(
+        self, call: AttentionCall, group: DecodeGroup, query: Tensor, parts: Seq[Blocks], *, ahead: bool
+    ) -> QueryView:
         """Show the queries [R, Hq, Dk] of a step, and what lies beside the slots of some parts of each lane, in order.
 
         Args:
-            layer: which.
+            call: of which layer.
             group: whose.
             query: as above.
             parts: encoded blocks, if any, and the lanes' own; the newest token is in the last.
             ahead: the newest token has no key yet, so its slot, the last, is not shown.
         """
-        here, given, size = group.layers[layer], self.of_group(group.seqs, layer), self._store.block_size
+        here, given, size = group.layers[call.layer], self.of_group(group.seqs, call.layer), self._store.block_size
         before = sum(part.table.shape[-1] for part in parts[:-1]) * size
         own = parts[-1]
         entries = [
@@ -163,6 +166,7 @@ class Beside:
             length_RH=own.length + before,
             newest_RH=None if ahead else (here.slot + before).to(query.device),
             block_size=size,
+            scale=call.scale,
             sides=sides,
             entries=lambda name: [replace(part, name=name) for part in entries],
             records=given.records,

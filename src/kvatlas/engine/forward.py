@@ -15,13 +15,12 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor
 
-from kvatlas.core.errors import UnsupportedError
 from kvatlas.core.timeline import EventKind, Timeline
 from kvatlas.core.views import Selection
 from kvatlas.core.vocabulary import Per
 from kvatlas.engine.beside import Beside
 from kvatlas.engine.segments import Chunk, DecodeGroup, sequence_of
-from kvatlas.engine.selection import Probe, chosen_blocks, slots_of
+from kvatlas.engine.selection import Probe, chosen_blocks, chosen_slots, place_of, slots_of
 from kvatlas.engine.sources import Blocks, old_blocks
 from kvatlas.engine.staging import Staging, Transfer, Visitors
 from kvatlas.kernels.blocks import read_keys, rounded, write_slots
@@ -30,14 +29,11 @@ from kvatlas.kernels.column_sums import column_sums
 from kvatlas.kernels.decode_attention import NewTokens, decode_attention
 from kvatlas.kernels.gather import gather_slots
 from kvatlas.kernels.pool import Part
-from kvatlas.models.adapter import AttentionCall
+from kvatlas.models.attention import AttentionCall, Foresee
 from kvatlas.storage.arena import BlockClass, SideClass
 from kvatlas.storage.link import Link
 from kvatlas.storage.sequence import Sequence
 from kvatlas.storage.store import KVStore
-
-Foresee = Callable[[int, slice], Tensor]
-"""Returns the queries [n, Hq, Dk] that a later layer would ask for some rows of the batch."""
 
 
 @dataclass(kw_only=True)
@@ -110,14 +106,15 @@ class ForwardPass:
             attend = group.plan.layers[target].attend if target < len(group.plan.layers) else None
             if attend is None or not attend.ahead:
                 continue
-            assert group.visitors is not None
             with self._staging.noted(EventKind.SELECT, target):
-                query = foresee(target, slice(group.start, group.start + len(group.requests)))
+                call, query = foresee(target, slice(group.start, group.start + len(group.requests)))
                 cached = group.layers[target].host_length - 1
                 own = self._own(group, target, cached.to(query.device), cached)
-                selection = attend.select(self._beside.query(target, group, query, [own], ahead=True))
-                if selection is not None:
-                    group.choices[target] = selection
+                selection = attend.select(self._beside.query(call, group, query, [own], ahead=True))
+                if selection is None:
+                    continue
+                group.choices[target] = selection
+                if group.visitors is not None and group.visitors.reads_host(target):
                     self._staging.bring(target, group.visitors, group.visitors.chosen(target, selection))
 
     def attend(self, call: AttentionCall, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -250,15 +247,16 @@ class ForwardPass:
         own = self._own(group, call.layer, here.length, here.host_length)
         old = None if group.old is None else self._old(call, group)
         selection = self._selection(call, group, q, own, old)
-        parts = self._parts(call, group, source, own, old, selection, k, v)
+        parts, slots = self._parts(call, group, source, own, old, selection, k, v)
         received = plan.received
         need_mass = received is not None and received.in_decode
         alike: object = call.window if group.dense else call.layer
-        slots_moved = selection is not None and selection.per is Per.SLOT  # to where no positions are
+        # Single slots that visit have no positions.
+        slots_moved = source.visiting and selection is not None and selection.per is Per.SLOT
         out, masses = decode_attention(
             q, parts, scale=call.scale, softcap=call.softcap, sinks=call.sinks,
-            window=None if slots_moved else call.window, query_position=group.positions, need_mass=need_mass,
-            shared=None if selection is not None else group.shared.setdefault(alike, {}),
+            window=None if slots_moved else call.window, query_position=group.positions, slots=slots,
+            need_mass=need_mass, shared=None if selection is not None else group.shared.setdefault(alike, {}),
             new=new,
         )  # fmt: skip
         if masses is not None:
@@ -291,7 +289,7 @@ class ForwardPass:
             return group.choices.get(call.layer)
         parts = [own] if old is None else [old, own]
         with self._staging.noted(EventKind.SELECT, call.layer):
-            return attend.select(self._beside.query(call.layer, group, q, parts, ahead=False))
+            return attend.select(self._beside.query(call, group, q, parts, ahead=False))
 
     def _parts(
         self,
@@ -303,21 +301,28 @@ class ForwardPass:
         selection: Selection | None,
         k: Tensor,
         v: Tensor,
-    ) -> list[Part]:
-        """Return what a step reads of a layer: encoded blocks, then the lanes' own, at home or visiting."""
+    ) -> tuple[list[Part], Tensor | None]:
+        """Return what a step reads of a layer: encoded blocks, then the lanes' own, at home or visiting.
+
+        Where single slots of blocks at home were chosen, these too [R, H, n].
+        """
         before = None if old is None else old.part(hide_empty=group.plan.evicts)
         first = 0 if old is None else old.table.shape[-1]
+        here, attend = group.layers[call.layer], group.plan.layers[call.layer].attend
+        ahead = attend is not None and attend.ahead
         if source.visiting:
-            last = self._visiting(call, group, source, own, selection, k, v)
+            last = self._visiting(call, group, source, own, selection, ahead, k, v)
         elif selection is None:
             last = own.part()
         elif selection.per is Per.BLOCK:
             last = chosen_blocks(own, own.part(), selection, first)
         else:
-            raise UnsupportedError("single slots are chosen on the host only")
+            assert old is None, "single slots of packed blocks are not chosen"
+            slots, length = chosen_slots(own, selection, here.slot if ahead else None)
+            return [replace(own.part(), length=length)], slots
         if before is not None and old is not None and selection is not None:
             before = chosen_blocks(old, before, selection, 0)
-        return [last] if before is None else [before, last]
+        return [last] if before is None else [before, last], None
 
     def _visiting(
         self,
@@ -326,6 +331,7 @@ class ForwardPass:
         source: _Source,
         own: Blocks,
         selection: Selection | None,
+        ahead: bool,
         k: Tensor,
         v: Tensor,
     ) -> Part:
@@ -336,14 +342,13 @@ class ForwardPass:
             self._staging.fetch(call.layer, visitors, visitors.wanted(call.layer, selection))
         table, length, slot = source.table[..., : own.table.shape[-1]], own.length, here.slot
         if selection is not None and selection.per is Per.SLOT:
-            slot = selection.count_RH.cpu()
-            length = (slot + 1).to(k.device)
-            table = source.table[..., : int(slot.max()) // size + 1]
+            slot = selection.count_RH.cpu() if ahead else place_of(slot, selection)
+            length = selection.count_RH.to(k.device) + ahead
+            table = source.table[..., : -(-int(length.max()) // size)]
         elif selection is not None:
             part = chosen_blocks(own, own.part(), selection, 0)
             length, table = part.length, source.table[..., : selection.index_RHn.shape[-1]]
-            newest = selection.index_RHn == (here.slot // size).to(selection.index_RHn.device)[..., None]
-            slot = newest.int().argmax(dim=-1).cpu() * size + here.slot % size
+            slot = place_of(slot // size, selection) * size + slot % size
         self._write_visiting(source, slot, k, v)
         return Part(pool=source.blocks.pool, table=table, length=length)
 

@@ -42,6 +42,28 @@ def chosen_blocks(cached: Blocks, part: Part, selection: Selection, first: int) 
     return replace(part, table=cached.table.gather(-1, order), length=read, dense_start=None)
 
 
+def chosen_slots(cached: Blocks, selection: Selection, newest: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return the slots [R, H, n] int32 that a step reads, and how many of them [R, H] are meant.
+
+    Args:
+        cached: the lanes' blocks.
+        selection: of slots.
+        newest: [R, H] slots of the new tokens, which are read beside those; None: they are among them.
+    """
+    index, count = selection.index_RHn, selection.count_RH
+    index = index.clamp(max=cached.table.shape[-1] * cached.blocks.layout.block_size - 1)
+    if newest is not None:
+        index = torch.cat([index, index[..., :1]], dim=-1)
+        index.scatter_(-1, count[..., None].to(index.device), newest[..., None].to(index.device))
+        count = count + 1
+    return index.int(), count.to(cached.length.device)
+
+
+def place_of(index: Tensor, selection: Selection) -> Tensor:
+    """Return at which place [R, H], on the CPU, a selection names ``index`` [R, H]; it does."""
+    return (selection.index_RHn == index.to(selection.index_RHn.device)[..., None]).int().argmax(dim=-1).cpu()
+
+
 class Probe:
     """How good choices were, averaged over steps, layers and sequences; costs a full read of all keys each time."""
 

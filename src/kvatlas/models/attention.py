@@ -55,6 +55,10 @@ class AttentionCall:
     sinks: Tensor | None
 
 
+Foresee = Callable[[int, slice], tuple[AttentionCall, Tensor]]
+"""Returns what a later layer would ask, and its queries [n, Hq, Dk], rotated, for some rows of the batch."""
+
+
 class AttentionContext(Protocol):
     """Who answers the attention of one forward: it knows which sequence each packed token belongs to."""
 
@@ -76,13 +80,12 @@ class AttentionContext(Protocol):
 class WatchingContext(AttentionContext, Protocol):
     """A context that also wants to look at each layer's input, to foresee what a later layer will ask."""
 
-    def before_layer(self, layer: int, foresee: Callable[[int, slice], Tensor]) -> None:
+    def before_layer(self, layer: int, foresee: Foresee) -> None:
         """Called before a layer's attention module runs.
 
         Args:
             layer: index into ``ModelShape.layers``.
-            foresee: returns the queries [n, Hq, Dk], rotated, that another layer would ask if its input for some
-                rows of the batch were this layer's.
+            foresee: returns what another layer would ask if its input for some rows of the batch were this layer's.
         """
         ...
 

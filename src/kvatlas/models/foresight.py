@@ -23,10 +23,10 @@ class _AskedError(Exception):
 class _Catcher:
     """An attention context that keeps the queries and lets nothing follow."""
 
-    query: Tensor | None = None
+    asked: tuple[AttentionCall, Tensor] | None = None
 
     def attend(self, call: AttentionCall, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        self.query = query
+        self.asked = call, query
         raise _AskedError
 
 
@@ -66,7 +66,9 @@ class Foresight:
 
         return before
 
-    def _foresee(self, target: int, rows: slice, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    def _foresee(
+        self, target: int, rows: slice, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[AttentionCall, Tensor]:
         catcher = _Catcher()
         module = self._modules[target]
         tokens = _num_tokens(args, kwargs)
@@ -75,9 +77,10 @@ class Foresight:
                 module(*_cut(args, tokens, rows), **_cut(kwargs, tokens, rows))
         except _AskedError:
             pass
-        if catcher.query is None:
+        if catcher.asked is None:
             raise UnsupportedError(f"{type(module).__name__} did not attend; its queries cannot be foreseen")
-        return catcher.query[0].transpose(0, 1)
+        call, query = catcher.asked
+        return call, query[0].transpose(0, 1)
 
 
 def _num_tokens(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:

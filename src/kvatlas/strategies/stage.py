@@ -362,6 +362,16 @@ class Attend(Stage):
         """When it acts."""
         return frozenset({Moment.SELECT})
 
+    def conflict(self, other: Stage) -> str | None:
+        """Refuse what needs every score, and what single tokens cannot be chosen of."""
+        if isinstance(other, Keep) and other.received is not None and other.received.in_decode:
+            return "it counts the attention that every token gets, and tokens that are not read get none; leave one out"
+        if self.ahead and isinstance(other, Keep) and other.limits(1024).high is not None:
+            return "it drops tokens at every step, while those to read are chosen a layer ahead; leave one out"
+        if self.per is Per.SLOT and isinstance(other, Encode) and other.format.is_packed:
+            return "packed blocks are read whole, and single tokens are chosen; use 'int8' or leave one out"
+        return None
+
     @property
     def dense_layers(self) -> int:
         """Number of first layers that read everything, and stay on the device."""
@@ -378,7 +388,10 @@ class Attend(Stage):
         return cached_tokens
 
     def select(self, view: QueryView) -> Selection | None:
-        """Return what to read, in each lane at most what `most_read` says; None: everything."""
+        """Return what to read, in each lane at most what `most_read` says; None: everything.
+
+        The newest token's slot, or block, must be named, unless the stage is asked ahead.
+        """
         return None
 
 

@@ -19,7 +19,7 @@ from kvatlas.core.plan import Traits
 from kvatlas.core.views import Selection
 from kvatlas.core.vocabulary import Per, Saves
 from kvatlas.strategies.registry import register
-from kvatlas.strategies.stage import Attend, Keep, Stage, StageInfo
+from kvatlas.strategies.stage import Attend, StageInfo
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -62,12 +62,6 @@ class Quest(Attend):
             raise ConfigError(f"quest: budget={self.budget} is out of range; write a number of tokens, such as 1024")
         if self.dense < 0:
             raise ConfigError(f"quest: dense={self.dense} is out of range; write a number of layers, such as 2")
-
-    def conflict(self, other: Stage) -> str | None:
-        """Refuse what needs every score."""
-        if isinstance(other, Keep) and other.received is not None and other.received.in_decode:
-            return "it counts the attention that every token gets, and pages that are not read get none; leave one out"
-        return None
 
     @property
     def needs(self) -> tuple[Derived]:

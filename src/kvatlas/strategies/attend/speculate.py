@@ -24,7 +24,7 @@ from kvatlas.core.plan import Traits
 from kvatlas.core.views import Selection
 from kvatlas.core.vocabulary import Per, Saves
 from kvatlas.strategies.registry import register
-from kvatlas.strategies.stage import Attend, Encode, Keep, Place, Stage, StageInfo
+from kvatlas.strategies.stage import Attend, Place, Stage, StageInfo
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -76,16 +76,6 @@ class Speculate(Attend):
                 raise ConfigError(
                     f"speculate: {name}={getattr(self, name)} is out of range; write a fraction in (0, 1], such as 0.2"
                 )
-
-    def conflict(self, other: Stage) -> str | None:
-        """Refuse what moves tokens in steps, what counts all attention, and formats that are packed."""
-        if isinstance(other, Keep) and other.received is not None and other.received.in_decode:
-            return "it counts the attention that every token gets, and tokens that are not read get none; leave one out"
-        if isinstance(other, Keep) and other.limits(1024).high is not None:
-            return "it drops tokens at every step, while those to read are chosen a layer ahead; leave one out"
-        if isinstance(other, Encode) and other.format.is_packed:
-            return "packed blocks are read whole, and single tokens are chosen; use 'int8' or leave one out"
-        return None
 
     def lacks(self, others: Collection[Stage]) -> str | None:
         """Ask for a tier to fetch from."""
