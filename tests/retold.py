@@ -55,13 +55,13 @@ class H2O(Retelling):
 class SnapKV(Retelling):
     """At the end of the prompt, keep what its last ``window`` tokens looked at, and these (arXiv:2404.14469).
 
-    Votes are summed over the window's queries and averaged with their neighbours', nothing beyond the ends; of equal
-    votes the newer token's count more.
+    Votes are summed over the window's queries and averaged with their neighbours', nothing beyond the ends, or the
+    greatest of them is taken; of equal votes the newer token's count more.
     """
 
-    def __init__(self, prompt_tokens: int, budget: int, window: int, pool: int) -> None:
+    def __init__(self, prompt_tokens: int, budget: int, window: int, pool: int, together: Any = sum) -> None:
         super().__init__(prompt_tokens)
-        self.budget, self.window, self.pool = budget, window, pool
+        self.budget, self.window, self.pool, self.together = budget, window, pool, together
 
     def after_attention(self, cache: list[Token]) -> None:
         """Forget votes from outside the window; at the end of the prompt, forget tokens."""
@@ -72,7 +72,9 @@ class SnapKV(Retelling):
             return
         prefix, newest = cache[: -self.window], cache[-self.window :]
         reach = self.pool // 2
-        votes = [sum(token.score for token in prefix[max(0, i - reach) : i + reach + 1]) for i in range(len(prefix))]
+        votes = [
+            self.together([t.score for t in prefix[max(0, i - reach) : i + reach + 1]]) for i in range(len(prefix))
+        ]
         ranked = sorted(range(len(prefix)), key=lambda i: (votes[i], i), reverse=True)
         cache[:] = [prefix[i] for i in sorted(ranked[: self.budget - self.window])] + newest
 

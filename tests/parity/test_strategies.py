@@ -56,6 +56,8 @@ def retelling(strategy: str, prompt_tokens: int) -> Retelling:
     sizes = [max(1, round(float(n) * prompt_tokens)) if "." in n else int(n) for n in numbers]
     if name == "snapkv":
         sizes[0] = max(sizes[0], sizes[1] + 1)
+    if "pooling=max" in strategy:
+        return SnapKV(prompt_tokens, *sizes, together=max)
     told = {"h2o": H2O, "streaming_llm": StreamingLLM, "snapkv": SnapKV, "tova": Tova, "knorm": Knorm}
     return told[name](prompt_tokens, *sizes)
 
@@ -103,6 +105,7 @@ STRATEGIES = [
     "snapkv(budget=9, window=4, pool=3)",
     "snapkv(budget=4, window=1, pool=1)",
     "snapkv(budget=0.4, window=3, pool=5)",
+    "snapkv(budget=9, window=4, pool=3, pooling=max)",
     *LAYERED,
 ]
 

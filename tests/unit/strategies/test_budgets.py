@@ -153,7 +153,7 @@ def test_layers_that_a_model_does_not_have(text: str) -> None:
     [
         ("h2o(budget=0.2)", "h2o(heavy=0.1, recent=0.1)"),
         ("h2o(budget=101)", "h2o(heavy=51, recent=50)"),
-        ("snapkv(budget=0.25) | ada", "snapkv(budget=0.25, window=32, pool=5) | ada(floor=0.2)"),
+        ("snapkv(budget=0.25) | ada", "snapkv(budget=0.25, window=32, pool=5, pooling=mean) | ada(floor=0.2)"),
         ("full(layers=03) | tova(layers=04-4)", "full(layers=3) | tova(layers=4)"),
         ("h2o(layers=0-1) | snapkv(layers=2-)", "snapkv(layers=2-) | h2o(layers=0-1)"),
     ],

@@ -42,10 +42,12 @@ class SnapKV(Keep):
         budget: prompt tokens kept per KV head, the window included; an integer counts tokens, a fraction in (0, 1]
             is of the prompt.
         window: observation window, in tokens, counted back from the last prompt token; never evicted.
-        pool: moving average over positions that lets neighbours survive together, in tokens; odd.
+        pool: positions that vote together, so that neighbours survive together, in tokens; odd.
+        pooling: how they do: their ``mean``, or their ``max`` as in RocketKV.
 
     Raises:
-        ConfigError: a width is out of range, ``pool`` is even, or a budget in tokens does not exceed the window.
+        ConfigError: a width is out of range, ``pool`` is even, ``pooling`` is unknown, or a budget in tokens does not
+            exceed the window.
     """
 
     sizes: ClassVar[frozenset[str]] = frozenset({"budget"})
@@ -53,12 +55,15 @@ class SnapKV(Keep):
     budget: int | float = 1024
     window: int = 32
     pool: int = 5
+    pooling: str = "mean"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_share("snapkv", "budget", self.budget)
         if self.window < 1 or self.pool < 1 or self.pool % 2 == 0:
             raise ConfigError(f"snapkv wants window >= 1 and an odd pool >= 1, got {self.window} and {self.pool}")
+        if self.pooling not in ("mean", "max"):
+            raise ConfigError(f"snapkv: pooling={self.pooling} is unknown; write mean or max")
         if isinstance(self.budget, int) and self.budget <= self.window:
             raise ConfigError(f"snapkv: budget={self.budget} must exceed window={self.window}; raise it")
 
@@ -81,8 +86,9 @@ class SnapKV(Keep):
 
     def scores(self, view: LaneView) -> Tensor:
         """Return the pooled votes, and infinity for the window; slots come in position order."""
-        from torch.nn.functional import avg_pool1d  # strategies load without torch
+        from torch.nn.functional import avg_pool1d, max_pool1d  # strategies load without torch
 
         votes_BHS = view.received.masked_fill(view.newest | ~view.valid_BHS, 0.0)
-        pooled_BHS: Tensor = avg_pool1d(votes_BHS, self.pool, stride=1, padding=self.pool // 2)
+        pool = avg_pool1d if self.pooling == "mean" else max_pool1d
+        pooled_BHS: Tensor = pool(votes_BHS, self.pool, stride=1, padding=self.pool // 2)
         return pooled_BHS.masked_fill(view.newest, float("inf"))
