@@ -72,9 +72,19 @@ pages = st.builds(
     st.sampled_from(["full", "snapkv(budget=20, window=4)", "knorm(budget=25) | ada(floor=0.1)"]), encodes, small,
     st.integers(0, 2), st.sampled_from(["", " | offload(host)"]),
 )  # fmt: skip
-strategies = st.one_of(*[st.builds("{}{}{}".format, keeps, encodes, places)] * 3, pages)
+rockets = st.builds(
+    "{}{} | rocket(budget={}, page=PAGE){}".format,
+    st.sampled_from(["full", "snapkv(budget=20, window=4)", "knorm(budget=25) | ada(floor=0.1)"]), encodes,
+    st.integers(16, 60), st.sampled_from(["", " | offload(host)"]),
+)  # fmt: skip
+strategies = st.one_of(
+    *[st.builds("{}{}{}".format, keeps, encodes, places)] * 3,
+    pages,
+    rockets.map(lambda each: each.replace("PAGE", "1")),
+)
 bits, residuals = st.sampled_from([2, 4]), st.integers(0, 60)
 packed = st.one_of(
+    st.builds(lambda each, page: each.replace("PAGE", page), rockets, st.sampled_from(["2", "4", "8"])),
     st.builds("{} | kivi(bits={}, residual={})".format, keeps, bits, residuals),
     st.builds("{} | kivi(bits={}, residual={})".format, keeps, bits, residuals),
     st.builds(

@@ -15,7 +15,7 @@ import torch
 from tests.driving import Job, assert_empty, drive, loaded, relative_error
 from tests.families import tiny_model, token_ids
 from tests.retold import Retelling
-from tests.retold_formats import GROUP, H2OKivi, Kivi, Quest
+from tests.retold_formats import H2OKivi, Kivi, Quest, Rocket
 
 from kvatlas.engine.engine import Engine
 
@@ -49,6 +49,8 @@ STRATEGIES = {
     "h2o(heavy=90, recent=10) | kivi(bits=4, residual=0)": (H2OKivi, (90, 10, 4, 0)),
     "quest(budget=96, dense=1)": (Quest, (3, 1)),
     "quest(budget=128, dense=0)": (Quest, (4, 0)),
+    "rocket(budget=64, page=4, dense=0)": (Rocket, (64, 4, 0)),
+    "rocket(budget=96, page=2, dense=1)": (Rocket, (96, 2, 1)),
 }
 
 
@@ -114,4 +116,7 @@ def test_the_retellings_have_something_to_tell() -> None:
             assert median(changes) > 5 * ROUNDED_TOLERANCE, strategy
     chosen = told("quest(budget=96, dense=1)", PROMPT_TOKENS)[0]
     assert isinstance(chosen, Quest) and len({tuple(read) for read in chosen.chosen}) > 5
-    assert max(len(read) for read in chosen.chosen) == 96 // GROUP
+    assert max(len(read) for read in chosen.chosen) == 96
+    chosen = told("rocket(budget=64, page=4, dense=0)", PROMPT_TOKENS)[0]
+    assert isinstance(chosen, Rocket) and len({tuple(read) for read in chosen.chosen}) > 5
+    assert max(len(read) for read in chosen.chosen) == 32

@@ -32,6 +32,11 @@ RECIPES = {
         paper="Lee et al., OSDI 2024, arXiv:2406.19707",
         label="InfiniGen",
     ),
+    "rocketkv": Recipe(
+        sentence="snapkv(budget=0.25, window=32, pool=63, pooling=max) | rocket(budget=512, page=4)",
+        paper="Fu et al., ICML 2025, arXiv:2502.14051",
+        label="RocketKV",
+    ),
     "h2o": Recipe(
         sentence="h2o(heavy=0.1, recent=0.1)", paper="Zhang et al., NeurIPS 2023, arXiv:2306.14048", label="H2O"
     ),
