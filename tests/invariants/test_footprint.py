@@ -86,10 +86,11 @@ bits, residuals = st.sampled_from([2, 4]), st.integers(0, 60)
 packed = st.one_of(
     st.builds(lambda each, page: each.replace("PAGE", page), rockets, st.sampled_from(["2", "4", "8"])),
     st.builds("{} | kivi(bits={}, residual={})".format, keeps, bits, residuals),
-    st.builds("{} | kivi(bits={}, residual={})".format, keeps, bits, residuals),
+    st.builds("{} | kivi(bits={}, residual={}){}".format, keeps, bits, residuals, places),
     st.builds(
-        "{} | kivi(bits={}, residual={}) | quest(budget=32, dense=0)".format,
+        "{} | kivi(bits={}, residual={}) | quest(budget=32, dense=0){}".format,
         st.sampled_from(["full", "snapkv(budget=20, window=4)", "streaming_llm(sinks=2, recent=60)"]), bits, residuals,
+        st.sampled_from(["", " | offload(host)"]),
     ),
 )  # fmt: skip
 

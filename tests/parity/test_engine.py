@@ -129,6 +129,7 @@ STAGES = {
     "h2o(heavy=15, recent=14, layers=1-) | int8(layers=2-)": 3e-2,
     "h2o(heavy=20, recent=12, layers=0-1) | kivi(bits=4, residual=8, layers=2-)": 3e-2,
     "int8(layers=0-1) | bf16(layers=2-)": 3e-2,
+    "int8(layers=0-1) | kivi(bits=4, residual=8, layers=2-)": 3e-2,
     "quest(budget=32, dense=0, layers=2-)": TOLERANCE,
     "snapkv(budget=29, window=8, layers=1-) | offload(host, layers=0-1)": TOLERANCE,
     "h2o(heavy=15, recent=14, layers=1-) | offload(host)": TOLERANCE,
@@ -150,6 +151,10 @@ STAGES = {
     "streaming_llm(sinks=2, recent=60) | rocket(budget=32, page=4)": TOLERANCE,
     "kivi(bits=4, residual=8) | quest(budget=32, dense=0)": 3e-2,
     "snapkv(budget=100, window=8) | kivi(bits=4, residual=8) | quest(budget=32, dense=1)": 3e-2,
+    "kivi(bits=4, residual=8) | offload(host)": 3e-2,
+    "snapkv(budget=60, window=8) | kivi(bits=2, residual=8) | offload(host)": 3e-2,
+    "kivi(bits=4, residual=8) | quest(budget=32, dense=0) | offload(host)": 3e-2,
+    "int8(layers=0-1) | kivi(bits=4, residual=8, layers=2-) | offload(host, layers=1-)": 3e-2,
     "snapkv(budget=29, window=8) | infinigen": TOLERANCE,
     "snapkv(budget=29, window=8) | ada | speculate(cap=0.5) | offload(host)": TOLERANCE,
 }

@@ -11,6 +11,7 @@ import pytest
 import torch
 from tests.driving import Job, assert_empty, drive, finish, kept_positions, loaded, relative_error
 from tests.families import FAMILIES, tiny_model, token_ids
+from tests.parity.test_engine import wide_model
 from transformers import CONFIG_MAPPING
 
 import kvatlas
@@ -88,6 +89,15 @@ def assert_close(done: Job, wanted: torch.Tensor, tolerance: float = TOLERANCE) 
 
 # On the host as on the device
 
+PACKED = (
+    "kivi(bits=4, residual=8)",
+    "snapkv(budget=50, window=8) | kivi(bits=2, residual=8)",
+    "snapkv(budget=40, window=8) | ada | kivi(bits=4, residual=0)",
+    "h2o(heavy=40, recent=10) | kivi(bits=4, residual=0)",
+    "kivi(bits=4, residual=8) | quest(budget=32, dense=0)",
+    "int8(layers=0-1) | kivi(bits=4, residual=8, layers=2-)",
+)
+
 
 @pytest.mark.parametrize("keep", ["full", "fp16", *KEEPS, "h2o(heavy=0.3, recent=0.2) | bf16"])
 @pytest.mark.parametrize("family", ["llama", slow("gemma2"), "gemma4_text", slow("deepseek_v2")])
@@ -97,6 +107,22 @@ def test_placed_elsewhere_it_is_the_same_to_the_bit(family: str, keep: str) -> N
         placed, where = alone(family, f"{keep} | {place}", prompt_tokens, chunk=chunk)
         assert torch.equal(placed, plain), f"{place}: {relative_error(placed, plain):.1e}"
         assert where == kept
+
+
+@pytest.mark.parametrize("place", ["offload(host)", "offload(host, prefetch=false)"])
+@pytest.mark.parametrize("keep", PACKED)
+def test_packed_blocks_elsewhere_are_the_same_to_the_bit(keep: str, place: str) -> None:
+    """Old blocks cross to the host when they are encoded, and visit; new ones stay on the device."""
+    done = []
+    for sentence in (keep, f"{keep} | {place}"):
+        engine = Engine(wide_model(), kv_memory="8MiB", host_memory="8MiB", max_batched_tokens=100, link="8GB/s,1us")
+        jobs = [job(sentence, length, 40) for length in (75, 9, 60)]
+        done.append(drive(engine, jobs, interrupt_every=17))
+        assert engine.store.books().used == 0 and engine.store.host.books().used == 0
+        if place in sentence:
+            assert engine.transport.link.to_host.num_bytes > 0 and engine.transport.link.to_device.num_bytes > 0
+    for plain, placed in zip(*done, strict=True):
+        assert torch.equal(logits_of(placed), logits_of(plain)) and placed.kept == plain.kept
 
 
 @pytest.mark.parametrize("family", ALL)

@@ -78,8 +78,8 @@ class LayerCache:
 
     Args:
         own: blocks of new tokens.
-        tier: where they live.
-        old: device blocks that full blocks are encoded to once they are old; None: they stay as they are.
+        tier: where those blocks live that are there to stay: encoded ones, where there are such, else all.
+        old: blocks that full blocks are encoded to once they are old; None: they stay as they are.
         residual: newest tokens of a lane that are not encoded, at least.
         side: device blocks of streams beside all those blocks; None: there are none.
         derived: streams made from keys and values, each with who makes them.
@@ -97,6 +97,16 @@ class LayerCache:
     later: tuple[tuple[Stream, Deriver], ...] = ()
     records: SideLayout | None = None
     recorded: tuple[tuple[Stream, Observer], ...] = ()
+
+    @property
+    def own_tier(self) -> Tier:
+        """Where blocks of new tokens live: on the device as long as they wait to be encoded."""
+        return self.tier if self.old is None else Tier.DEVICE
+
+    @property
+    def lasting(self) -> BlockLayout:
+        """Blocks that are there to stay, on `tier`."""
+        return self.own if self.old is None else self.old
 
 
 @dataclass(frozen=True)
@@ -119,12 +129,12 @@ class CachePlan:
     @cached_property
     def buffers(self) -> dict[int, int]:
         """Layer that reads lanes on the host -> layer whose lanes name its staging buffer on the device."""
-        return staging_buffers(self.shape, {i: layer.own for i, layer in self.layers if layer.tier is Tier.HOST})
+        return staging_buffers(self.shape, {i: layer.lasting for i, layer in self.layers if layer.tier is Tier.HOST})
 
     @cached_property
     def contents(self) -> str:
         """What must be equal, tokens apart, for keys and values of a prompt to be the very same bytes."""
-        return ",".join(f"{layer.own.format.value}@{layer.tier.value}" for _, layer in self.layers)
+        return ",".join(f"{layer.own.format.value}@{layer.own_tier.value}" for _, layer in self.layers)
 
     @cached_property
     def _hash(self) -> int:

@@ -99,9 +99,11 @@ class Engine:
         budget, host_budget = parse_bytes(kv_memory), parse_tier_bytes(host_memory)
         check_kv_memory(budget, model.adapter.device)
         check_host_memory(host_budget)
-        self.store = KVStore(model.adapter.shape, self.format, budget, model.adapter.device, block_size, host_budget)
-        rate = None if link is None else LinkRate.parse(link)
-        self.transport = Transport(link=Link(rate, model.adapter.device))
+        way = Link(None if link is None else LinkRate.parse(link), model.adapter.device)
+        self.store = KVStore(
+            model.adapter.shape, self.format, budget, model.adapter.device, block_size, host_budget, way
+        )
+        self.transport = Transport(link=way)
         prefix_cache = PrefixCache(self.store) if enable_prefix_caching else None
         self.scheduler = Scheduler(
             self.store,

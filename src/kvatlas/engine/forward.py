@@ -173,8 +173,10 @@ class ForwardPass:
     def _past_parts(self, call: AttentionCall, chunk: Chunk, own: Blocks) -> list[Part]:
         """Return what a chunk reads of the past: encoded blocks, then ``own``."""
         starts, old = chunk.dense_starts, self._old(call, chunk)
-        parts = [own.part(dense_start=None if starts is None else starts[call.window or 0])]
+        encoded = 0 if old is None else int(old.host_length.max())
+        parts = [own.part(dense_start=None if starts is None else starts[call.window or 0] + encoded)]
         if old is not None:
+            old = self._read_old(call, chunk, old, old.table.shape[-1])
             parts.insert(0, old.part(hide_empty=starts is None, dense_start=None if starts is None else 0))
         return parts
 
@@ -184,9 +186,18 @@ class ForwardPass:
         found = old_blocks(seq.layout, segment.old, call.layer, self._store.lanes.slices[call.layer])
         return found.first() if found is not None and isinstance(segment, Chunk) else found
 
+    def _read_old(self, call: AttentionCall, segment: Chunk | DecodeGroup, old: Blocks, columns: int) -> Blocks:
+        """Return encoded blocks where they are read, the first ``columns`` of a lane if they visit."""
+        visitors = segment.visitors
+        if visitors is None or not visitors.reads_old(call.layer):
+            return old
+        blocks, stage = visitors.stage(call.layer)
+        table = stage[0] if isinstance(segment, Chunk) else stage
+        return replace(old, blocks=blocks, table=table[..., :columns].to(blocks.device))
+
     def _source(self, call: AttentionCall, seq: Sequence, visitors: Visitors | None, table: Tensor) -> _Source:
         """Return where a segment reads a layer; ``table`` [R, H, C] holds where its blocks live."""
-        if visitors is None or not visitors.reads_host(call.layer):
+        if visitors is None or not visitors.reads_own(call.layer):
             return _Source(blocks=seq.layout.of_layer(call.layer), table=table, visiting=False)
         blocks, stage = visitors.stage(call.layer)
         return _Source(blocks=blocks, table=stage.to(blocks.device), visiting=True)
@@ -306,9 +317,10 @@ class ForwardPass:
 
         Where single slots of blocks at home were chosen, these too [R, H, n].
         """
-        before = None if old is None else old.part(hide_empty=group.plan.evicts)
         first = 0 if old is None else old.table.shape[-1]
-        here, attend = group.layers[call.layer], group.plan.layers[call.layer].attend
+        here, attend, visitors = group.layers[call.layer], group.plan.layers[call.layer].attend, group.visitors
+        if visitors is not None and visitors.late and visitors.reads_host(call.layer):  # nobody could know before
+            self._staging.fetch(call.layer, visitors, visitors.wanted(call.layer, selection))
         ahead = attend is not None and attend.ahead
         if source.visiting:
             last = self._visiting(call, group, source, own, selection, ahead, k, v)
@@ -320,9 +332,15 @@ class ForwardPass:
             assert old is None, "single slots of packed blocks are not chosen"
             slots, length = chosen_slots(own, selection, here.slot if ahead else None)
             return [replace(own.part(), length=length)], slots
-        if before is not None and old is not None and selection is not None:
+        if old is None:
+            return [last], None
+        before = old.part(hide_empty=group.plan.evicts)
+        if selection is not None:
             before = chosen_blocks(old, before, selection, 0)
-        return [last] if before is None else [before, last], None
+        seen = self._read_old(call, group, old, before.table.shape[-1])
+        if seen is not old:
+            before = replace(before, pool=seen.blocks.pool, table=seen.table)
+        return [before, last], None
 
     def _visiting(
         self,
@@ -336,10 +354,7 @@ class ForwardPass:
         v: Tensor,
     ) -> Part:
         """Return the blocks through which a layer on the host is read, the new tokens among them."""
-        here, size, visitors = group.layers[call.layer], self._store.block_size, group.visitors
-        assert visitors is not None
-        if visitors.late:  # nobody could know before
-            self._staging.fetch(call.layer, visitors, visitors.wanted(call.layer, selection))
+        here, size = group.layers[call.layer], self._store.block_size
         table, length, slot = source.table[..., : own.table.shape[-1]], own.length, here.slot
         if selection is not None and selection.per is Per.SLOT:
             slot = selection.count_RH.cpu() if ahead else place_of(slot, selection)

@@ -38,8 +38,8 @@ class Chunk:
     """The next ``count`` prompt tokens of one request, at row ``start`` of the batch.
 
     ``table`` [lanes, C] covers the chunk too, and so does ``side``, the table of what lies beside; ``past_length``
-    [lanes], on the CPU, is what was cached before it; ``dense_starts`` gives the position of slot 0 per window (0: no
-    window) while slots are in position order, else None; ``visitors`` are the past's blocks on the host, or None;
+    [lanes], on the CPU, is what was cached before it; ``dense_starts`` gives the position of slot 0, encoded ones counted, per
+    window (0: no window) while slots are in position order, else None; ``visitors`` are the past's blocks on the host, or None;
     ``old`` those of the past that are encoded.
     """
 
@@ -118,8 +118,7 @@ def make_chunk(store: KVStore, request: Request, count: int, start: int) -> Chun
     device = store.arena.device
     past_length = store.length[seq.row].clone()
     old = _old_blocks(store, [seq])
-    encoded = 0 if old is None else int(old.host_length.max())
-    dense_starts = {0: encoded, **seq.starts} if seq.dense else None
+    dense_starts = {0: 0, **seq.starts} if seq.dense else None
     slots = _on_device(store.append(seq, count), device)
     columns = int(store.columns_held(seq).max())
     return Chunk(

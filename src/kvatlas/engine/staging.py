@@ -66,16 +66,35 @@ class Visitors:
         self.chooses = chooses
         self.late = late
         self._store = store
-        rows = torch.tensor([seq.row for seq in seqs])
         staging = torch.tensor([seq.staging.row for seq in seqs if seq.staging is not None])
-        self._columns = -(-length // store.block_size)
-        most = int(self._columns.max())
-        self._home = store.table[rows, :, :most]
         self._stage = store.table[staging]
+        self._own = self._held(torch.tensor([seq.row for seq in seqs]), length)
+        self._old = None
+        if self.layout.encoded is not None:
+            rows = torch.tensor([seq.encoded.row for seq in seqs if seq.encoded is not None])
+            self._old = self._held(rows, store.length[rows])
+
+    def _held(self, rows: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the blocks [R, lanes, C] of some rows, and how many [R, lanes] of each lane are to fetch."""
+        columns = -(-length // self._store.block_size)
+        return self._store.table[rows, :, : int(columns.max())], columns
+
+    def _of(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Return what `_held` did of a layer that reads the host, cut to its lanes."""
+        held = self._own if self._old is None or not self.reads_old(layer) else self._old
+        return held[0][:, self._store.lanes.slices[layer]], held[1][:, self._store.lanes.slices[layer]]
 
     def reads_host(self, layer: int) -> bool:
         """Whether a layer reads lanes on the host."""
         return layer in self.layout.buffers
+
+    def reads_own(self, layer: int) -> bool:
+        """Whether these are the blocks of new tokens, too."""
+        return self.reads_host(layer) and not self.reads_old(layer)
+
+    def reads_old(self, layer: int) -> bool:
+        """Whether these are encoded blocks alone, beside which the others live on the device."""
+        return self.reads_host(layer) and self.layout.old_of_layer(layer) is not None
 
     def stage(self, layer: int) -> tuple[BlockClass, Tensor]:
         """Return the device blocks that a layer is read through, and the table [R, H, C] into them."""
@@ -85,12 +104,12 @@ class Visitors:
 
     def home(self, layer: int) -> tuple[BlockClass, Tensor]:
         """Return the blocks on the host that a layer reads, and the table [R, H, C] into them, on the CPU."""
-        return self.layout.of_layer(layer), self._home[:, self._store.lanes.slices[layer]]
+        return self.layout.old_of_layer(layer) or self.layout.of_layer(layer), self._of(layer)[0]
 
     def whole(self, layer: int) -> Transfer:
         """Return the transfer of all blocks that a layer reads."""
         (source, home), (target, stage) = self.home(layer), self.stage(layer)
-        columns = self._columns[:, self._store.lanes.slices[layer]]
+        columns = self._of(layer)[1]
         most = int(columns.max())
         held = torch.arange(most) < columns[..., None]
         source_ids, target_ids = home[..., :most][held].long(), stage[..., :most][held].long()
@@ -110,7 +129,8 @@ class Visitors:
         meant = torch.arange(index.shape[-1]) < selection.count_RH.cpu()[..., None]
         (source, home), (target, stage) = self.home(layer), self.stage(layer)
         if selection.per is Per.BLOCK:
-            source_ids = home.gather(-1, index)[meant].long()
+            meant &= index < home.shape[-1]  # behind encoded blocks come those that live on the device
+            source_ids = home.gather(-1, index.clamp(max=home.shape[-1] - 1))[meant].long()
             target_ids = stage[..., : index.shape[-1]][meant].long()
             return Transfer(
                 copy=partial(copy_blocks, source, source_ids, target, target_ids),
@@ -257,5 +277,7 @@ def staged_slots(store: KVStore, request: Request, count: int) -> int:
     assert request.seq is not None
     if request.seq.staging is None:
         return 0
-    slots = store.longest_on_host(request.seq)
-    return count + (request.plan.most_fetched(slots) if request.prefill_end is None else slots)
+    own, old = store.longest_on_host(request.seq)
+    if request.prefill_end is None:
+        own, old = request.plan.most_fetched(own), request.plan.most_fetched(old)
+    return max(own + count, old) if len(request.seq.layout.on_host[0]) else old

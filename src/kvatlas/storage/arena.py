@@ -169,6 +169,13 @@ class SideClass(LentBlocks):
             view[target] = view[source]
 
 
+def loose_blocks(like: BlockClass, number: int, beside: BlockClass) -> tuple[BlockClass, Tensor]:
+    """Return blocks of the layout of one class, on the device of another, that are in no books; and their ids [n]."""
+    step = like.block_bytes
+    memory = torch.empty(max(1, number) * step, dtype=torch.uint8, device=beside.device)
+    return BlockClass(beside.arena, like.layout, memory, memory.numel()), torch.arange(number) * (step // GRANULE)
+
+
 def copy_blocks(source: LentBlocks, source_ids: Tensor, target: LentBlocks, target_ids: Tensor) -> None:
     """Copy whole blocks between two classes of one layout, a few MiB at a time.
 

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from kvatlas.kernels.blocks import copy_slots, encode_blocks, read_keys, read_values
-from kvatlas.storage.arena import BlockClass, SideClass
+from kvatlas.storage.arena import BlockClass, SideClass, loose_blocks
 from kvatlas.storage.lanes import KVGroup
+from kvatlas.storage.link import BlockPairs, carry_blocks
 from kvatlas.storage.sequence import KVRow, Sequence
 from kvatlas.storage.streams import derive_blocks, of_several
 
@@ -41,14 +42,22 @@ def encode_front(store: KVStore, seq: Sequence, columns: Tensor, granted: Seq[tu
     assert seq.encoded is not None
     if not seq.dense:
         _sort_by_position(store, seq, columns > 0)
-    for group, new in granted:
-        home = group.home
-        assert home is not None
-        old = store.tables.ids_between(seq.row, group.lanes, torch.zeros_like(columns), columns)[:, None]
-        keys, values = read_keys(home.pool, old, torch.float32), read_values(home.pool, old, torch.float32)
-        encode_blocks(group.blocks.pool, new.long().to(home.device), keys, values)
-        source, target = old[:, 0].long().to(home.device), new.long().to(home.device)
-        group.blocks.positions[target] = home.positions[source]
+    crossing: BlockPairs = []
+    try:
+        for group, new in granted:
+            home = group.home
+            assert home is not None
+            ids = store.tables.ids_between(seq.row, group.lanes, torch.zeros_like(columns), columns)
+            target, target_ids = group.blocks, new
+            if group.blocks.arena is not store.arena:  # encoded where it is, so that few bytes cross
+                target, target_ids = loose_blocks(group.blocks, len(new), home)
+                crossing.append((target, target_ids, group.blocks, new))
+            _encode(home, ids, target, target_ids)
+        carry_blocks(store.link.stores, crossing)
+    except BaseException:  # Ctrl-C too: the new blocks are nobody's yet
+        for group, new in granted:
+            group.blocks.arena.release(group.blocks, new)
+        raise
     store.put(seq.encoded, columns, granted)
     store.tables.append_columns(seq.encoded.row, columns)
     if seq.side is not None and seq.encoded.side is not None:
@@ -56,6 +65,14 @@ def encode_front(store: KVStore, seq: Sequence, columns: Tensor, granted: Seq[tu
         store.put(row, beside, store.ids_between(seq.side, torch.zeros_like(columns), beside))
         store.tables.append_columns(row.row, beside)
     store.cut_front(seq, columns, keep_side=True)
+
+
+def _encode(home: BlockClass, ids: Tensor, target: BlockClass, target_ids: Tensor) -> None:
+    """Write the tokens of whole blocks [n] into blocks [n] of another class on the same device."""
+    table, source, to = ids[:, None].to(home.device), ids.long().to(home.device), target_ids.long().to(home.device)
+    keys, values = read_keys(home.pool, table, torch.float32), read_values(home.pool, table, torch.float32)
+    encode_blocks(target.pool, to, keys, values)
+    target.positions[to] = home.positions[source]
 
 
 def empty_slots(store: KVStore, seq: Sequence, group: KVGroup, emptied: Tensor) -> None:

@@ -45,7 +45,7 @@ class LaneSlots:
         """Return ``"keys"`` or ``"values"`` of all slots, float32 [R, H, S, D]; garbage where none is live."""
         reader = {"keys": read_keys, "values": read_values}[what]
         parts = [reader(blocks.pool, table.to(blocks.device), torch.float32) for blocks, table in self.tables]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-2)
+        return parts[0] if len(parts) == 1 else torch.cat([part.to(parts[-1].device) for part in parts], dim=-2)
 
     def side(self, name: str) -> Tensor:
         """Return the entries of a stream [R, H, S, width] of all slots."""
@@ -65,9 +65,10 @@ def lane_slots(store: KVStore, seqs: Seq[Sequence], group: KVGroup) -> LaneSlots
     if len(parts) == 1:
         return parts[0]
     old, own = parts
+    device = own.positions.device
     return LaneSlots(
-        positions=torch.cat([old.positions, own.positions], dim=-1),
-        live=torch.cat([old.live, own.live], dim=-1),
+        positions=torch.cat([old.positions.to(device), own.positions], dim=-1),
+        live=torch.cat([old.live.to(device), own.live], dim=-1),
         num_old=old.live.shape[-1],
         tables=old.tables + own.tables,
         sides=old.sides + own.sides,

@@ -170,17 +170,21 @@ class SequenceLayout(KVClasses):
         plan: what is stored.
 
     Attributes:
-        encoded: device blocks of old tokens in a packed format; None without any.
+        encoded: blocks of old tokens in a packed format; None without any.
         residual: int64 [lanes], newest tokens of a lane that are not encoded, at least.
         staging: device blocks that layers on the host are read through, by buffer layer; None without such layers.
         records: device blocks of what lanes have one of; None without any.
         buffers: layer that reads host lanes -> layer whose lanes name its buffer in ``staging``.
+        on_host: lanes [n] int64 whose own blocks, and lanes whose encoded ones, live on the host.
     """
 
     def __init__(self, lanes: LaneMap, device: Arena, host: Arena | None, plan: CachePlan) -> None:
         self.plan = plan
         self.buffers = plan.buffers
-        self.host_lanes = lanes.lanes_of(plan.host_layers)
+        hosted = {index: layer.old is not None for index, layer in plan.layers if layer.tier is Tier.HOST}
+        self.on_host = tuple(
+            lanes.lanes_of([index for index, packs in hosted.items() if packs is old]) for old in (False, True)
+        )
         self.residual = torch.zeros(lanes.count, dtype=torch.int64)
         tiers = {Tier.DEVICE: device, Tier.HOST: host}
         records: dict[int, SideClass] = {}
@@ -188,10 +192,10 @@ class SequenceLayout(KVClasses):
         old: dict[int, KVGroup] = {}
         none = torch.zeros(0, dtype=torch.int64)
         for index, layer in plan.layers:
-            tier = tiers[layer.tier]
-            assert tier is not None, "layers are placed on a host tier that does not exist"
-            home, side = tier.block_class(layer.own), None if layer.side is None else device.side_class(layer.side)
-            packed = None if layer.old is None else device.block_class(layer.old)
+            tier, own_tier = tiers[layer.tier], tiers[layer.own_tier]
+            assert tier is not None and own_tier is not None, "layers are placed on a host tier that does not exist"
+            home, side = own_tier.block_class(layer.own), None if layer.side is None else device.side_class(layer.side)
+            packed = None if layer.old is None else tier.block_class(layer.old)
             own[index] = KVGroup(blocks=home, lanes=none, old=packed, side=side, derived=layer.derived)
             if packed is not None:
                 old[index] = KVGroup(blocks=packed, lanes=none, home=home, side=side, derived=layer.derived)
@@ -201,8 +205,9 @@ class SequenceLayout(KVClasses):
         super().__init__(lanes, own)
         self.encoded = KVClasses(lanes, old) if old else None
         buffers = {
-            index: KVGroup(blocks=device.block_class(own[index].blocks.layout), lanes=none)
-            for index in sorted(set(self.buffers.values()))
+            index: KVGroup(blocks=device.block_class(layer.lasting), lanes=none)
+            for index, layer in plan.layers
+            if index in set(self.buffers.values())
         }
         self.staging = KVClasses(lanes, buffers) if buffers else None
         self._records = records

@@ -20,9 +20,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from kvatlas.core.errors import ConfigError
 from kvatlas.core.units import parse_bytes
+from kvatlas.storage.arena import LentBlocks, copy_blocks
 from kvatlas.storage.crossing import Order, order_for
 
 _TIMES = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
@@ -259,6 +261,29 @@ class Link:
         self.to_host, self.to_device = Traffic(), Traffic()
         self.stores = Mover(rate, self.to_host, order_for(device))
         self.fetches = Mover(rate, self.to_device, order_for(device), let_go=True)
+
+
+BlockPairs = list[tuple[LentBlocks, Tensor, LentBlocks, Tensor]]
+"""Blocks and where they go: classes and ids [n]."""
+
+
+def carry_blocks(mover: Mover, pairs: BlockPairs) -> None:
+    """Copy whole blocks in one move and wait for it: the blocks left behind are given to others next."""
+
+    def copy() -> None:
+        for source, source_ids, target, target_ids in pairs:
+            copy_blocks(source, source_ids.long(), target, target_ids.long())
+
+    num_bytes = sum(len(ids) * source.block_bytes for source, ids, _, _ in pairs)
+    if not num_bytes:
+        return
+    move = mover.submit(Move(copy=copy, num_bytes=num_bytes), URGENT)
+    try:
+        move.wait()
+    except BaseException:
+        mover.drop(move)
+        move.settle()  # nothing may be written to blocks that are given back
+        raise
 
 
 _MOVERS: weakref.WeakSet[Mover] = weakref.WeakSet()

@@ -33,6 +33,7 @@ from kvatlas.storage.arena import Arena, Books, LentBlocks, SideClass, copy_bloc
 from kvatlas.storage.compaction import empty_a_slab
 from kvatlas.storage.encoding import encode_front
 from kvatlas.storage.lanes import KVGroup, LaneClasses, LaneGroup, LaneMap, SequenceLayout
+from kvatlas.storage.link import Link
 from kvatlas.storage.sequence import KVRow, LaneRow, Sequence, Slots
 from kvatlas.storage.tables import Tables
 
@@ -67,6 +68,7 @@ class KVStore:
         device: where they live.
         block_size: slots per block.
         host_bytes: most bytes on the host tier; 0: there is none.
+        link: the way there; None: one of its own.
 
     Raises:
         CapacityError: the budget does not hold one block of every lane, or that of the host not one block.
@@ -80,10 +82,12 @@ class KVStore:
         device: torch.device | str = "cpu",
         block_size: int = DEFAULT_BLOCK_SIZE,
         host_bytes: int = 0,
+        link: Link | None = None,
     ) -> None:
         self.lanes = LaneMap(shape)
         self.format = format
         self.block_size = block_size
+        self.link = link or Link(device=device)
         possible = _possible_layouts(shape, format, block_size)
         self.arena = Arena(budget_bytes, possible, device)
         locked = self.arena.device.type == "cuda"
@@ -324,10 +328,17 @@ class KVStore:
             seq.reserved = None
             self.shrink_side(seq)
 
-    def longest_on_host(self, seq: Sequence) -> int:
-        """Return the most slots that a lane on the host has in use."""
-        lengths = self.length[seq.row, seq.layout.host_lanes]
-        return int(lengths.max()) if len(lengths) else 0
+    def longest_on_host(self, seq: Sequence) -> tuple[int, int]:
+        """Return the most slots of a lane whose new blocks live on the host, and of one whose encoded blocks do.
+
+        What is due counts as encoded.
+        """
+        own, old = seq.layout.on_host
+        most_own = int(self.length[seq.row, own].max()) if len(own) else 0
+        if seq.encoded is None or not len(old):
+            return most_own, 0
+        encoded = self.length[seq.encoded.row] + self.blocks_due(seq) * self.block_size
+        return most_own, int(encoded[old].max())
 
     def shrink_side(self, seq: Sequence) -> None:
         """Give back what lies beside slots that lanes no longer have."""

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvatlas.storage.arena import LentBlocks, copy_blocks
+from kvatlas.storage.arena import LentBlocks
 from kvatlas.storage.lanes import LaneGroup
-from kvatlas.storage.link import URGENT, Link, Move, Mover
+from kvatlas.storage.link import BlockPairs, Link, carry_blocks
 from kvatlas.storage.sequence import LaneRow, Sequence
 from kvatlas.storage.store import KVStore
 from kvatlas.storage.tables import RowState
@@ -49,9 +49,6 @@ class SwappedSequence:
         return sum(len(ids) * blocks.block_bytes for row in self.parked for blocks, ids in row.waiting)
 
 
-_Pairs = list[tuple[LentBlocks, Tensor, LentBlocks, Tensor]]
-
-
 class Swapper:
     """Moves sequences between the tiers of a store.
 
@@ -70,7 +67,7 @@ class Swapper:
         if host is None:
             return None
         parked: list[_ParkedRow] = []
-        pairs: _Pairs = []
+        pairs: BlockPairs = []
         for row in seq.rows:
             if row is seq.staging:
                 continue
@@ -92,7 +89,7 @@ class Swapper:
             groups = [group for group, _ in found]
             parked.append(_ParkedRow(row=row, columns=columns, state=state, groups=groups, waiting=waiting))
         try:
-            _carry(self._link.stores, pairs)
+            carry_blocks(self._link.stores, pairs)
         except BaseException:  # Ctrl-C arrives here if anywhere: what was taken must not be lost
             for _, _, taken, taken_ids in pairs:
                 host.release(taken, taken_ids)
@@ -118,7 +115,7 @@ class Swapper:
         granted = store.try_allocate(missing)
         if granted is None:
             return None
-        pairs: _Pairs = []
+        pairs: BlockPairs = []
         entries: list[list[tuple[LaneGroup, Tensor]]] = []
         fresh = iter(granted)
         for row in swapped.parked:
@@ -130,7 +127,7 @@ class Swapper:
                     pairs.append((blocks, ids, group.blocks, new_ids))
                 entries[-1].append((group, new_ids))
         try:
-            _carry(self._link.fetches, pairs)
+            carry_blocks(self._link.fetches, pairs)
         except BaseException:  # the sequence stays on the host, whole
             for group, new_ids in granted:
                 group.blocks.arena.release(group.blocks, new_ids)
@@ -151,22 +148,3 @@ class Swapper:
         for row in swapped.parked:
             for blocks, ids in row.waiting:
                 self._store.host.release(blocks, ids)
-
-
-def _carry(mover: Mover, pairs: _Pairs) -> None:
-    """Copy whole blocks in one move and wait for it: the blocks left behind are given to others next."""
-
-    def copy() -> None:
-        for source, source_ids, target, target_ids in pairs:
-            copy_blocks(source, source_ids.long(), target, target_ids.long())
-
-    num_bytes = sum(len(ids) * source.block_bytes for source, ids, _, _ in pairs)
-    if not num_bytes:
-        return
-    move = mover.submit(Move(copy=copy, num_bytes=num_bytes), URGENT)
-    try:
-        move.wait()
-    except BaseException:
-        mover.drop(move)
-        move.settle()  # nothing may be written to blocks that are given back
-        raise

@@ -68,14 +68,16 @@ def footprint(plan: Plan, prompt: int, output: int, chunk: int) -> Footprint:
     staged = _Slots(peak=0, steady=0, final=0, read=0)
     for layer in plan.owned:
         store, lanes = layer.store, layer.shape.num_kv_heads
-        slots = _slots(layer, prompt, output, chunk, plan.block_size)
+        slots = lasting = _slots(layer, prompt, output, chunk, plan.block_size)
         if store.old is not None:
-            packed, slots = _split(layer, plan.evicts, slots, chunk, plan.block_size)
-            for layout in (store.old,) if store.side is None else (store.old, store.side):
-                tiers[Tier.DEVICE].add(layout, lanes, packed)
-                sums.hold(layout, lanes, packed.peak)
-            sums.read += lanes * packed.read * store.old.kv_bytes // plan.block_size
-        tiers[store.tier].add(store.own, lanes, slots)
+            lasting, slots = _split(layer, plan.evicts, slots, chunk, plan.block_size)
+            tiers[store.tier].add(store.old, lanes, lasting)
+            sums.hold(store.old, lanes, lasting.peak)
+            if store.side is not None:
+                tiers[Tier.DEVICE].add(store.side, lanes, lasting)
+                sums.hold(store.side, lanes, lasting.peak)
+            sums.read += lanes * lasting.read * store.old.kv_bytes // plan.block_size
+        tiers[store.own_tier].add(store.own, lanes, slots)
         sums.hold(store.own, lanes, slots.peak)
         if store.side is not None:
             tiers[Tier.DEVICE].add(store.side, lanes, slots)
@@ -85,12 +87,12 @@ def footprint(plan: Plan, prompt: int, output: int, chunk: int) -> Footprint:
             tiers[Tier.DEVICE].add(store.records, lanes, one)
             sums.hold(store.records, lanes, 1)
         if store.tier is Tier.HOST:
-            staged = _deeper(staged, _longest(layer, slots, prompt, output), plan)
-            sums.moved += _visits(plan, layer.index) * lanes * _fetched(layer, slots, plan.block_size)
+            staged = _deeper(staged, _longest(layer, lasting, prompt, output), plan)
+            sums.moved += _visits(plan, layer.index) * lanes * _fetched(layer, lasting, plan.block_size)
         sums.read += lanes * _read(layer, slots, plan.block_size)
     for index in set(plan.cache.buffers.values()):
         buffer = plan.layers[index]
-        tiers[Tier.DEVICE].add(buffer.store.own, buffer.shape.num_kv_heads, staged)
+        tiers[Tier.DEVICE].add(buffer.store.lasting, buffer.shape.num_kv_heads, staged)
     device, host = tiers[Tier.DEVICE], tiers[Tier.HOST]
     return Footprint(
         prefill_peak_bytes=device.peak,
@@ -184,7 +186,7 @@ def _visits(plan: Plan, index: int) -> int:
 
 def _fetched(layer: LayerPlan, slots: _Slots, block_size: int) -> int:
     """Return the bytes of a lane on the host that one visit moves."""
-    layout = layer.store.own
+    layout = layer.store.lasting
     if layer.attend is None:
         return layout.block_bytes * _blocks(slots.final, block_size)
     tokens = _tokens_read(layer, slots, block_size)

@@ -19,7 +19,7 @@ from kvatlas.core.errors import ConfigError
 from kvatlas.core.plan import Traits
 from kvatlas.core.vocabulary import Format, Saves
 from kvatlas.strategies.registry import register
-from kvatlas.strategies.stage import Encode, Place, Stage, StageInfo
+from kvatlas.strategies.stage import Encode, StageInfo
 
 _FORMATS = {2: Format.INT2, 4: Format.INT4}
 
@@ -54,12 +54,6 @@ class Kivi(Encode):
             raise ConfigError(f"kivi: bits={self.bits} is not offered; write 2 or 4, or use the stage 'int8'")
         if self.residual < 0:
             raise ConfigError(f"kivi: residual={self.residual} is out of range; write a number of tokens, such as 128")
-
-    def conflict(self, other: Stage) -> str | None:
-        """Refuse the host tier, whose staging buffers hold one format."""
-        if isinstance(other, Place):
-            return "blocks of two formats cannot visit the device through one buffer yet; use 'int8' or leave one out"
-        return None
 
     @property
     def format(self) -> Format:
