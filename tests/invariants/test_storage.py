@@ -422,7 +422,7 @@ class StoreMachine(RuleBasedStateMachine):
     def extend(self, model: Model, count: int) -> bool:
         """Make room; a refusal changes nothing, and comes only where room is short."""
         before = self.books(), self.rows(model)
-        staged = self.store.longest_on_host(model.seq) + count
+        staged = max(self.store.longest_on_host(model.seq)) + count
         needed = self.store.blocks_needed(model.seq, count, staged)
         short = self.store.short_of(needed)
         assert (self.books(), self.rows(model)) == before, "to ask takes nothing"

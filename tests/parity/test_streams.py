@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 
 import pytest
 import torch
-from tests.driving import Job, drive
+from tests.driving import Job, assert_empty, drive
 from tests.parity.test_engine import ids, model
 
 from kvatlas.core.errors import CompositionError
@@ -18,6 +19,7 @@ from kvatlas.core.vocabulary import Format
 from kvatlas.engine.engine import Engine
 from kvatlas.engine.llm import LLM
 from kvatlas.engine.params import SamplingParams
+from kvatlas.storage.arena import SideClass
 from kvatlas.storage.eviction import lane_slots
 from kvatlas.strategies import registry
 from kvatlas.strategies.registry import register
@@ -37,7 +39,14 @@ class AskedNorm(Keep):
 
 
 @dataclass(frozen=True, kw_only=True)
+class RarelyCut(AskedNorm):
+    def limits(self, prompt_tokens: int) -> Limits:
+        return Limits(after_prompt=15, high=24, low=15)
+
+
+@dataclass(frozen=True, kw_only=True)
 class KeptNorm(AskedNorm):
+    sizes = frozenset({"budget"})
     needs = (Derived("norm"), Derived("longest", every=None))
 
     def derive(self, name: str, tokens: TokenView) -> torch.Tensor:
@@ -78,6 +87,7 @@ def known() -> Iterator[None]:
     given = {
         "asked_norm": (AskedNorm, drops), "kept_norm": (KeptNorm, drops), "packed_norm": (PackedNorm, drops),
         "kept_all": (KeptAll, keeps), "norm_reader": (NormReader, keeps),
+        "rarely_cut": (RarelyCut, drops),
     }  # fmt: skip
     for name, (stage, traits) in given.items():
         register(name, summary="a stage of these tests", traits=traits)(stage)
@@ -173,6 +183,48 @@ def test_conversations_with_streams_can_be_forked() -> None:
             answers.append(session.generate(ids(9, 3), params).outputs[0].token_ids)
         assert llm.engine.store.books().used == 0
     assert answers[0] == answers[1]
+
+
+def test_requests_that_differ_in_budgets_alone_share_calls_and_layouts() -> None:
+    engine = Engine(model(), kv_memory="8MiB", block_size=4)
+    params = SamplingParams(max_tokens=9, ignore_eos=True)
+    requests = [engine.add_request(ids(30, n), params, f"kept_norm(budget={n})") for n in (12, 17)]
+    engine.step()
+    assert requests[0].plan.kind == requests[1].plan.kind
+    assert requests[0].seq.layout is requests[1].seq.layout
+
+
+@pytest.mark.parametrize("failure", [MemoryError, KeyboardInterrupt])
+def test_a_cut_that_breaks_off_between_blocks_and_streams_loses_nothing(
+    failure: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The prefix cache has the blocks, too, so what is kept moves to new ones."""
+    engine = Engine(model(), kv_memory="8MiB", block_size=4, max_batched_tokens=16)
+    bombs, move = [failure], SideClass.move
+
+    def broken(*given) -> None:
+        if len(given[1][0]) and bombs:
+            raise bombs.pop()("boom")
+        move(*given)
+
+    monkeypatch.setattr(SideClass, "move", broken)
+    engine.add_request(
+        ids(41, 3),
+        SamplingParams(max_tokens=6, ignore_eos=True),
+        "snapkv(budget=20, window=4) | quest(budget=8, dense=0)",
+    )
+    while engine.has_work:
+        with suppress(KeyboardInterrupt):
+            engine.step()
+    assert not bombs
+    assert_empty(engine)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_more_may_be_dropped_at_once_than_a_window_holds(family: str) -> None:
+    engine = Engine(model(family), kv_memory="8MiB", block_size=4)
+    (done,) = drive(engine, [Job(ids(37, 1), ids(30, 2), "rarely_cut")])
+    assert len(done.kept) == 30 and max(len(lane) for kept in done.kept for lane in kept) <= 24
 
 
 def test_two_streams_of_one_name_are_refused() -> None:

@@ -5,8 +5,8 @@ Everything here is per layer, since a stage may be given to some layers only.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Collection, Hashable, Mapping
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import TYPE_CHECKING, Protocol
 
@@ -74,7 +74,7 @@ class Observer(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class LayerCache:
-    """What is stored of a layer that owns lanes.
+    """What is stored of a layer that owns lanes; equal where the same streams are made by stages of one kind.
 
     Args:
         own: blocks of new tokens.
@@ -86,6 +86,7 @@ class LayerCache:
         later: likewise, but not before the first prompt is over.
         records: a device block of what each lane has one of; None: there is none.
         recorded: what `records` holds, each with who observes it.
+        makers: who makes and observes all these, by their kinds.
     """
 
     own: BlockLayout
@@ -93,10 +94,11 @@ class LayerCache:
     old: BlockLayout | None = None
     residual: int = 0
     side: SideLayout | None = None
-    derived: tuple[tuple[Stream, Deriver], ...] = ()
-    later: tuple[tuple[Stream, Deriver], ...] = ()
+    derived: tuple[tuple[Stream, Deriver], ...] = field(default=(), compare=False)
+    later: tuple[tuple[Stream, Deriver], ...] = field(default=(), compare=False)
     records: SideLayout | None = None
-    recorded: tuple[tuple[Stream, Observer], ...] = ()
+    recorded: tuple[tuple[Stream, Observer], ...] = field(default=(), compare=False)
+    makers: tuple[Hashable, ...] = ()
 
     @property
     def own_tier(self) -> Tier:
@@ -168,6 +170,7 @@ def uniform_cache(
             residual=0 if old is None else residual,
             side=SideLayout(beside, block_size) if beside else None,
             derived=derived,
+            makers=derived,
         )
 
     return CachePlan(shape, tuple((index, cache(index)) for index in shape.owners))

@@ -172,7 +172,8 @@ class Evictor:
         full = (seen >= limit) & (live >= most)
         drop = [_drop(_keep(request, acting).limits(request.prompt_tokens)) for request in requests]
         if max(drop) > 1:
-            target = torch.where(full, most - torch.tensor(drop)[:, None], NO_LIMIT)
+            target = torch.minimum(limit - torch.tensor(drop)[:, None], most - 1).clamp(min=0)
+            target = torch.where(full, target, NO_LIMIT)
             self._keep_best(seqs, acting, slots, view, scores, target)
             return
         for seq in seqs:  # of a prompt shorter than the budget, the cache has blocks that the next token is written to

@@ -38,9 +38,9 @@ class Chunk:
     """The next ``count`` prompt tokens of one request, at row ``start`` of the batch.
 
     ``table`` [lanes, C] covers the chunk too, and so does ``side``, the table of what lies beside; ``past_length``
-    [lanes], on the CPU, is what was cached before it; ``dense_starts`` gives the position of slot 0, encoded ones counted, per
-    window (0: no window) while slots are in position order, else None; ``visitors`` are the past's blocks on the host, or None;
-    ``old`` those of the past that are encoded.
+    [lanes], on the CPU, is what was cached before it; ``dense_starts`` gives the position of
+    slot 0, encoded ones counted, per window (0: no window) while slots are in position order, else None; ``visitors``
+    are the past's blocks on the host, or None; ``old`` those of the past that are encoded.
     """
 
     request: Request

@@ -16,7 +16,7 @@ class Holdings:
     Args:
         device_kv: keys and values on the device.
         device_sidecars: positions and padding of those blocks, and what lies beside blocks of any tier.
-        device_sketch: partial keys.
+        device_sketch: streams that are made once a prompt is over, such as partial keys.
         device_staging: buffers that layers on the host are read through.
         host_kv: keys and values on the host.
         host_sidecars: positions and padding of those blocks.
@@ -34,7 +34,7 @@ def holdings(store: KVStore, seq: Sequence) -> Holdings:
     """Return what ``seq`` holds now; blocks shared with others count in full."""
     kv = {"device": 0, "host": 0}
     blocks = dict(kv)
-    sketch = 0
+    sketch, later = 0, {stream.name for _, layer in seq.layout.plan.layers for stream, _ in layer.later}
     for row in seq.parts:
         held = store.columns_held(row)
         for group in row.layout.groups:
@@ -45,10 +45,12 @@ def holdings(store: KVStore, seq: Sequence) -> Holdings:
         if row.side is not None:
             for beside in row.side.layout.groups:
                 num_bytes = int(store.columns_held(row.side)[beside.lanes].sum()) * beside.blocks.block_bytes
-                if isinstance(beside.blocks, SideClass) and beside.blocks.layout.has("partial"):
+                if isinstance(beside.blocks, SideClass) and later & {s.name for s in beside.blocks.layout.streams}:
                     sketch += num_bytes
                 else:
                     blocks["device"] += num_bytes
+    if seq.records is not None:
+        blocks["device"] += store.row_bytes([seq.records], store.arena)[0]
     return Holdings(
         device_kv=kv["device"],
         device_sidecars=blocks["device"] - kv["device"],

@@ -52,7 +52,7 @@ class LaneSlots:
         parts = []
         for blocks, table in self.sides:
             entries = blocks.pool.view(name).index_select(0, table.flatten().to(blocks.device))
-            parts.append(entries.view(*table.shape, *entries.shape[1:]).flatten(2, 3))
+            parts.append(entries.view(*table.shape, *entries.shape[1:]).flatten(2, 3).to(self.positions.device))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-2)
 
 
@@ -185,14 +185,14 @@ def _keep_slots(
         where = table.gather(-1, column.expand_as(kept))[used]
     try:
         move_slots(group.blocks, source, (where.long(), slot % size))
+        if group.side is not None:  # which nobody else owns
+            row = side_rows(seqs)[:, None, None].expand_as(kept)[used]
+            beside = (store.table[row, lanes, place // size].long() for place in (kept[used], slot))
+            move_slots(group.side, *zip(beside, (kept[used] % size, slot % size), strict=True))
     except BaseException:  # Ctrl-C too: new blocks that no table names would be lost
         if table is not None:
             group.blocks.arena.release(group.blocks, torch.unique(where))
         raise
-    if group.side is not None:  # which nobody else owns
-        row = side_rows(seqs)[:, None, None].expand_as(kept)[used]
-        beside = (store.table[row, lanes, place // size].long() for place in (kept[used], slot))
-        move_slots(group.side, *zip(beside, (kept[used] % size, slot % size), strict=True))
     if table is None:
         store.shorten(seqs, group, count)
     else:
@@ -220,6 +220,8 @@ def _new_table(store: KVStore, group: KVGroup, count: Tensor, prefixes: PrefixCa
 def close_holes(store: KVStore, seq: Sequence) -> None:
     """Move the last token of each lane with a hole into it, so that many tokens can be appended."""
     row, size = seq.row, store.block_size
+    if not (store.hole[row] >= 0).any():
+        return
     before = store.columns_held(seq)
     for group in seq.layout.groups:
         holed = group.only(group.lanes[store.hole[row, group.lanes] >= 0])

@@ -151,7 +151,7 @@ class KVStore:
 
     def close(self, seq: Sequence) -> None:
         """Give all blocks of ``seq`` back; the sequence must not be used again."""
-        self._release_reserved(seq)
+        self.release_reserved(seq)
         for row in seq.rows:
             self.release_columns(row, self.no_columns(), self.columns_held(row))
             self.free_row(row)
@@ -171,6 +171,7 @@ class KVStore:
         Only sequences that no strategy has evicted from can be forked.
         """
         assert seq.dense and seq.encoded is None and seq.records is None, "a lossy cache would need its own companions"
+        self.release_reserved(seq)
         child = self.open(seq.layout)
         child.seen, child.starts, child.digests = seq.seen, dict(seq.starts), list(seq.digests)
         for row, copy in zip(seq.with_side, child.with_side, strict=True):
@@ -278,29 +279,38 @@ class KVStore:
             count: tokens of every lane.
             staged: slots that each lane of a staging buffer shall have at least.
         """
-        self._release_reserved(seq)
+        self.release_reserved(seq)
         if not self._try_encode(seq):
             return False
         claims = self._claims(seq, count, staged)
         granted = self.try_allocate(self._needs(seq, claims))
         if granted is None:
             return False
-        each = iter(granted)
-        for row, copies, new, slots in claims:
-            for group in row.layout.groups:
-                ids = next(each)[1]
-                lanes = group.lanes[copies[group.lanes] > 0]
-                self._copy_tails(row, self.length[seq.row, lanes] // self.block_size, group.blocks, lanes, ids)
-                self.tables.enter(row.row, group.lanes, new, ids[len(lanes) :])
-                if row is seq.records:
-                    assert isinstance(group.blocks, SideClass)
-                    group.blocks.fill(ids.long())
-            if slots is None:
-                seq.reserved = self.columns_held(seq) + new  # not before: what is not entered must not be given back
-            else:
-                self.tables.lengthen(row.row, slots)
+        try:
+            for row, copies, new, slots in claims:
+                for group in row.layout.groups:
+                    self._enter(seq, row, group, copies, new, granted[0][1])
+                    del granted[0]
+                if slots is None:
+                    seq.reserved = self.columns_held(seq) + new  # not before: only what is entered may be given back
+                else:
+                    self.tables.lengthen(row.row, slots)
+        except BaseException:  # Ctrl-C too: what no table names would be lost
+            _give_back(granted)
+            raise
         seq.forked = False
         return True
+
+    def _enter(
+        self, seq: Sequence, row: LaneRow, group: LaneGroup, copies: Tensor, new: Tensor, granted: Tensor
+    ) -> None:
+        """Put granted blocks where a row shares its last ones with others, and behind what it has."""
+        lanes = group.lanes[copies[group.lanes] > 0]
+        if row is seq.records:
+            assert isinstance(group.blocks, SideClass)
+            group.blocks.fill(granted.long())
+        self._copy_tails(row, self.length[seq.row, lanes] // self.block_size, group.blocks, lanes, granted)
+        self.tables.enter(row.row, group.lanes, new, granted[len(lanes) :])
 
     def try_lie_beside(self, seq: Sequence, count: int) -> bool:
         """Allocate what lies beside the first ``count`` slots of an empty sequence; False if it does not fit.
@@ -321,7 +331,7 @@ class KVStore:
             group.blocks.fill(ids.long())
         return True
 
-    def _release_reserved(self, seq: Sequence) -> None:
+    def release_reserved(self, seq: Sequence) -> None:
         """Give back room that no token came into, because a step broke off between the two."""
         if seq.reserved is not None:
             self.release_columns(seq, self.columns_held(seq), seq.reserved)
@@ -417,8 +427,8 @@ class KVStore:
         ``try_extend`` must have made the room. A sequence with holes takes one token here at a time through
         ``append_step``; close them first for more.
         """
-        seq.reserved = None
         slot = self.tables.append(seq.row, count)
+        seq.reserved = None
         column = (slot // self.block_size).T
         block = self.table[seq.row].long().gather(1, column).T
         side = None if seq.side is None else self.table[seq.side.row].long().gather(1, column).T
@@ -530,9 +540,9 @@ class KVStore:
         """Copy on write: put the first of ``ids`` in place of shared last blocks, in one column [H] of each lane."""
         if not len(lanes):
             return
-        new = ids[: len(lanes)]
-        old = self.tables.replace(row.row, lanes, columns, new)
+        new, old = ids[: len(lanes)], self.table[row.row, lanes, columns]
         copy_blocks(blocks, old.long(), blocks, new.long())
+        self.tables.replace(row.row, lanes, columns, new)
         blocks.arena.release(blocks, old)
 
     def ids_between(self, seq: LaneRow, low: Tensor, high: Tensor) -> list[tuple[LaneGroup, Tensor]]:
@@ -568,12 +578,16 @@ class KVStore:
 def _allocate(needs: Seq[tuple[G, int]]) -> tuple[list[tuple[G, Tensor]], LentBlocks | None]:
     """Return block ids for every group; or nothing, and the class that has too few."""
     granted: list[tuple[G, Tensor]] = []
-    for group, number in needs:
-        ids = group.blocks.arena.try_allocate(group.blocks, number)
-        if ids is None:
-            _give_back(granted)
-            return [], group.blocks
-        granted.append((group, ids))
+    try:
+        for group, number in needs:
+            ids = group.blocks.arena.try_allocate(group.blocks, number)
+            if ids is None:
+                _give_back(granted)
+                return [], group.blocks
+            granted.append((group, ids))
+    except BaseException:
+        _give_back(granted)
+        raise
     return granted, None
 
 

@@ -1,7 +1,8 @@
 """Streams that are made from keys and values: written with each token, made anew where tokens were moved.
 
 What a stream says of several slots together may speak of tokens that are gone, after one was evicted and its slot
-reused; it never leaves out one that is there. Shapes: n tokens, m blocks, s slots of a block, e of an entry, H lanes.
+reused; it never leaves out one that is there, as it was written: blocks that are packed afterwards read a little
+differently until they are merged. Shapes: n tokens, m blocks, s slots of a block, e of an entry, H lanes.
 """
 
 from __future__ import annotations

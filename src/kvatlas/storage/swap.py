@@ -66,6 +66,7 @@ class Swapper:
         store, host = self._store, self._store.host
         if host is None:
             return None
+        store.release_reserved(seq)
         parked: list[_ParkedRow] = []
         pairs: BlockPairs = []
         for row in seq.rows:

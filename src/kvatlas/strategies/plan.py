@@ -12,7 +12,7 @@ from kvatlas.core.errors import CompositionError, ConfigError, UnsupportedError
 from kvatlas.core.footprint import Footprint
 from kvatlas.core.layout import BlockLayout, layout_of
 from kvatlas.core.needs import Derived, Received, Record
-from kvatlas.core.plan import CachePlan, Deriver, LayerCache, Traits
+from kvatlas.core.plan import CachePlan, LayerCache, Traits
 from kvatlas.core.shapes import LayerShape, ModelShape
 from kvatlas.core.streams import SideLayout, Stream
 from kvatlas.core.vocabulary import Axis, Format, Tier
@@ -155,6 +155,7 @@ class Plan:
             later=later,
             records=SideLayout(tuple(stream for stream, _ in recorded), block_size=1) if recorded else None,
             recorded=recorded,
+            makers=tuple(dict.fromkeys(by.kind for _, by in (*derived, *later, *recorded))),
         )
 
     @cached_property
@@ -237,7 +238,7 @@ def _beside_packed(own: Format) -> Format:
     return Format.FP16 if own is Format.FP32 else own
 
 
-_Made = tuple[tuple[Stream, Deriver], ...]
+_Made = tuple[tuple[Stream, Stage], ...]
 
 
 def _streams(

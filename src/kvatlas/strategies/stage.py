@@ -56,7 +56,8 @@ class Stage:
         layers: the layers it is for, such as ``"0-1"``, ``"2-"`` or ``5``, counted from 0; None: all.
 
     Attributes:
-        sizes: names of parameters that only sizes follow from, so that requests that differ in them share calls.
+        sizes: names of parameters that only sizes follow from, so that requests that differ in them share calls; what
+            `derive` and `observe` return must not depend on them.
         also: names of parameters that stand for others, which are kept in their place.
 
     Raises:

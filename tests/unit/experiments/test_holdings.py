@@ -21,6 +21,7 @@ SMALL = {
     "streaming_llm": "streaming_llm(sinks=2, recent=60)",
     "kivi": "kivi(bits=2, residual=0)",
     "quest": "quest(budget=32, dense=1)",
+    "rocket": "rocket(budget=32, page=4)",
 }
 PROMPT_TOKENS, STEPS, CHUNK = 90, 36, 40
 
