@@ -77,7 +77,7 @@ def figures(steps: list[Step], compute: float) -> dict[str, float]:
         "fetch": fetch,
         "store": store,
         "wait": wait,
-        "speculate": spent(steps, EventKind.SELECT),
+        "rehearse": spent(steps, EventKind.SELECT),
         "ratio": max(fetch, store) / compute,
         "hidden": 1 - wait / (fetch + store),
         "bound reached": max(compute, fetch, store) / step,
@@ -87,7 +87,7 @@ def figures(steps: list[Step], compute: float) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="random:llama-125m")
-    parser.add_argument("--choice", default="speculate(alpha=4.0, cap=0.2, partial=0.3)")
+    parser.add_argument("--choice", default="rehearse(alpha=4.0, cap=0.2, partial=0.3)")
     parser.add_argument("--prompt-tokens", type=int, default=8192)
     parser.add_argument("--output-tokens", type=int, default=24)
     parser.add_argument("--batch", type=int, default=1)

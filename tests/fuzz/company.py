@@ -44,7 +44,7 @@ _FAMILIES = ("llama", "llama", "llama", "gemma3_text", "phi3")
 _STRATEGIES = (
     *("full", "h2o(heavy=5, recent=4)", "snapkv(budget=9, window=4)", "streaming_llm(sinks=2, recent=9)", "int8"),
     *("offload(host)", "offload(host, false)", "infinigen", "h2o(heavy=5, recent=4) | offload(host)", "fp16"),
-    *("kivi(bits=2, residual=64)", "quest(budget=24, dense=1)", "speculate(alpha=2.0, cap=0.5) | offload(host)"),
+    *("kivi(bits=2, residual=64)", "quest(budget=24, dense=1)", "rehearse(alpha=2.0, cap=0.5) | offload(host)"),
 )
 _GUESTS = (
     *_STRATEGIES,

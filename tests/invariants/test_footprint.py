@@ -62,7 +62,7 @@ encodes, places = (
 )
 speculations = st.builds(
     lambda keep, alpha, cap, partial: (
-        f"{keep} | speculate(alpha={alpha!r}, cap={cap!r}, partial={partial!r}) | offload(host)"
+        f"{keep} | rehearse(alpha={alpha!r}, cap={cap!r}, partial={partial!r}) | offload(host)"
     ),
     st.sampled_from(["full", "full", "snapkv(budget=20, window=4)", "knorm(budget=25) | ada(floor=0.1)"]),
     st.sampled_from([0.0, 1.0, 4.0, float("inf")]), st.floats(0.01, 1.0), st.floats(0.01, 1.0),

@@ -27,7 +27,7 @@ STRATEGIES = {
     "llama": (
         "full", "h2o(heavy=5, recent=4)", "snapkv(budget=9, window=4)", "streaming_llm(sinks=2, recent=9)",
         "offload(host)", "offload(host, false)", "h2o(heavy=5, recent=4) | offload(host)",
-        "speculate(alpha=inf, cap=0.5) | offload(host)", "tova(budget=9)", "snapkv(budget=9, window=4) | ada",
+        "rehearse(alpha=inf, cap=0.5) | offload(host)", "tova(budget=9)", "snapkv(budget=9, window=4) | ada",
         "h2o(heavy=5, recent=4) | ada | offload(host)", "knorm(budget=9, sinks=1, recent=2) | pyramid(beta=3)",
         "h2o(heavy=5, recent=4, layers=1-)", "quest(budget=12, dense=1)", "h2o(heavy=5, recent=4) | ada(floor=0.0)",
         "snapkv(budget=9, window=4) | pyramid(beta=3)", "h2o(heavy=5, recent=4, layers=0) | offload(host, layers=1-)",

@@ -138,7 +138,7 @@ STAGES = {
     "offload(host)": TOLERANCE,
     "h2o(heavy=15, recent=14) | offload(host)": TOLERANCE,
     "infinigen": TOLERANCE,
-    "speculate(alpha=2.0, cap=0.5, partial=0.5) | offload(host, false)": TOLERANCE,
+    "rehearse(alpha=2.0, cap=0.5, partial=0.5) | offload(host, false)": TOLERANCE,
     "quest(budget=32, dense=1) | offload(host)": TOLERANCE,
     "quest(budget=32, dense=0) | int8 | offload(host)": 3e-2,
     "snapkv(budget=100, window=8) | quest(budget=32, dense=0)": TOLERANCE,
@@ -156,7 +156,7 @@ STAGES = {
     "kivi(bits=4, residual=8) | quest(budget=32, dense=0) | offload(host)": 3e-2,
     "int8(layers=0-1) | kivi(bits=4, residual=8, layers=2-) | offload(host, layers=1-)": 3e-2,
     "snapkv(budget=29, window=8) | infinigen": TOLERANCE,
-    "snapkv(budget=29, window=8) | ada | speculate(cap=0.5) | offload(host)": TOLERANCE,
+    "snapkv(budget=29, window=8) | ada | rehearse(cap=0.5) | offload(host)": TOLERANCE,
 }
 LENGTHS = (70, 9, 40)
 SELECTS = (100, 9, 40)

@@ -20,7 +20,7 @@ from kvatlas.engine import beside
 from kvatlas.engine.engine import Engine
 from kvatlas.models.loading import LoadedModel
 from kvatlas.models.rotation import rotations_of
-from kvatlas.strategies.attend.speculate import Speculate
+from kvatlas.strategies.attend.rehearse import Rehearse
 from kvatlas.strategies.strategy import Strategy
 
 OUTPUT_TOKENS = 12
@@ -31,12 +31,12 @@ GROUPED, SINGLE = 2, 4
 """KV heads, for four query heads."""
 
 SPECULATIONS = [
-    "speculate(alpha=4.0, cap=0.2, partial=0.3) | offload(host)",
-    "speculate(alpha=2.0, cap=1.0, partial=0.5) | offload(host)",
-    "speculate(alpha=inf, cap=0.4, partial=1.0) | offload(host, false)",
-    "speculate(alpha=3.0, cap=0.7, partial=0.3, dense=2) | offload(host)",
+    "rehearse(alpha=4.0, cap=0.2, partial=0.3) | offload(host)",
+    "rehearse(alpha=2.0, cap=1.0, partial=0.5) | offload(host)",
+    "rehearse(alpha=inf, cap=0.4, partial=1.0) | offload(host, false)",
+    "rehearse(alpha=3.0, cap=0.7, partial=0.3, dense=2) | offload(host)",
 ]
-ONE_TOKEN = "speculate(alpha=0.0, cap=1.0, partial=0.1) | offload(host)"
+ONE_TOKEN = "rehearse(alpha=0.0, cap=1.0, partial=0.1) | offload(host)"
 
 
 @cache
@@ -62,7 +62,7 @@ def job(strategy: str, prompt_tokens: int) -> Job:
 @cache
 def told(strategy: str, prompt_tokens: int, kv_heads: int = GROUPED) -> tuple[InfiniGen, list[torch.Tensor]]:
     (attend,) = Strategy.parse(strategy).on(Axis.ATTEND)
-    assert isinstance(attend, Speculate)
+    assert isinstance(attend, Rehearse)
     retelling = InfiniGen(
         prompt_tokens, model(kv_heads).adapter.model, matrices(kv_heads), attend.alpha, attend.cap, attend.partial,
         attend.dense,
@@ -82,13 +82,13 @@ def assert_as_told(job: Job, kv_heads: int = GROUPED) -> None:
 def choices(monkeypatch: pytest.MonkeyPatch) -> list[Selection]:
     """Return the list into which every choice goes that an engine's stages make."""
     made: list[Selection] = []
-    select = Speculate.select
+    select = Rehearse.select
 
     def noting(*args) -> Selection:
         made.append(select(*args))
         return made[-1]
 
-    monkeypatch.setattr(Speculate, "select", noting)
+    monkeypatch.setattr(Rehearse, "select", noting)
     return made
 
 
@@ -167,7 +167,7 @@ def test_interrupted(host_memory: str | int) -> None:
 
 def test_caps_between_blocks_spoil_nobody() -> None:
     """Buffers grow when the cap passes a block's end, which is not when the keys do."""
-    strategy = "speculate(alpha=inf, cap=0.3) | offload(host)"
+    strategy = "rehearse(alpha=inf, cap=0.3) | offload(host)"
     jobs = [job(strategy, length) for length in (29, 30, 31)]
     drive(Engine(model(), kv_memory="4MiB", block_size=4), jobs)
     for done in jobs:
@@ -185,7 +185,7 @@ def test_long_prompts_fill_the_sketch_in_parts(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize("text", ["fp16", "bf16"])
 def test_in_half_precision_it_is_near(text: str) -> None:
-    strategy = f"speculate(alpha=inf, cap=1.0) | offload(host) | {text}"
+    strategy = f"rehearse(alpha=inf, cap=1.0) | offload(host) | {text}"
     done, plain = job(strategy, 20), job(text, 20)
     drive(Engine(model(), kv_memory="4MiB", block_size=4), [done, plain])
     for got, wanted in zip(done.logits, plain.logits, strict=True):

@@ -30,8 +30,8 @@ SHARING = ("gemma3n_text", "gemma4_text")
 UNIFORM = ("llama", "qwen2", "qwen3", "mixtral", "phi3", "opt", "gpt_neox", "stablelm", "nemotron", "deepseek_v2")
 ALL = (*FAMILIES, *SHARING, "stablelm", "nemotron", "deepseek_v2")
 KEEPS = ("streaming_llm(sinks=2, recent=9)", "h2o(heavy=5, recent=4)", "snapkv(budget=9, window=4)")
-SPECULATE_ALL = "speculate(alpha=inf, cap=1.0) | offload(host)"
-SPECULATE_SOME = "speculate(alpha=inf, cap=0.5) | offload(host)"
+SPECULATE_ALL = "rehearse(alpha=inf, cap=1.0) | offload(host)"
+SPECULATE_SOME = "rehearse(alpha=inf, cap=0.5) | offload(host)"
 PLACED = ("offload(host)", "offload(host, false)", *(f"{keep} | offload(host)" for keep in KEEPS), SPECULATE_SOME)
 
 
@@ -151,14 +151,14 @@ def test_speculation_that_reads_everything_is_full(family: str) -> None:
 
 
 def test_as_many_dense_layers_as_there_are_is_full() -> None:
-    got = alone("llama", "speculate(dense=9) | offload(host)", 23)[0]
+    got = alone("llama", "rehearse(dense=9) | offload(host)", 23)[0]
     assert torch.equal(got, alone("llama", "full", 23)[0])
 
 
 @pytest.mark.parametrize("strategy", PLACED)
 @pytest.mark.parametrize("family", ["llama", "gpt_oss", slow("gemma4_text"), slow("phi3")])
 def test_alone_is_batched_and_whole_is_chunked(family: str, strategy: str) -> None:
-    if "speculate" in strategy and family not in UNIFORM:
+    if "rehearse" in strategy and family not in UNIFORM:
         strategy = "offload(host)"  # speculation is refused for windows and shared lanes
     lengths = (31, 3, 12)
     jobs = [job(each, n, family=family) for n in lengths for each in (strategy, "full", "offload(host)")]
@@ -219,7 +219,7 @@ def test_what_a_chunk_moves(strategy: str) -> None:
     """The whole past of each layer on the host, once; nothing where there is no past."""
     engine = engine_of(max_batched_tokens=8)
     engine.add_request(ids(24), SamplingParams(max_tokens=1), strategy)
-    layers = 3 if "speculate" not in strategy else 2
+    layers = 3 if "rehearse" not in strategy else 2
     for past in (0, 8, 16):
         moves, moved = engine.link.to_device.moves, engine.link.to_device.num_bytes
         engine.step()

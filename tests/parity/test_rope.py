@@ -29,7 +29,7 @@ TOLERANCE = 1e-4
 OUTPUTS = 14
 PROMPTS = (3, LIMIT - 9, LIMIT - 1, LIMIT, LIMIT + 1, LIMIT + 8)
 LOSSY = ("streaming_llm(sinks=2, recent=9)", "h2o(heavy=0.3, recent=0.3)", "snapkv(budget=9, window=4)", "full | int8",
-         "speculate(alpha=4.0, cap=0.4, partial=0.5) | offload(host)")  # fmt: skip
+         "rehearse(alpha=4.0, cap=0.4, partial=0.5) | offload(host)")  # fmt: skip
 RENEWING = ("phi3", "phimoe")
 KEEPING = ("llama longrope", "llama dynamic")
 

@@ -11,6 +11,7 @@ from kvatlas.core.units import format_bytes
 from kvatlas.records.schema import Params
 
 BASELINE = "full"
+_REHEARSES = {"rehearse", "speculate"}  # the latter in older records
 BUDGET = "budget"
 LINK = "link"
 NO_LINK = "none"
@@ -67,8 +68,8 @@ def family(strategy: str) -> str:
     if is_peer(strategy):
         return strategy
     names = [name.strip() for name in _ARGUMENTS.sub("", strategy).split("|")]
-    if {"speculate", "offload"} <= set(names):
-        return " | ".join([_INFINIGEN, *(name for name in names if name not in (BASELINE, "speculate", "offload"))])
+    if "offload" in names and _REHEARSES & set(names):
+        return " | ".join([_INFINIGEN, *(name for name in names if name not in (BASELINE, "offload", *_REHEARSES))])
     return " | ".join(name for name in names if name != BASELINE or "offload" not in names)
 
 

@@ -28,7 +28,7 @@ RECIPES = {
         label="StreamingLLM",
     ),
     "infinigen": Recipe(
-        sentence="speculate(alpha=4.0, cap=0.2, partial=0.3) | offload(host)",
+        sentence="rehearse(alpha=4.0, cap=0.2, partial=0.3) | offload(host)",
         paper="Lee et al., OSDI 2024, arXiv:2406.19707",
         label="InfiniGen",
     ),
@@ -41,6 +41,9 @@ RECIPES = {
         sentence="h2o(heavy=0.1, recent=0.1)", paper="Zhang et al., NeurIPS 2023, arXiv:2306.14048", label="H2O"
     ),
 }
+
+FORMER_NAMES = {"speculate": "rehearse"}
+"""What stages were called before -> their names; such sentences are understood."""
 
 OTHER_NAMES = {"int4": "kivi(bits=4)", "int2": "kivi(bits=2)"}
 """What is called otherwise elsewhere -> how it is written here."""

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from kvatlas.core.errors import ConfigError, UnknownNameError
 from kvatlas.core.names import unknown_name
-from kvatlas.strategies.recipes import OTHER_NAMES, RECIPES
+from kvatlas.strategies.recipes import FORMER_NAMES, OTHER_NAMES, RECIPES
 from kvatlas.strategies.stage import Stage, StageInfo
 
 _STAGES: dict[str, type[Stage]] = {}
@@ -56,7 +56,7 @@ def register(
             raise ConfigError(
                 f"two stages are called {name!r}: {_told(older)} and {_told(stage)}; give one of them another name"
             )
-        if older is None and not ours and name in {*RECIPES, *OTHER_NAMES}:
+        if older is None and not ours and name in {*RECIPES, *OTHER_NAMES, *FORMER_NAMES}:
             raise ConfigError(f"{name!r} is a strategy of kvatlas's own; give {_told(stage)} another name")
         stage.name, stage.info = name, known
         _STAGES[name] = stage
@@ -79,6 +79,7 @@ def stage_class(name: str) -> type[Stage]:
     Raises:
         UnknownNameError: there is none; the closest stage or recipe is suggested.
     """
+    name = FORMER_NAMES.get(name, name)
     if name not in _STAGES:
         _load()
     if name in _STAGES:

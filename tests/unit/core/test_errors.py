@@ -42,7 +42,7 @@ def test_of_a_long_word_both_ends_stay():
         ("int4", "write 'kivi(bits=4)'"),
         ("INT2", "write 'kivi(bits=2)'"),
         ("h2o(Heavy=0.1)", "did you mean 'heavy'"),
-        ("infinigen(alpha=2)", "write its stages: 'speculate("),
+        ("infinigen(alpha=2)", "write its stages: 'rehearse("),
     ],
 )
 def test_strategies_are_known_by_case_recipe_and_other_names(written, meant):

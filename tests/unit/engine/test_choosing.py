@@ -7,7 +7,7 @@ from hypothesis import given, strategies as st
 from torch import Tensor
 
 from kvatlas.engine.eviction import _best, _lowest
-from kvatlas.strategies.attend.speculate import best_slots, choose
+from kvatlas.strategies.attend.rehearse import best_slots, choose
 
 levels = st.sampled_from([2, 5, 1000])
 """Numbers that scores may take: few make ties, as heads do that prefer different tokens."""

@@ -158,7 +158,7 @@ def test_the_breakdown_adds_up():
             assert len(values[name]) == (steps if placed else 0)
         if placed:
             assert min(values["fetch_time"] + values["store_time"]) > 0
-        speculates = "speculate" in point.strategy
+        speculates = "rehearse" in point.strategy
         assert bool(values["speculation_recall"]) == (values["device_sketch"][0] > 0) == speculates
         if speculates:
             assert all(0 < values[name][0] <= 1 for name in ("speculation_recall", "speculation_mass"))

@@ -12,7 +12,7 @@ from kvatlas.strategies.strategy import Strategy
         ("h2o", "h2o(heavy=0.15, recent=0.15)"),
         ("snapkv(budget=64, pool=3)", "snapkv(budget=0.3, window=16, pool=3)"),
         ("streaming_llm(sinks=2, recent=9)", "streaming_llm(sinks=4, recent=0.3)"),
-        ("infinigen", "speculate(alpha=inf, cap=0.3) | offload(host)"),
+        ("infinigen", "rehearse(alpha=inf, cap=0.3) | offload(host)"),
         ("h2o | bf16", "h2o(heavy=0.15, recent=0.15) | bf16"),
         ("full | bf16", "full | bf16"),
     ],

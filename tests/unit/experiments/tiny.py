@@ -10,7 +10,7 @@ from kvatlas.experiments.sweep import EXPERIMENTS, run_sweep
 from kvatlas.records.store import RecordStore
 
 H2O = "h2o(heavy=0.25, recent=0.25)"
-OFFLOAD, INFINIGEN = "offload(host)", "speculate(cap=0.5) | offload(host)"
+OFFLOAD, INFINIGEN = "offload(host)", "rehearse(cap=0.5) | offload(host)"
 TINY = Settings(
     strategies=("full", H2O, OFFLOAD, INFINIGEN),
     repeats=2,

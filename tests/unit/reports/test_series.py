@@ -185,7 +185,7 @@ def test_a_swept_budget_runs_through_one_series_beside_the_full_cache(store):
 
 
 def test_infinigen_is_named_and_offloading_is_not_the_full_cache():
-    sentence = "full | offload(host, prefetch=true) | speculate(alpha=4.0, cap=0.2, partial=0.3)"
+    sentence = "full | offload(host, prefetch=true) | rehearse(alpha=4.0, cap=0.2, partial=0.3)"
     assert family(sentence) == "infinigen"
     assert told(sentence).startswith("infinigen: offload(host")
     assert family("full | offload(host)") == "offload"

@@ -257,7 +257,7 @@ def test_where_all_lost_requests_there_is_no_verdict(store):
 
 
 def test_a_summary_names_families_where_that_is_unambiguous(store):
-    infinigen = "full | offload(host, prefetch=true) | speculate(alpha=4.0, cap=0.3, partial=0.3)"
+    infinigen = "full | offload(host, prefetch=true) | rehearse(alpha=4.0, cap=0.3, partial=0.3)"
     for strategy, middle in ((infinigen, 1.0), ("h2o(heavy=0.1)", 2.0), ("h2o(heavy=0.2)", 3.0)):
         for prompt in (512, 1024):
             if prompt == 512 or strategy != "h2o(heavy=0.2)":

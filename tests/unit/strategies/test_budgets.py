@@ -128,7 +128,7 @@ def test_layers_share_a_budget(kept: int, recent: int, prompt: int, layers: int,
             "'streaming_llm' and 'pyramid' cannot be composed: what a",
         ),
         ("snapkv(layers=0-1) | ada(layers=2-)", CompositionError, "'ada' cannot stand alone"),
-        ("offload(host, layers=2-) | speculate(layers=0-1)", CompositionError, "'speculate' cannot stand alone"),
+        ("offload(host, layers=2-) | rehearse(layers=0-1)", CompositionError, "'rehearse' cannot stand alone"),
         ("tova(budget=0)", ConfigError, "tova: budget=0 is out of range"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Stages that place and speculate: sentences, refusals, what they declare, and the bytes they promise."""
+"""Stages that place and rehearse: sentences, refusals, what they declare, and the bytes they promise."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from kvatlas.core.footprint import Footprint
 from kvatlas.core.needs import LayerInputs
 from kvatlas.core.shapes import LayerShape, ModelShape
 from kvatlas.core.vocabulary import Axis, Format, Moment, Tier
-from kvatlas.strategies.attend.speculate import Speculate
+from kvatlas.strategies.attend.rehearse import Rehearse
 from kvatlas.strategies.place.offload import Offload
 from kvatlas.strategies.stage import Attend, Place
 from kvatlas.strategies.strategy import Strategy
 
 fraction = st.floats(0, 1, exclude_min=True)
 speculations = st.builds(
-    Speculate,
+    Rehearse,
     alpha=st.floats(0, 1e6) | st.just(math.inf),
     cap=fraction,
     partial=fraction,
@@ -36,14 +36,19 @@ def uniform(layers: int = 8) -> ModelShape:
     )
 
 
+def test_sentences_from_before_a_stage_was_renamed_still_mean_the_same() -> None:
+    former = Strategy.parse("speculate(alpha=2.0, cap=0.5) | offload(host)")
+    assert former == Strategy.parse("rehearse(alpha=2.0, cap=0.5) | offload(host)") and "rehearse(" in str(former)
+
+
 def bound(strategy: str, prompt: int = 4000, output: int = 100, chunk: int = 512) -> Footprint:
     return Strategy.parse(strategy).plan(uniform(), Format.FP32).footprint(prompt, output, chunk)
 
 
 @given(speculations, places, st.sampled_from(["", " | fp16"]), st.randoms())
-def test_sentences_parse_back_in_any_order(speculate: Speculate, offload: Offload, encode: str, order: random.Random):
-    strategy = Strategy.parse(f"{speculate} | {offload}{encode}")
-    assert (strategy.on(Axis.ATTEND), strategy.on(Axis.PLACE)) == ([speculate], [offload])
+def test_sentences_parse_back_in_any_order(rehearse: Rehearse, offload: Offload, encode: str, order: random.Random):
+    strategy = Strategy.parse(f"{rehearse} | {offload}{encode}")
+    assert (strategy.on(Axis.ATTEND), strategy.on(Axis.PLACE)) == ([rehearse], [offload])
     parts = str(strategy).split(" | ")
     order.shuffle(parts)
     again = Strategy.parse(" | ".join(parts))
@@ -54,36 +59,36 @@ def test_short_forms() -> None:
     assert Strategy.parse("offload") == Strategy.parse("offload(host)") == Strategy.parse("full | offload(to=host)")
     assert Strategy.parse("offload(host, false)") == Strategy.parse("offload(prefetch=false)")
     assert Strategy.parse("offload(prefetch=false)") != Strategy.parse("offload")
-    assert Strategy.parse("speculate(inf, 1) | offload").on(Axis.ATTEND) == [Speculate(alpha=math.inf, cap=1.0)]
-    assert Strategy.parse("infinigen") == Strategy.parse("offload | speculate")
+    assert Strategy.parse("rehearse(inf, 1) | offload").on(Axis.ATTEND) == [Rehearse(alpha=math.inf, cap=1.0)]
+    assert Strategy.parse("infinigen") == Strategy.parse("offload | rehearse")
 
 
 @pytest.mark.parametrize(
     ("text", "kind", "message"),
     [
-        ("speculate(alpha=-1) | offload", ConfigError, "speculate: alpha=-1.0 is out of range; write a number of at"),
-        ("speculate(alpha=nan) | offload", ConfigError, "speculate: alpha=nan is out of range"),
-        ("speculate(alpha=some) | offload", ConfigError, "speculate: alpha wants float, got 'some'"),
-        ("speculate(cap=0) | offload", ConfigError, "speculate: cap=0.0 is out of range; write a fraction in (0, 1]"),
-        ("speculate(cap=1.1) | offload", ConfigError, "speculate: cap=1.1 is out of range"),
-        ("speculate(cap=nan) | offload", ConfigError, "speculate: cap=nan is out of range"),
-        ("speculate(partial=0) | offload", ConfigError, "speculate: partial=0.0 is out of range"),
-        ("speculate(partial=2) | offload", ConfigError, "speculate: partial=2.0 is out of range"),
-        ("speculate(dense=0) | offload", ConfigError, "speculate: dense=0 is out of range"),
-        ("speculate(beta=2) | offload", UnknownNameError, "unknown parameter of speculate 'beta'"),
-        ("specualte | offload", UnknownNameError, "did you mean 'speculate'?"),
+        ("rehearse(alpha=-1) | offload", ConfigError, "rehearse: alpha=-1.0 is out of range; write a number of at"),
+        ("rehearse(alpha=nan) | offload", ConfigError, "rehearse: alpha=nan is out of range"),
+        ("rehearse(alpha=some) | offload", ConfigError, "rehearse: alpha wants float, got 'some'"),
+        ("rehearse(cap=0) | offload", ConfigError, "rehearse: cap=0.0 is out of range; write a fraction in (0, 1]"),
+        ("rehearse(cap=1.1) | offload", ConfigError, "rehearse: cap=1.1 is out of range"),
+        ("rehearse(cap=nan) | offload", ConfigError, "rehearse: cap=nan is out of range"),
+        ("rehearse(partial=0) | offload", ConfigError, "rehearse: partial=0.0 is out of range"),
+        ("rehearse(partial=2) | offload", ConfigError, "rehearse: partial=2.0 is out of range"),
+        ("rehearse(dense=0) | offload", ConfigError, "rehearse: dense=0 is out of range"),
+        ("rehearse(beta=2) | offload", UnknownNameError, "unknown parameter of rehearse 'beta'"),
+        ("reherase | offload", UnknownNameError, "did you mean 'rehearse'?"),
         ("offload(disk)", ConfigError, "offload cannot place keys and values on 'disk'; write offload(host)"),
         ("offload(device)", ConfigError, "offload cannot place keys and values on 'device'"),
         ("offload(prefetch=1)", ConfigError, "offload: prefetch wants bool, got '1'"),
         ("offload(host, prefetch=maybe)", ConfigError, "offload: prefetch wants bool, got 'maybe'"),
         ("offload | offload(host, false)", CompositionError, "both answer the axis 'place'"),
         ("infinigen | offload", CompositionError, "both answer the axis 'place'"),
-        ("speculate", CompositionError, "'speculate' cannot stand alone: it chooses what to fetch"),
-        ("speculate | fp16", CompositionError, "add '| offload(host)'"),
-        ("h2o | infinigen", CompositionError, "'speculate' and 'h2o' cannot be composed: it counts the attention"),
+        ("rehearse", CompositionError, "'rehearse' cannot stand alone: it chooses what to fetch"),
+        ("rehearse | fp16", CompositionError, "add '| offload(host)'"),
+        ("h2o | infinigen", CompositionError, "'rehearse' and 'h2o' cannot be composed: it counts the attention"),
         ("h2o | quest", CompositionError, "it counts the attention that every token gets"),
-        ("kivi | speculate | offload", CompositionError, "leave one out"),
-        ("streaming_llm | speculate | offload", CompositionError, "it drops tokens at every step"),
+        ("kivi | rehearse | offload", CompositionError, "leave one out"),
+        ("streaming_llm | rehearse | offload", CompositionError, "it drops tokens at every step"),
     ],
 )
 def test_refused(text: str, kind: type[Exception], message: str) -> None:
@@ -122,25 +127,25 @@ def test_which_layers_live_on_the_host() -> None:
     )
     on_host = {
         sentence: Strategy.parse(sentence).plan(shape, Format.FP32).cache.host_layers
-        for sentence in ("full", "offload", "infinigen", "speculate(dense=3) | offload")
+        for sentence in ("full", "offload", "infinigen", "rehearse(dense=3) | offload")
     }
     assert on_host["full"] == ()
     assert on_host["offload"] == (0, 2)
     assert on_host["infinigen"] == (2,), "the first layer is dense"
-    assert on_host["speculate(dense=3) | offload"] == ()
+    assert on_host["rehearse(dense=3) | offload"] == ()
 
 
 @given(fraction, st.integers(1, 10**5))
 def test_the_cap_in_tokens(cap: float, cached: int) -> None:
-    most = Speculate(cap=cap).most_read(cached, group=1)
+    most = Rehearse(cap=cap).most_read(cached, group=1)
     assert 1 <= most <= cached and cap * cached - 1e-5 <= most < max(2, cap * cached + 1)
 
 
 def test_caps_that_are_no_binary_fractions() -> None:
     caps = (0.1, 0.2, 0.3, 0.6, 0.7, 0.9, 1.0)
-    assert [Speculate(cap=cap).most_read(10, group=1) for cap in caps] == [1, 2, 3, 6, 7, 9, 10]
-    assert [Speculate(cap=cap).most_read(10, group=4) for cap in caps] == [4, 4, 4, 6, 7, 9, 10], "each head its best"
-    assert Speculate(cap=0.1).most_read(3, group=4) == 3
+    assert [Rehearse(cap=cap).most_read(10, group=1) for cap in caps] == [1, 2, 3, 6, 7, 9, 10]
+    assert [Rehearse(cap=cap).most_read(10, group=4) for cap in caps] == [4, 4, 4, 6, 7, 9, 10], "each head its best"
+    assert Rehearse(cap=0.1).most_read(3, group=4) == 3
 
 
 # What they promise

@@ -1,4 +1,4 @@
-"""InfiniGen's speculation: fetch only the tokens that the next layer will probably attend to (arXiv:2406.19707).
+"""InfiniGen's rehearsal: fetch only the tokens that the next layer will probably attend to (arXiv:2406.19707).
 
 The input of a layer resembles that of the layer before it. So, one layer ahead, its queries are computed from the
 earlier input and scored against *partial keys* on the device: a few columns of the keys after an orthogonal rotation
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 @register(
-    "speculate",
+    "rehearse",
     StageInfo(
         summary="fetch the tokens that partial keys score within alpha of the best",
         paper="arXiv:2406.19707",
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     ),
 )
 @dataclass(frozen=True, kw_only=True)
-class Speculate(Attend):
+class Rehearse(Attend):
     """Choose what a decode step fetches, layer by layer.
 
     Args:
@@ -68,13 +68,13 @@ class Speculate(Attend):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.alpha >= 0:
-            raise ConfigError(f"speculate: alpha={self.alpha} is out of range; write a number of at least 0, or inf")
+            raise ConfigError(f"rehearse: alpha={self.alpha} is out of range; write a number of at least 0, or inf")
         if self.dense < 1:
-            raise ConfigError(f"speculate: dense={self.dense} is out of range; nothing foretells the first layer")
+            raise ConfigError(f"rehearse: dense={self.dense} is out of range; nothing foretells the first layer")
         for name in ("cap", "partial"):
             if not 0 < getattr(self, name) <= 1:
                 raise ConfigError(
-                    f"speculate: {name}={getattr(self, name)} is out of range; write a fraction in (0, 1], such as 0.2"
+                    f"rehearse: {name}={getattr(self, name)} is out of range; write a fraction in (0, 1], such as 0.2"
                 )
 
     def lacks(self, others: Collection[Stage]) -> str | None:
@@ -83,7 +83,7 @@ class Speculate(Attend):
             return None
         return "it chooses what to fetch from another tier; add '| offload(host)'"
 
-    def sized(self, fraction: float) -> Speculate:
+    def sized(self, fraction: float) -> Rehearse:
         """Return it with another cap, and an alpha so large that the cap decides: else it would read less."""
         return replace(self, alpha=math.inf, cap=fraction)
 
