@@ -117,7 +117,10 @@ class Adapter:
         """
         if self._restored:
             raise UnsupportedError("this adapter was restored; create a new one to run the model")
-        forward = Forward(context=context, order=self._order)
+        shows = None
+        if self._foresight is not None and self._foresight.installed and hasattr(context, "before_layer"):
+            shows = self._foresight.show
+        forward = Forward(context=context, order=self._order, shows=shows)
         with torch.inference_mode(), self._rope.length(rope_tokens, position_ids), running(forward):
             output = self.model(
                 input_ids=input_ids[None], position_ids=position_ids[None], **self._optional(logits_for)
@@ -127,7 +130,7 @@ class Adapter:
         return logits if "logits_to_keep" in self._arguments else logits[logits_for]
 
     def watch_inputs(self) -> None:
-        """From now on show each layer's input to contexts that have ``before_layer``; native layers stand aside."""
+        """From now on show each layer's input to contexts that have ``before_layer``."""
         assert self._foresight is not None
         self._foresight.install()
 

@@ -97,12 +97,15 @@ class Forward:
     Args:
         context: answers the calls.
         order: ``layer_idx`` of a module -> its place in the order of execution; None while that is observed.
+        shows: shows a layer's input to the context where the layer's own attention module does not run; None: nobody
+            wants to see it.
         called: ``layer_idx`` of each call, in order of execution.
         modules: the module of each call.
     """
 
     context: AttentionContext
     order: Mapping[int, int] | None = None
+    shows: Callable[[int, Mapping[str, object]], None] | None = None
     called: list[int] = field(default_factory=list)
     modules: list[nn.Module] = field(default_factory=list)
 

@@ -43,11 +43,16 @@ class Foresight:
         self._order = order
         self._handles: list[RemovableHandle] = []
 
+    @property
+    def installed(self) -> bool:
+        """Whether inputs are shown."""
+        return bool(self._handles)
+
     def install(self) -> None:
         """Hook the modules, once."""
         if not self._handles:
             self._handles = [
-                module.register_forward_pre_hook(self._hook(layer), with_kwargs=True)
+                module.register_forward_pre_hook(_Hook(self, layer), with_kwargs=True)
                 for layer, module in enumerate(self._modules)
             ]
 
@@ -57,17 +62,15 @@ class Foresight:
             handle.remove()
         self._handles = []
 
-    def _hook(self, layer: int) -> Any:
-        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            forward = current()
-            watch = getattr(forward.context, "before_layer", None) if forward is not None else None
-            if watch is not None:
-                watch(layer, lambda target, rows: self._foresee(target, rows, args, kwargs))
-
-        return before
+    def show(self, layer: int, kwargs: Mapping[str, Any], args: tuple[Any, ...] = ()) -> None:
+        """Show the input of a layer's attention module to the context of the current forward, if it watches."""
+        forward = current()
+        watch = getattr(forward.context, "before_layer", None) if forward is not None else None
+        if watch is not None:
+            watch(layer, lambda target, rows: self._foresee(target, rows, args, kwargs))
 
     def _foresee(
-        self, target: int, rows: slice, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, target: int, rows: slice, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> tuple[AttentionCall, Tensor]:
         catcher = _Catcher()
         module = self._modules[target]
@@ -81,6 +84,18 @@ class Foresight:
             raise UnsupportedError(f"{type(module).__name__} did not attend; its queries cannot be foreseen")
         call, query = catcher.asked
         return call, query[0].transpose(0, 1)
+
+
+class _Hook:
+    """Shows the input of a module that runs; one that a native layer stands for, the layer shows itself."""
+
+    bypassed = True
+
+    def __init__(self, foresight: Foresight, layer: int) -> None:
+        self._foresight, self._layer = foresight, layer
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._foresight.show(self._layer, kwargs, args)
 
 
 def _num_tokens(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:

@@ -177,8 +177,12 @@ class _Fused:
     def run(self, forward: Forward, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Return the layer's output [1, M, C] of its input ``x``; ``cos`` and ``sin`` are [1, M, D]."""
         form = self._native if x.shape[1] <= MAX_ROWS or self._prompt is None else self._prompt
+        layer = forward.enter(self._attention)
+        if forward.shows is not None:
+            normed = self._native.input_norm(x)
+            forward.shows(layer, {"hidden_states": normed, "position_embeddings": (cos, sin), "attention_mask": None})
         q, k, v = (heads.transpose(1, 2) for heads in form.queries(x, cos, sin))
-        attended = forward.context.attend(self._asked(forward.enter(self._attention)), q, k, v)
+        attended = forward.context.attend(self._asked(layer), q, k, v)
         return form.output(x, attended.contiguous())
 
     def _asked(self, layer: int) -> AttentionCall:

@@ -17,6 +17,11 @@ def has_hooks(module: nn.Module) -> bool:
     return any(getattr(module, name) for name in _HOOKS)
 
 
+def _may_be_bypassed(hooks: Mapping[int, object]) -> bool:
+    """Whether whoever stands for a module does what its hooks do."""
+    return all(getattr(hook, "bypassed", False) for hook in hooks.values())
+
+
 class Unchanged:
     """Remembers modules, and tells whether they still have their parameters.
 
@@ -24,8 +29,8 @@ class Unchanged:
 
     Args:
         modules: to remember.
-        bypassed: nobody calls these modules: another part, class, forward or plain setting, and any hook, count as
-            changes as well.
+        bypassed: nobody calls these modules: another part, class, forward or plain setting, and any hook but ours,
+            count as changes as well.
     """
 
     def __init__(self, modules: Iterable[nn.Module], *, bypassed: bool = False) -> None:
@@ -60,7 +65,7 @@ class Unchanged:
     def __call__(self) -> bool:
         """Return whether nothing has changed."""
         return (
-            not any(self._hooks)
+            (not any(self._hooks) or all(map(_may_be_bypassed, self._hooks)))
             and all(map(is_, map(dict.get, self._holders, self._names), self._held))
             and all(map(is_, map(type, self._modules), self._classes))
             and [kind.forward for kind in self._classes] == self._forwards

@@ -31,7 +31,8 @@ class Watching(DenseContext):
 
     def before_layer(self, layer: int, foresee) -> None:
         if layer + self.ahead < self.last:
-            self.foreseen[layer + self.ahead] = foresee(layer + self.ahead, self.rows)
+            call, self.foreseen[layer + self.ahead] = foresee(layer + self.ahead, self.rows)
+            assert call.layer == layer + self.ahead and call.scale > 0
 
     def attend(self, call: AttentionCall, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         self.asked[call.layer] = query[0].transpose(0, 1)[self.rows]
@@ -83,6 +84,27 @@ def test_foreseen_from_the_layer_before_is_a_guess_of_the_same_shape(family: str
         for layer, query in context.foreseen.items():
             assert query.shape == context.asked[layer].shape
             assert not torch.allclose(query, context.asked[layer], rtol=1e-3), "another input, yet the same queries"
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_native_layers_show_their_input_and_stay(family: str) -> None:
+    """One request that looks ahead costs the others nothing but the look."""
+    with Adapter(model(family)) as adapter:
+        layers = [layer.forward for layer in adapter.layers._replaced]
+        if not layers:
+            pytest.skip("no native kernels here")
+        plain, wanted = run(adapter, DenseContext()), Watching(slice(2, 7), ahead=1)
+        adapter.watch_inputs()
+        assert all(layer._is_unchanged() for layer in layers)
+        assert torch.equal(run(adapter, DenseContext()), plain) and torch.equal(run(adapter, wanted), plain)
+        assert sorted(wanted.foreseen) == list(range(1, len(adapter.shape.layers)))
+        adapter.model.register_forward_pre_hook(lambda *_: None)  # the whole model's is not in the way
+        layers[0]._attention.register_forward_pre_hook(lambda *_: None)  # somebody else wants to see this one run
+        assert not layers[0]._is_unchanged()
+        again = Watching(slice(2, 7), ahead=1)
+        torch.testing.assert_close(run(adapter, again), plain, rtol=1e-4, atol=1e-4)
+        for layer, query in wanted.foreseen.items():
+            torch.testing.assert_close(query, again.foreseen[layer], rtol=1e-4, atol=1e-5)
 
 
 def test_one_packed_token() -> None:
