@@ -1,6 +1,7 @@
 """One thread per test process: two of them share two cores, and small tensors gain nothing from more.
 
-What is calibrated for test models is kept in a folder of the run, not in the user's.
+What is calibrated for test models is kept in a folder of the run, not in the user's. Random schedules are the same in
+every run of the fast tests; ``make check-slow`` searches on.
 """
 
 from __future__ import annotations
@@ -10,11 +11,15 @@ import sys
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import settings
 
 from kvatlas.models import precision
 from kvatlas.strategies import plugins, registry
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+settings.register_profile("fixed", derandomize=True, deadline=None)
+settings.register_profile("search", deadline=None, print_blob=True)
+settings.load_profile("fixed")
 
 
 @pytest.fixture(scope="session", autouse=True)
