@@ -13,7 +13,7 @@ from tests.families import tiny_model
 from kvatlas.core.errors import CheckpointError, ConfigError, KvatlasError, UnknownNameError, UnsupportedError
 from kvatlas.models import loading
 from kvatlas.models.loading import BUNDLED_DIR, load_model
-from kvatlas.models.precision import resolve_dtype
+from kvatlas.models.precision import resolve_device, resolve_dtype
 from kvatlas.models.random import SIZES, random_model
 
 
@@ -109,11 +109,12 @@ def test_devices_and_dtypes(monkeypatch):
         with pytest.raises(error, match=message):
             resolve_dtype(dtype, device)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert resolve_device("auto") == "cpu" and resolve_dtype("auto", "auto") == torch.float32
     with pytest.raises(UnsupportedError, match="finds no CUDA device"):
         resolve_dtype("auto", "cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    assert resolve_dtype("auto", "cuda") is None
+    assert resolve_dtype("auto", "cuda") is resolve_dtype("auto", "auto") is None and resolve_device("auto") == "cuda"
     with pytest.raises(UnsupportedError, match="torch finds 1"):
         resolve_dtype("auto", "cuda:3")
 

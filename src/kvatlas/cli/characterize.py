@@ -124,6 +124,7 @@ def characterize(
         Strategy.parse(strategy)
     from kvatlas.experiments.study import StudyFile, dump_study, read_study
     from kvatlas.experiments.sweep import check_sweep, find_experiments
+    from kvatlas.models.precision import resolve_device
 
     study = StudyFile() if config is None else read_study(config)
     if "preset" not in given(context):
@@ -140,6 +141,7 @@ def characterize(
     if listing:
         _list(chosen, settings)
         return
+    settings = dataclasses.replace(settings, device=resolve_device(settings.device))
     check_sweep(chosen, settings)
     if threads is not None:
         use_threads(threads)

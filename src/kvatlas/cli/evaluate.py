@@ -64,7 +64,7 @@ def evaluate(
     host_memory: HostMemory = "1GiB",
     max_batched_tokens: Annotated[int, typer.Option(help="Most tokens of one step.")] = 512,
     dtype: DType = "auto",
-    device: Device = "cpu",
+    device: Device = "auto",
     linear_weights: LinearWeights = "auto",
     seed: Annotated[int, typer.Option(help="Of the worked examples.")] = 0,
 ) -> None:
@@ -76,6 +76,7 @@ def evaluate(
     for strategy in strategies or ():  # a typo is found before torch is loaded
         Strategy.parse(strategy)
     from kvatlas.evaluation.run import Evaluation, check_evaluation, evaluate as run
+    from kvatlas.models.precision import resolve_device
 
     chosen: Any = dtype
     linears: Any = linear_weights
@@ -91,7 +92,7 @@ def evaluate(
         host_memory=host_memory,
         max_batched_tokens=max_batched_tokens,
         dtype=chosen,
-        device=device,
+        device=resolve_device(device),
         linear_weights=linears,
         seed=seed,
     )

@@ -49,7 +49,7 @@ def generate(
     host_memory: HostMemory = "1GiB",
     link: Link = None,
     dtype: DType = "auto",
-    device: Device = "cpu",
+    device: Device = "auto",
     linear_weights: LinearWeights = "auto",
     max_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 64,
     min_tokens: Annotated[int, typer.Option(help="Tokens before which nothing ends the output.")] = 0,

@@ -26,7 +26,7 @@ Link = Annotated[
     typer.Option(metavar="RATE", help="Rate of an emulated link between the tiers, such as 16GB/s,10us."),
 ]
 DType = Annotated[str, typer.Option(metavar="NAME", help="Of weights: auto, float32, bfloat16 or float16.")]
-Device = Annotated[str, typer.Option(metavar="NAME", help="cpu, cuda or cuda:<index>.")]
+Device = Annotated[str, typer.Option(metavar="NAME", help="auto (a GPU if there is one), cpu, cuda or cuda:<index>.")]
 LinearWeights = Annotated[
     str,
     typer.Option(

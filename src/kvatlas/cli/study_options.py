@@ -60,7 +60,7 @@ RepeatLimit = Annotated[
 SpeedModel = Annotated[str | None, _text("Whose time and memory is measured.", _RUN)]
 QualityModel = Annotated[str | None, _text("Whose answers are judged.", _RUN)]
 DType = Annotated[str | None, _text("Of weights: auto, float32, bfloat16 or float16.", _RUN)]
-Device = Annotated[str | None, _text("cpu, cuda or cuda:<index>.", _RUN)]
+Device = Annotated[str | None, _text("auto (a GPU if there is one), cpu, cuda or cuda:<index>.", _RUN)]
 LinearWeights = Annotated[
     str | None,
     _text("Copies of weights for steps of few tokens on the CPU: auto, off, fp32, fp16, bf16 or int8.", _RUN),

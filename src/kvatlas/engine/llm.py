@@ -27,7 +27,7 @@ class LLM:
         strategy: default strategy, such as ``"full"`` or ``"h2o(heavy=0.1, recent=0.1)"``.
         kv_memory: byte budget of the cache, such as ``"512MiB"``.
         dtype: of weights and activations; see `kvatlas.models.loading.load_model`.
-        device: ``"cpu"`` or ``"cuda"``.
+        device: ``"cpu"``, ``"cuda"``, or ``"auto"``: a CUDA device if there is one.
         linear_weights: copies of weights for steps of few tokens on the CPU; likewise.
         engine_options: further options of `kvatlas.engine.engine.Engine`.
 
@@ -45,7 +45,7 @@ class LLM:
         kv_memory: str | int = "512MiB",
         *,
         dtype: Any = "auto",
-        device: str = "cpu",
+        device: str = "auto",
         linear_weights: Any = "auto",
         **engine_options: Any,
     ) -> None:

@@ -20,7 +20,7 @@ from kvatlas.models.gguf import check_gguf, load_gguf, own_dtype
 from kvatlas.models.gguf_header import read_header
 from kvatlas.models.gguf_tokenizer import gguf_tokenizer
 from kvatlas.models.linear import LinearChoice, check_choice
-from kvatlas.models.precision import DType, resolve_dtype
+from kvatlas.models.precision import DType, resolve_device, resolve_dtype
 from kvatlas.models.probe import probe_model
 from kvatlas.models.quiet import quiet
 from kvatlas.models.smollm2 import SMOLLM2, smollm2_file
@@ -52,7 +52,7 @@ def load_model(
     source: str | Path | None,
     *,
     dtype: DType = "auto",
-    device: str | torch.device = "cpu",
+    device: str | torch.device = "auto",
     linear_weights: LinearChoice = "auto",
 ) -> LoadedModel:
     """Return a model that passed the load-time probe.
@@ -65,7 +65,7 @@ def load_model(
         dtype: of weights and activations. ``"auto"`` is what runs a checkpoint fastest without rounding it: on the
             CPU float32, unless the processor has products of bfloat16 numbers that are faster (see
             `kvatlas.models.precision`), and the checkpoint's own elsewhere.
-        device: ``"cpu"``, ``"cuda"`` or ``"cuda:<index>"``.
+        device: ``"cpu"``, ``"cuda"``, ``"cuda:<index>"``, or ``"auto"``: a CUDA device if there is one.
         linear_weights: copies of weights from which linears compute steps of few tokens on the CPU in float32:
             ``"auto"`` makes 16-bit copies where these are exact; ``"fp16"``, ``"bf16"`` and ``"int8"`` round;
             ``"fp32"`` and ``"off"`` make none, and ``"off"`` leaves decoder layers to transformers, too. See
@@ -78,7 +78,7 @@ def load_model(
             needs code of its own, or a package that reads it is missing.
         CapacityError: the weights do not fit on the device, or their copies into memory.
     """
-    torch_dtype, device = resolve_dtype(dtype, device), str(device)
+    torch_dtype, device = resolve_dtype(dtype, device), resolve_device(device)
     check_choice(linear_weights)
     if isinstance(source, str) and source.startswith(RANDOM_PREFIX):
         from kvatlas.models.random import random_model  # random builds on this module

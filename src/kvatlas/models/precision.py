@@ -24,6 +24,7 @@ DType = Literal["auto", "float32", "bfloat16", "float16"]
 _ROWS = (256, 4, 1)  # of the trial's forwards: a prompt, a batch of decode steps, one
 _ROUNDS = 5
 _AHEAD = 0.9  # bfloat16 rounds, so it must win clearly
+_DEVICES = "auto, cpu, cuda or cuda:<index>"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +43,17 @@ class CpuChoice:
         return f"{str(self.dtype).removeprefix('torch.')}: {self.why}"
 
 
+def resolve_device(device: object) -> str:
+    """Return where models shall run: ``"auto"`` is the first CUDA device, or the CPU where there is none.
+
+    Raises:
+        ConfigError: it is no name.
+    """
+    if not isinstance(device, str | torch.device):
+        raise ConfigError(f"unknown device {device!r}; choose {_DEVICES}")
+    return str(device) if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def resolve_dtype(dtype: object, device: str | torch.device) -> torch.dtype | None:
     """Return the torch dtype to load, or None for the checkpoint's own.
 
@@ -49,11 +61,9 @@ def resolve_dtype(dtype: object, device: str | torch.device) -> torch.dtype | No
         ConfigError: the name of the dtype or device is unknown.
         UnsupportedError: the device is absent, or computes this dtype wrongly or not at all.
     """
-    if not isinstance(device, str | torch.device):
-        raise ConfigError(f"unknown device {device!r}; choose cpu, cuda or cuda:<index>")
     if dtype not in get_args(DType):
         raise ConfigError(f"unknown dtype {dtype!r}; choose one of {', '.join(get_args(DType))}")
-    kind = _check_device(str(device))
+    kind = _check_device(resolve_device(device))
     if dtype == "auto":
         return torch.float32 if kind == "cpu" and fastest_on_cpu().dtype is torch.float32 else None
     if dtype == "float16" and kind == "cpu":
@@ -115,7 +125,7 @@ def _check_device(device: str) -> str:
     """Return the kind of a device that is there."""
     match = re.fullmatch(r"(cpu|cuda)(?::(\d+))?", device)
     if match is None:
-        raise ConfigError(f"unknown device {device!r}; choose cpu, cuda or cuda:<index>")
+        raise ConfigError(f"unknown device {device!r}; choose {_DEVICES}")
     kind, index = match[1], int(match[2] or 0)
     if kind == "cuda" and not torch.cuda.is_available():
         raise UnsupportedError(f"device {device!r} was asked for, but torch finds no CUDA device; use cpu")

@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from kvatlas.core.errors import UnknownNameError
 from kvatlas.models.linear import LinearChoice
 from kvatlas.models.loading import RANDOM_PREFIX, LoadedModel, adapt
-from kvatlas.models.precision import DType, resolve_dtype
+from kvatlas.models.precision import DType, resolve_device, resolve_dtype
 from kvatlas.models.quiet import quiet
 
 
@@ -61,14 +61,14 @@ SIZES = {
 
 
 def random_model(
-    spec: str, *, dtype: DType = "auto", device: str = "cpu", seed: int = 0, linear_weights: LinearChoice = "auto"
+    spec: str, *, dtype: DType = "auto", device: str = "auto", seed: int = 0, linear_weights: LinearChoice = "auto"
 ) -> LoadedModel:
     """Return a random-weight Llama without tokenizer; equal for equal arguments.
 
     Args:
         spec: ``"llama-100m"`` or ``"random:llama-100m"``; see ``SIZES``.
         dtype: of weights and activations; ``"auto"`` is what is fastest on the CPU, and bfloat16 elsewhere.
-        device: ``"cpu"``, ``"cuda"`` or ``"cuda:<index>"``.
+        device: ``"cpu"``, ``"cuda"``, ``"cuda:<index>"``, or ``"auto"``: a CUDA device if there is one.
         seed: of the weights; the user's random state does not move.
         linear_weights: as in `kvatlas.models.loading.load_model`.
 
@@ -76,6 +76,7 @@ def random_model(
         UnknownNameError: no such size.
     """
     name = random_name(spec)
+    device = resolve_device(device)
     torch_dtype = resolve_dtype(dtype, device) or torch.bfloat16  # what its weights are rounded to
     model = build_random(SIZES[name.removeprefix(RANDOM_PREFIX)], seed).to(device=device, dtype=torch_dtype)
     adapter = adapt(model, name=name, linear_weights=linear_weights)
