@@ -144,7 +144,7 @@ STAGES = {
     "snapkv(budget=100, window=8) | quest(budget=32, dense=0)": TOLERANCE,
     "snapkv(budget=100, window=8) | ada(floor=0.2) | quest(budget=32, dense=0)": TOLERANCE,
     "rocket(budget=32, page=4)": TOLERANCE,
-    "rocket(budget=24, page=2, dense=1) | int8": 3e-2,
+    "rocket(budget=40, page=2, dense=1) | int8": 3e-2,
     "rocket(budget=32, page=4) | offload(host)": TOLERANCE,
     "snapkv(budget=60, window=8) | rocket(budget=32, page=4)": TOLERANCE,
     "snapkv(budget=60, window=8) | ada | rocket(budget=32, page=2) | offload(host)": TOLERANCE,

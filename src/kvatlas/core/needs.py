@@ -15,14 +15,19 @@ from kvatlas.core.streams import Stream
 
 @dataclass(frozen=True, kw_only=True)
 class Received:
-    """Attention that cached tokens receive, summed over queries and over the query heads of a KV head.
+    """Attention that cached tokens receive.
 
     Args:
         queries: last queries of a prompt that count; None: all.
-        in_decode: whether decode steps count: added to the sums where all queries count, else in their place.
+        over: how what different queries pay is put together.
+        heads: how what the query heads of a KV head pay is put together, query by query. Sums and means over queries
+            are computed as they are read; for the others each probability is computed once more.
+        in_decode: whether decode steps count: beside the prompt's queries where all count, else in their place.
     """
 
     queries: int | None = None
+    over: Literal["sum", "max"] = "sum"
+    heads: Literal["sum", "max", "mean"] = "sum"
     in_decode: bool = True
 
     @property

@@ -15,6 +15,7 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor
 
+from kvatlas.core.needs import Received
 from kvatlas.core.timeline import EventKind, Timeline
 from kvatlas.core.views import Selection
 from kvatlas.core.vocabulary import Per
@@ -160,7 +161,7 @@ class ForwardPass:
         out, lse = chunk_attention(q, k, v, chunk.positions, parts, sinks=call.sinks, **limits)
         received = chunk.request.plan.layers[call.layer].received
         if received is not None:
-            self._add_column_sums(call, chunk, source, q, k, lse, limits, received.queries)
+            self._add_column_sums(call, chunk, source, q, k, lse, limits, received)
         return out
 
     def _side(self, seq: Sequence, layer: int) -> SideClass | None:
@@ -211,10 +212,10 @@ class ForwardPass:
         k: Tensor,
         lse: Tensor,
         limits: _Limits,
-        observed: int | None,
+        received: Received,
     ) -> None:
-        """Add to each cached token what the chunk's queries pay it that are among the prompt's last ``observed``."""
-        prompt_tokens, seq = chunk.request.prompt_tokens, sequence_of(chunk.request)
+        """Put to each cached token what the chunk's queries pay it that count: all, or the prompt's last ones."""
+        prompt_tokens, seq, observed = chunk.request.prompt_tokens, sequence_of(chunk.request), received.queries
         first = 0 if observed is None else max(0, prompt_tokens - observed - int(chunk.positions[0]))
         home, lanes = seq.layout.of_layer(call.layer), self._store.lanes.slices[call.layer]
         side = self._side(seq, call.layer)
@@ -231,14 +232,17 @@ class ForwardPass:
             self._write_visiting(source, chunk.slots.index[:first, lanes], k[:first], None)
             self._write_positions(source, chunk.slots.index[:first, lanes], chunk.positions[:first])
         past_sums, own_sums = column_sums(
-            q[first:], k[first:], chunk.positions[first:], lse[:, first:], self._past_parts(call, chunk, own), **limits
-        )
+            q[first:], k[first:], chunk.positions[first:], lse[:, first:], self._past_parts(call, chunk, own),
+            over=received.over, heads=received.heads, **limits,
+        )  # fmt: skip
         old = self._old(call, chunk)
         credited = [at_home] if old is None else [old, at_home]
         for where, amounts in zip(credited, past_sums, strict=True):
-            where.add_received(amounts, where.held(), fresh=fresh)  # votes of an earlier prompt no longer count
-        own_slots = chunk.slots.side[first:, lanes], chunk.slots.offset[first:, lanes]
-        side.pool.view("received")[own_slots] += own_sums.T[..., None]
+            # Votes of an earlier prompt no longer count.
+            where.add_received(amounts, where.held(), received.over, fresh=fresh)
+        own_slots, votes = (chunk.slots.side[first:, lanes], chunk.slots.offset[first:, lanes]), own_sums.T[..., None]
+        view = side.pool.view("received")
+        view[own_slots] = view[own_slots] + votes if received.over == "sum" else torch.maximum(view[own_slots], votes)
 
     def _attend_group(self, call: AttentionCall, group: DecodeGroup, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         seq, plan, here = group.seqs[0], group.plan.layers[call.layer], group.layers[call.layer]
@@ -270,14 +274,43 @@ class ForwardPass:
             need_mass=need_mass, shared=None if selection is not None else group.shared.setdefault(alike, {}),
             new=new,
         )  # fmt: skip
-        if masses is not None:
-            fresh = received is not None and received.queries is not None and stores
-            own.add_received(masses[-1], self._held_blocks(alike, group, own), fresh=fresh)
+        if masses is not None and received is not None:
+            masses = self._of_heads(call, group, received, q, parts, masses)
+            fresh = received.queries is not None and stores
+            own.add_received(masses[-1], self._held_blocks(alike, group, own), received.over, fresh=fresh)
             if old is not None:
-                old.add_received(masses[0], old.held(), fresh=fresh)
+                old.add_received(masses[0], old.held(), received.over, fresh=fresh)
         if selection is not None and self._transport.probe is not None:
             self._note_choice(self._transport.probe, call, selection, q, k, own, old, here.slot)
         return out
+
+    def _of_heads(
+        self,
+        call: AttentionCall,
+        group: DecodeGroup,
+        received: Received,
+        q: Tensor,
+        parts: Seq[Part],
+        masses: list[Tensor],
+    ) -> list[Tensor]:
+        """Return what a step pays to the slots of each part, heads put together as asked for; ``masses`` are sums."""
+        heads = parts[0].table.shape[1]
+        size = q.shape[1] // heads
+        if received.heads == "sum" or size == 1:
+            return masses
+        if received.heads == "mean":
+            return [mass / size for mass in masses]
+        # Each query head has lanes of its own then; reading them once more is the price.
+        apart = [
+            replace(part, table=part.table.repeat_interleave(size, 1), length=part.length.repeat_interleave(size, 1))
+            for part in parts
+        ]
+        _, found = decode_attention(
+            q, apart, scale=call.scale, softcap=call.softcap, sinks=call.sinks, window=call.window,
+            query_position=group.positions, need_mass=True,
+        )  # fmt: skip
+        assert found is not None
+        return [mass.view(len(q), heads, size, -1).amax(dim=2) for mass in found]
 
     def _own(self, group: DecodeGroup, layer: int, length: Tensor, host_length: Tensor) -> Blocks:
         """Return where a layer's own blocks of a group live, and what lies beside them."""

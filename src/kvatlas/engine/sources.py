@@ -72,12 +72,13 @@ class Blocks:
             blocks=self.blocks, table=self.table[0], length=self.length[0], host_length=self.host_length[0], side=side
         )
 
-    def add_received(self, amounts: Tensor, held: Tensor, *, fresh: bool = False) -> None:
-        """Add ``amounts`` [.., H, C * s] to the attention that the slots have received.
+    def add_received(self, amounts: Tensor, held: Tensor, over: str, *, fresh: bool = False) -> None:
+        """Put ``amounts`` [.., H, C * s] to the attention that the slots have received.
 
         Args:
             amounts: attention received.
             held: what `held` returned.
+            over: ``"sum"`` or ``"max"``, as `Received` has it.
             fresh: forget what they have received before.
         """
         assert self.side is not None
@@ -86,7 +87,11 @@ class Blocks:
         ids = table.flatten()[held].long()
         if fresh:
             sums.index_fill_(0, ids, 0.0)
-        sums.index_add_(0, ids, amounts.reshape(-1, sums.shape[1])[held])
+        amounts = amounts.reshape(-1, sums.shape[1])[held]
+        if over == "sum":
+            sums.index_add_(0, ids, amounts)
+        else:
+            sums.index_copy_(0, ids, torch.maximum(sums.index_select(0, ids), amounts))
 
 
 def old_blocks(layout: SequenceLayout, old: OldBlocks | None, layer: int, lanes: slice) -> Blocks | None:

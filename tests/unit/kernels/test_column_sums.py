@@ -33,8 +33,9 @@ def sums(form: Form, own: tuple[torch.Tensor, ...], *lanes: Lanes, sinks: Any = 
     start = options.pop("dense_start", None)
     past = [dense(each, start).part for each in lanes]
     options = {"scale": q.shape[-1] ** -0.5, "tile_slots": 16} | NO_LIMITS | options
+    together = {name: options.pop(name) for name in ("over", "heads") if name in options}
     _, lse = chunk_attention(*own, past, sinks=sinks, **options)
-    past_sums, own_sums = form(q, k, positions, lse, past, **options)
+    past_sums, own_sums = form(q, k, positions, lse, past, **options, **together)
     return [*past_sums, own_sums]
 
 
@@ -72,6 +73,17 @@ def test_options_agree_with_the_reference(
     sinks = torch.randn(6) if with_sinks else None
     own = chunk(19, 2, 3, 32, 20, first=45)
     check(own, lanes, softcap=softcap, sinks=sinks, dense_start=dense_start, **limits)
+
+
+@pytest.mark.parametrize("over", ["sum", "max"])
+@pytest.mark.parametrize("heads", ["sum", "max", "mean"])
+def test_queries_and_heads_may_be_put_together_otherwise(over: str, heads: str) -> None:
+    torch.manual_seed(1)
+    for limits in ({}, {"window": 9, "softcap": 3.0}):
+        check(
+            chunk(19, 2, 3, 32, first=45), make_lanes((45, 16), end=45), forms=[torch_path.column_sums, column_sums],
+            over=over, heads=heads, **limits,
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize("format", FLOATS)

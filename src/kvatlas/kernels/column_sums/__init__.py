@@ -7,6 +7,7 @@ first pass every probability can be recomputed tile by tile, so the sums are exa
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 from torch import Tensor
 
@@ -29,11 +30,14 @@ def column_sums(
     window: int | None = None,
     reach: tuple[int, int] | None = None,
     tile_slots: int = 2048,
+    over: Literal["sum", "max"] = "sum",
+    heads: Literal["sum", "max", "mean"] = "sum",
 ) -> tuple[list[Tensor], Tensor]:
     """Return summed probabilities of each part's slots [H, C * block_size] and of the chunk's tokens [H, T].
 
     The sum runs over the chunk's queries and the query heads of the group; float32. A slot that no query
-    sees has 0. The arguments must be those of the chunk attention call that returned ``lse``.
+    sees has 0. Other ways to put queries and heads together than sums run in torch's form. The arguments must be
+    those of the chunk attention call that returned ``lse``.
 
     Args:
         q: [T, Hq, Dk], rotated.
@@ -48,8 +52,14 @@ def column_sums(
         window: visible are positions > query - window.
         reach: (sink_tokens, recent): visible are positions < sink_tokens or > query - recent.
         tile_slots: past slots that torch's form holds at a time, rounded up to whole blocks.
+        over: how what different queries pay is put together.
+        heads: how what the query heads of a group pay is put together, query by query.
     """
     form = _form(q)
+    more: dict[str, str] = {}
+    if (over, heads) != ("sum", "sum"):
+        form = reference.column_sums if form is reference.column_sums else torch_path.column_sums
+        more = {"over": over, "heads": heads}
     return form(
         q,
         k,
@@ -61,6 +71,7 @@ def column_sums(
         window=window,
         reach=reach,
         tile_slots=tile_slots,
+        **more,
     )
 
 

@@ -26,24 +26,29 @@ def column_sums(
     window: int | None,
     reach: tuple[int, int] | None,
     tile_slots: int,
+    over: str = "sum",
+    heads: str = "sum",
 ) -> tuple[list[Tensor], Tensor]:
     """As :func:`kvatlas.kernels.column_sums.column_sums`."""
     T, Hq, _ = q.shape
     H = k.shape[1]
     slots = [part.table.shape[-1] * part.pool.layout.block_size for part in past]
     sums = [torch.zeros(H, n, dtype=torch.float64, device=q.device) for n in (*slots, T)]
-    for head in range(Hq):
-        h = head // (Hq // H)
+    group = Hq // H
+    for h in range(H):
         keys = [*cached_entries(past, h, q.dtype)[0], k[:, h].to(q.dtype)]
         key_positions = torch.cat([*cached_positions(past, h), positions])
         counts = [len(each) for each in keys]
         for t in range(T):
             seen = visible_keys(key_positions, int(positions[t]), window, reach).nonzero().flatten()
-            score = torch.cat(keys).double()[seen] @ q[t, head].double() * scale
-            if softcap is not None:
-                score = softcap * torch.tanh(score / softcap)
-            probability = torch.zeros(sum(counts), dtype=torch.float64, device=q.device)
-            probability[seen] = torch.exp(score - lse[head, t].double())
-            for total, received in zip(sums, torch.split(probability, counts), strict=True):
-                total[h, : len(received)] += received
+            paid = torch.zeros(group, sum(counts), dtype=torch.float64, device=q.device)
+            for g, head in enumerate(range(h * group, (h + 1) * group)):
+                score = torch.cat(keys).double()[seen] @ q[t, head].double() * scale
+                if softcap is not None:
+                    score = softcap * torch.tanh(score / softcap)
+                paid[g, seen] = torch.exp(score - lse[head, t].double())
+            of_query = paid.amax(dim=0) if heads == "max" else paid.sum(dim=0) / (group if heads == "mean" else 1)
+            for total, received in zip(sums, torch.split(of_query, counts), strict=True):
+                there = total[h, : len(received)]
+                there[:] = there + received if over == "sum" else torch.maximum(there, received)
     return [each.float() for each in sums[:-1]], sums[-1].float()

@@ -15,6 +15,8 @@ from kvatlas.kernels.pool import Part
 from kvatlas.kernels.tiles import LOG2_E, Queries, Step, Stream, log2_scores
 from kvatlas.kernels.visibility import Sight
 
+_OVER_HEADS = {"max": "amax", "mean": "mean"}
+
 
 def column_sums(
     q: Tensor,
@@ -28,6 +30,8 @@ def column_sums(
     window: int | None,
     reach: tuple[int, int] | None,
     tile_slots: int,
+    over: str = "sum",
+    heads: str = "sum",
 ) -> tuple[list[Tensor], Tensor]:
     """As :func:`kvatlas.kernels.column_sums.column_sums`."""
     T, Hq, D = q.shape
@@ -52,7 +56,13 @@ def column_sums(
         rows = (step.heads, slice(None), step.rows)
         weights = log2_scores(q_HGTD[rows], step.k.to(dtype), step.mask, scale=scale, softcap=softcap)
         weights.sub_(lse_HGT[rows].unsqueeze(-1)).exp2_()
-        sums_HS[step.heads, step.first : step.first + step.k.shape[1]] += weights.sum(dim=(1, 2))
+        place = sums_HS[step.heads, step.first : step.first + step.k.shape[1]]
+        if heads != "sum":
+            weights = getattr(weights, _OVER_HEADS[heads])(dim=1, keepdim=True)
+        if over == "sum":
+            place += weights.sum(dim=(1, 2))
+        else:  # of no query at all, 0
+            torch.maximum(place, weights.sum(dim=1).amax(dim=1), out=place)
 
     for part, past_HS in zip(past, past_sums, strict=True):
         for step in stream.past(part, values=False):
