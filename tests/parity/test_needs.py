@@ -6,22 +6,29 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from itertools import product
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from tests.driving import loaded
 from tests.families import tiny_model, token_ids
 
-from kvatlas.core.needs import Received
+from kvatlas.core.errors import ConfigError
+from kvatlas.core.needs import QueryMoments, Received, RecentQueries
 from kvatlas.core.plan import Traits
+from kvatlas.core.views import LaneView
+from kvatlas.core.vocabulary import Format
 from kvatlas.engine.engine import Engine
 from kvatlas.engine.params import SamplingParams
 from kvatlas.engine.request import Request
+from kvatlas.models.attention import AttentionCall
+from kvatlas.models.dense_context import DenseContext, Segment
 from kvatlas.models.loading import LoadedModel
 from kvatlas.storage.eviction import lane_slots
 from kvatlas.strategies import registry
 from kvatlas.strategies.registry import register
-from kvatlas.strategies.stage import Keep
+from kvatlas.strategies.stage import Keep, Limits
+from kvatlas.strategies.strategy import Strategy
 
 PROMPT, STEPS = 41, 9
 LAST = 7
@@ -40,12 +47,34 @@ class Votes(Keep):
         return (Received(queries=self.last or None, over=self.over, heads=self.heads, in_decode=not self.last),)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Watcher(Keep):
+    """Shows what it is shown of queries, and drops a token at every step."""
+
+    needs = (RecentQueries(LAST), QueryMoments())
+    shown: ClassVar[list[tuple[Any, ...]]] = []
+
+    def limits(self, prompt_tokens: int) -> Limits:
+        return Limits.steady(20)
+
+    def scores(self, view: LaneView) -> torch.Tensor:
+        mean, second = view.query_moments()
+        for row, seen in enumerate(view.seen_B.tolist()):
+            heads = view.layer_H.tolist()
+            self.shown.extend(
+                (heads[h], seen, h % view.heads, view.queries()[row, h], mean[row, h], second[row, h])
+                for h in range(len(heads))
+            )
+        return view.positions_BHS.float()
+
+
 @pytest.fixture(scope="module", autouse=True)
 def known() -> Iterator[None]:
     """Make the stages of this file known, to its tests alone."""
     register("votes", summary="a stage of these tests", traits=Traits(keeps_all=True))(Votes)
+    register("watcher", summary="a stage of these tests")(Watcher)
     yield
-    del registry._STAGES["votes"]
+    del registry._STAGES["votes"], registry._STAGES["watcher"]
 
 
 @cache
@@ -95,3 +124,62 @@ def test_attention_received(over: str, heads: str, last: int) -> None:
         torch.testing.assert_close(got, wanted.flatten(0, 1), rtol=1e-4, atol=1e-5)
         found += 1
     assert found == 2
+
+
+class Queries(DenseContext):
+    """Keeps the queries of each layer, [Hq, T, D]."""
+
+    def attend(self, call: AttentionCall, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        self.asked[call.layer] = query[0]
+        return super().attend(call, query, key, value)
+
+
+def test_queries_are_those_that_came() -> None:
+    """In chunks of a prompt, in steps of a batch, in a further turn, swapped in between."""
+    Watcher.shown.clear()
+    engine = Engine(model(), kv_memory="8MiB", host_memory="8MiB", block_size=4, max_batched_tokens=13)
+    params = SamplingParams(max_tokens=STEPS, ignore_eos=True)
+    request = engine.add_request(token_ids(PROMPT, seed=3)[0].tolist(), params, "watcher | offload(host)")
+    other = engine.add_request(token_ids(9, seed=4)[0].tolist(), params, "watcher")
+    request.held_by_session = True
+    while engine.has_work:
+        engine.step()
+        if len(request.output_ids) == 4 and not engine.scheduler.num_swaps:
+            engine.scheduler._preempt(request)
+    engine.continue_request(request, token_ids(17, seed=5)[0].tolist(), params)
+    while engine.has_work:
+        engine.step()
+    assert other.error is None and request.error is None and engine.scheduler.num_swaps
+    first = [one for one in Watcher.shown if one[1] > 25]  # the other's is never so long
+    # Attention over what is left changes later layers' queries, so only those of the first layer can be foretold.
+    context = Queries()
+    context.asked = {}
+    tokens = torch.tensor(request.tokens)
+    places = torch.arange(len(tokens))
+    context.begin([Segment(sequence=0, start=0, num_tokens=len(tokens))])
+    model().adapter.forward(tokens, places, context, places[:1], rope_tokens=len(tokens))
+    asked = context.asked[0].unflatten(0, (2, -1))  # [H, G, T, D]
+    checked = 0
+    for layer, seen, lane, recent, mean, second in first:
+        if layer:
+            continue
+        queries = asked[lane, :, :seen]
+        torch.testing.assert_close(recent, queries[:, -LAST:].transpose(0, 1), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(mean, queries.mean(dim=1), rtol=1e-4, atol=1e-4)
+        products = torch.einsum("gtd,gte->gde", queries, queries) / seen
+        torch.testing.assert_close(second, products, rtol=1e-3, atol=1e-3)
+        checked += 1
+    assert checked > 20
+
+
+def test_who_observes_a_whole_prompt_shares_none() -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Sharing(Watcher):
+        pass
+
+    register("sharing", summary="a stage of these tests", traits=Traits(prompt_shareable=True))(Sharing)
+    try:
+        with pytest.raises(ConfigError, match="it observes all of a prompt's queries"):
+            Strategy.parse("sharing").plan(model().adapter.shape, Format.FP32)
+    finally:
+        del registry._STAGES["sharing"]

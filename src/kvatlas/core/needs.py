@@ -112,6 +112,40 @@ class Record:
 
 
 @dataclass(frozen=True)
+class RecentQueries:
+    """The last queries of each lane's query heads, rotated, of prompts and of steps: `LaneView.queries`.
+
+    Of layers that read another's lanes, those of the layer that owns them.
+
+    Args:
+        number: how many.
+    """
+
+    number: int
+
+    @property
+    def about(self) -> str:
+        """What it is, for people."""
+        return f"the last {self.number} queries"
+
+    def stream(self, layer: LayerShape) -> Stream:
+        """Return where they lie."""
+        return Stream(name="recent_queries", width=self.number * layer.group * layer.key_dim, fill=0.0)
+
+
+@dataclass(frozen=True)
+class QueryMoments:
+    """Mean and second moment of all queries so far, per query head, rotated: `LaneView.query_moments`."""
+
+    about: str = "moments of queries"
+
+    def stream(self, layer: LayerShape) -> Stream:
+        """Return where they lie: a count, sums, and sums of products."""
+        width = 1 + layer.group * layer.key_dim * (1 + layer.key_dim)
+        return Stream(name="query_moments", width=width, fill=0.0)
+
+
+@dataclass(frozen=True)
 class LayerInputs:
     """The hidden states that enter each layer, from which those of the next are foreseen."""
 
@@ -133,7 +167,7 @@ class Artifact:
     about: str
 
 
-Need = Received | Derived | Record | LayerInputs | Artifact
+Need = Received | Derived | Record | RecentQueries | QueryMoments | LayerInputs | Artifact
 
 
 def _width(layer: LayerShape, width: float, unit: str) -> int:

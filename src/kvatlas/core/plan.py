@@ -65,8 +65,12 @@ class Deriver(Protocol):
 class Observer(Protocol):
     """Who keeps records of a lane; stages are."""
 
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """What two of them must have in common to keep the same."""
+
     def observe(self, name: str, chunk: ChunkView) -> Tensor:
-        """Return what a record [H, width] is after a further chunk of the first prompt."""
+        """Return what a record [.., width] is after a further chunk, or step."""
 
     def begin(self, given: Given) -> Mapping[str, Tensor]:
         """Return records [H, width] to set at the end of the first prompt."""
@@ -86,6 +90,7 @@ class LayerCache:
         later: likewise, but not before the first prompt is over.
         records: a device block of what each lane has one of; None: there is none.
         recorded: what `records` holds, each with who observes it.
+        watched: likewise of what is observed with every chunk and step.
         makers: who makes and observes all these, by their kinds.
     """
 
@@ -98,6 +103,7 @@ class LayerCache:
     later: tuple[tuple[Stream, Deriver], ...] = field(default=(), compare=False)
     records: SideLayout | None = None
     recorded: tuple[tuple[Stream, Observer], ...] = field(default=(), compare=False)
+    watched: tuple[tuple[Stream, Observer], ...] = field(default=(), compare=False)
     makers: tuple[Hashable, ...] = ()
 
     @property

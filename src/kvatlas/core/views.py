@@ -62,7 +62,7 @@ class TokenView(Given):
 
 @dataclass(frozen=True, kw_only=True)
 class ChunkView(Given):
-    """A chunk of a sequence's first prompt: n tokens, H lanes of a layer, G query heads of each.
+    """A chunk of a prompt: n tokens, H lanes of a layer, G query heads of each; of a step's R sequences: [R, H, ..].
 
     Args:
         query_HGnD: queries, rotated, float32.
@@ -132,6 +132,9 @@ class LaneView:
         recent_B: int64, newest tokens that the strategy protects, as ``Keep.recent_tokens`` answered.
         side: returns the entries of a stream [B, H, S, width] of all slots.
         read: returns keys and values [B, H, S, D] of all slots.
+        group: query heads of a lane.
+        key_dim: elements of a query and of a key.
+        records: returns what there is one entry of per lane, [B, H, width].
         has_read: whether keys or values were asked for.
     """
 
@@ -145,6 +148,9 @@ class LaneView:
     recent_B: Tensor
     side: Callable[[str], Tensor]
     read: Callable[[str], Tensor]
+    group: int = 1
+    key_dim: int = 0
+    records: Callable[[str], Tensor] = _nothing
     has_read: bool = False
 
     @property
@@ -166,6 +172,27 @@ class LaneView:
         """Return the values, float32 [B, H, S, Dv]; read when asked for."""
         self.has_read = True
         return self.read("values")
+
+    def record(self, name: str) -> Tensor:
+        """Return what a `Record` holds, [B, H, width]."""
+        return self.records(name)
+
+    def queries(self) -> Tensor:
+        """Return the last queries, oldest first, float32 [B, H, n, G, Dk]; 0 where there were fewer than n."""
+        kept = self.record("recent_queries")
+        return kept.view(*kept.shape[:-1], -1, self.group, self.key_dim)
+
+    def query_moments(self) -> tuple[Tensor, Tensor]:
+        """Return the mean [B, H, G, Dk] of all queries, and that of their products [B, H, G, Dk, Dk]; float32."""
+        kept, width = self.record("query_moments"), self.key_dim
+        count, sums, products = (
+            kept[..., :1],
+            kept[..., 1 : 1 + self.group * width],
+            kept[..., 1 + self.group * width :],
+        )
+        lanes, count = kept.shape[:-1], count.clamp(min=1)
+        mean = (sums / count).view(*lanes, self.group, width)
+        return mean, (products / count).view(*lanes, self.group, width, width)
 
     def by_layer(self, each_BHS: Tensor) -> Tensor:
         """Return a tensor [B, H, S] as [B, L, heads, S]: layers apart from their heads."""

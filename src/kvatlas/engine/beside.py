@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvatlas.core.plan import Observer
+from kvatlas.core.streams import Stream
 from kvatlas.core.views import ChunkView, Given, QueryView, TokenView
 from kvatlas.engine.segments import Chunk, DecodeGroup, sequence_of
 from kvatlas.engine.sources import Blocks
@@ -23,6 +25,7 @@ from kvatlas.storage.sequence import Sequence
 from kvatlas.storage.store import KVStore
 from kvatlas.storage.streams import derive_run, derive_tokens
 
+Observers = tuple[tuple[Stream, Observer], ...]
 _TOKENS_AT_ONCE = 4096  # past tokens whose entries are made together when a prompt is over, about: whole blocks are
 
 
@@ -54,10 +57,11 @@ class Beside:
         seq, plan = sequence_of(chunk.request), chunk.request.plan.layers[layer].store
         lanes, side = self._store.lanes.slices[layer], seq.layout.side_of_layer(layer)
         first = chunk.past_length[lanes]
-        if (plan.recorded or plan.later) and layer not in seq.begun:
-            self._observe(layer, chunk, q, k)
-            if chunk.request.ends_prefill_span:
-                self._begin(layer, chunk, past)
+        first_prompt = (plan.recorded or plan.later) and layer not in seq.begun
+        if first_prompt or plan.watched:
+            self._observe(layer, chunk, plan.watched + (plan.recorded if first_prompt else ()), q, k)
+        if first_prompt and chunk.request.ends_prefill_span:
+            self._begin(layer, chunk, past)
         derived = plan.derived + (plan.later if layer in seq.begun else ())
         if derived and side is not None and chunk.side is not None:
             view = self._tokens(k.transpose(0, 1), v.transpose(0, 1), self.of_sequence(seq, layer))
@@ -73,7 +77,17 @@ class Beside:
             view = self._tokens(k[:, :, None], v[:, :, None], self.of_group(seqs, layer))
             derive_tokens(side, derived, here.beside, here.offset, fresh, view)
 
-    def _observe(self, layer: int, chunk: Chunk, q: Tensor, k: Tensor) -> None:
+    def watch_step(self, layer: int, group: DecodeGroup, q: Tensor, k: Tensor) -> None:
+        """Let those who watch every step see its queries [R, Hq, Dk] and keys [R, H, Dk]."""
+        given, heads = self.of_group(group.seqs, layer), k.shape[1]
+        view = ChunkView(
+            query_HGnD=q.reshape(len(q), heads, -1, 1, q.shape[-1]).float(), key_HnD=k[:, :, None].float(),
+            records=given.records, artifacts=given.artifacts,
+        )  # fmt: skip
+        for stream, by in group.plan.layers[layer].store.watched:
+            self._set(group.seqs, layer, stream.name, by.observe(stream.name, view))
+
+    def _observe(self, layer: int, chunk: Chunk, observers: Observers, q: Tensor, k: Tensor) -> None:
         seq, heads = sequence_of(chunk.request), k.shape[1]
         given = self.of_sequence(seq, layer)
         queries = q.reshape(len(q), heads, -1, q.shape[-1]).permute(1, 2, 0, 3)
@@ -81,8 +95,8 @@ class Beside:
             query_HGnD=queries.float(), key_HnD=k.transpose(0, 1).float(), records=given.records,
             artifacts=given.artifacts,
         )  # fmt: skip
-        for stream, by in chunk.request.plan.layers[layer].store.recorded:
-            self._set(seq, layer, stream.name, by.observe(stream.name, view))
+        for stream, by in observers:
+            self._set([seq], layer, stream.name, by.observe(stream.name, view)[None])
 
     def _begin(self, layer: int, chunk: Chunk, past: Blocks) -> None:
         """Let stages settle their records, and make entries of all tokens before the chunk."""
@@ -90,7 +104,7 @@ class Beside:
         given = self.of_sequence(seq, layer)
         for by in {id(by): by for _, by in plan.recorded}.values():
             for name, value in by.begin(given).items():
-                self._set(seq, layer, name, value)
+                self._set([seq], layer, name, value[None])
         seq.begun.add(layer)
         side, size, length = seq.layout.side_of_layer(layer), self._store.block_size, int(past.host_length.max())
         if not plan.later or side is None or chunk.side is None:
@@ -104,11 +118,12 @@ class Beside:
             start = torch.full((len(table),), first * size)
             derive_run(side, plan.later, table, start, self._tokens(keys, values, given))
 
-    def _set(self, seq: Sequence, layer: int, name: str, value: Tensor) -> None:
-        kept = seq.layout.records_of_layer(layer)
+    def _set(self, seqs: Seq[Sequence], layer: int, name: str, value: Tensor) -> None:
+        """Write a record [R, H, width] of some sequences."""
+        kept = seqs[0].layout.records_of_layer(layer)
         assert kept is not None
         view = kept.pool.view(name)
-        view[self._record_blocks([seq], layer)[0].to(kept.device), 0] = value.to(view.dtype)
+        view[self._record_blocks(seqs, layer).to(kept.device), 0] = value.to(view.dtype)
 
     def _tokens(self, keys: Tensor, values: Tensor, given: Given) -> TokenView:
         return TokenView(

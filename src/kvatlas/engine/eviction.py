@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence as Seq
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -205,6 +206,9 @@ class Evictor:
             recent_B=torch.tensor(recent, device=on),
             side=slots.side,
             read=slots.read,
+            group=acting.layers[0].shape.group,
+            key_dim=acting.layers[0].shape.key_dim,
+            records=partial(self._record, seqs, acting),
         )
         given = _keep(requests[0], acting).scores(view)
         # What is no number goes first, but after slots that hold nothing to be kept.
@@ -212,6 +216,14 @@ class Evictor:
         scores = given.nan_to_num(nan=least, posinf=torch.inf, neginf=least).masked_fill(~view.valid_BHS, -torch.inf)
         self._reads[type(acting.keep)] = self._reads.get(type(acting.keep), False) or view.has_read
         return slots, view, scores
+
+    def _record(self, seqs: Seq[Sequence], acting: _Acting, name: str) -> Tensor:
+        """Return what lanes have one of, [B, H, width]."""
+        kept = seqs[0].layout.records_of_layer(acting.layers[0].index)
+        assert kept is not None, f"{acting.keep.name} asks for {name!r} and does not say so in its needs"
+        rows = torch.tensor([seq.records.row for seq in seqs if seq.records is not None])
+        blocks = self._store.table[rows[:, None], acting.group.lanes, 0].long()
+        return kept.pool.view(name)[blocks.to(kept.device), 0].float()
 
     def _tiles(
         self, requests: list[Request], acting: _Acting, *, moves: bool
@@ -245,7 +257,7 @@ class Evictor:
                 if layer.evicts:
                     budget = None if layer.budget is None else layer.budget.kind
                     group = layout.group_of_layer(layer.index)
-                    stored = group.blocks, group.old, group.side, group.derived
+                    stored = group.blocks, group.old, group.side, group.derived, layout.records_of_layer(layer.index)
                     together = layer.keep.kind, budget, layer.shape.num_kv_heads, *stored
                     found.setdefault(together, []).append(layer)
             self._acting[key] = [

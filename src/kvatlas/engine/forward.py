@@ -259,6 +259,8 @@ class ForwardPass:
         if kept and stores:
             stored = (each if source.visiting else rounded(each, home.layout.format) for each in (k, v))
             self._beside.add_step(call.layer, group, *stored)
+        if plan.store.watched and stores:
+            self._beside.watch_step(call.layer, group, q, k)
         own = self._own(group, call.layer, here.length, here.host_length)
         old = None if group.old is None else self._old(call, group)
         selection = self._selection(call, group, q, own, old)

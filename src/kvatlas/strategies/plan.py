@@ -11,13 +11,14 @@ from functools import cached_property
 from kvatlas.core.errors import CompositionError, ConfigError, UnsupportedError
 from kvatlas.core.footprint import Footprint
 from kvatlas.core.layout import BlockLayout, layout_of
-from kvatlas.core.needs import Derived, Received, Record
+from kvatlas.core.needs import Derived, QueryMoments, Received, RecentQueries, Record
 from kvatlas.core.plan import CachePlan, LayerCache, Traits
 from kvatlas.core.shapes import LayerShape, ModelShape
 from kvatlas.core.streams import SideLayout, Stream
 from kvatlas.core.vocabulary import Axis, Format, Tier
 from kvatlas.strategies.footprint import footprint
 from kvatlas.strategies.keep.full import Full
+from kvatlas.strategies.observers import observer_of
 from kvatlas.strategies.stage import Attend, Budget, Encode, Keep, Limits, Place, Stage
 from kvatlas.strategies.strategy import Strategy
 
@@ -145,6 +146,9 @@ class Plan:
         recorded = tuple(
             (need.stream(shape), stage) for stage in acting for need in stage.needs if isinstance(need, Record)
         )
+        seen = dict.fromkeys(n for stage in acting for n in stage.needs if isinstance(n, RecentQueries | QueryMoments))
+        watched = tuple((need.stream(shape), observer_of(need)) for need in seen)
+        lasting = tuple(stream for stream, _ in (*recorded, *watched))
         return LayerCache(
             own=layout_of(shape, format, size),
             tier=Tier.DEVICE if place is None else place.tier,
@@ -153,9 +157,10 @@ class Plan:
             side=side,
             derived=derived,
             later=later,
-            records=SideLayout(tuple(stream for stream, _ in recorded), block_size=1) if recorded else None,
+            records=SideLayout(lasting, block_size=1) if lasting else None,
             recorded=recorded,
-            makers=tuple(dict.fromkeys(by.kind for _, by in (*derived, *later, *recorded))),
+            watched=watched,
+            makers=tuple(dict.fromkeys(by.kind for _, by in (*derived, *later, *recorded, *watched))),
         )
 
     @cached_property
@@ -204,12 +209,14 @@ class Plan:
     def forkable(self) -> bool:
         """Whether a copy of a cache goes on as the original would: nothing depends on who made which block."""
         needs = (need for layer in self.owned for stage in layer.stages for need in stage.needs)
-        lasting = any(isinstance(need, Received | Record) for need in needs)
+        lasting = any(isinstance(need, Received | Record | RecentQueries | QueryMoments) for need in needs)
         return self.traits.keeps_all and not self.packs and not lasting
 
     def unshared_tokens(self) -> int:
         """Return how many of a prompt's last tokens are computed even if all are known: the last, or observed ones."""
-        queries = [layer.received.queries for layer in self.owned if layer.received is not None]
+        needs = [need for layer in self.owned for stage in layer.stages for need in stage.needs]
+        queries = [need.queries for need in needs if isinstance(need, Received)]
+        queries += [need.number for need in needs if isinstance(need, RecentQueries)]
         return max([1, *(count for count in queries if count is not None)])
 
     def footprint(self, prompt_tokens: int, output_tokens: int, chunk_tokens: int) -> Footprint:
@@ -286,7 +293,14 @@ def _check_layers(strategy: Strategy, shape: ModelShape) -> None:
 def _check_sharing(strategy: Strategy) -> None:
     """Refuse a trait that cannot be: what an entry of the prefix cache does not hold would be missing in silence."""
     for stage in strategy.stages:
-        if not isinstance(stage, Keep) or not stage.info.traits.prompt_shareable:
+        if not stage.info.traits.prompt_shareable:
+            continue
+        if any(isinstance(need, Record | QueryMoments) for need in stage.needs):
+            raise ConfigError(
+                f"{stage.name} says that prompts are shareable, but it observes all of a prompt's queries; "
+                "take prompt_shareable out of its traits"
+            )
+        if not isinstance(stage, Keep):
             continue
         counts_all = stage.received is not None and stage.received.queries is None
         if counts_all or stage.streams or stage.reach(1024) is not None:
