@@ -8,19 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvatlas.core.errors import CapacityError
-from kvatlas.core.units import format_bytes
 from kvatlas.engine.engine import Engine
 from kvatlas.engine.params import SamplingParams
-from kvatlas.engine.request import Request
-from kvatlas.engine.runner import Batch, Runner, renewed_at
-from kvatlas.engine.staging import staged_slots
+from kvatlas.engine.request import AskedOutput, Request
 from kvatlas.models.bridge import GenerateBridge
 from kvatlas.models.linear import LinearChoice
 from kvatlas.models.loading import LoadedModel, adapt
 from kvatlas.models.owner import adapter_of
 from kvatlas.models.wrappers import running_eagerly, unwrapped
-from kvatlas.strategies.plan import Plan
 from kvatlas.strategies.strategy import Strategy
 
 
@@ -44,7 +39,8 @@ def attach(
         strategy: what manages the cache.
         kv_memory: byte budget of the cache.
         linear_weights: how linears keep weights for few rows, or ``"off"``; see `kvatlas.models.linear`.
-        engine_options: further options of `kvatlas.engine.engine.Engine`.
+        engine_options: further options of `kvatlas.engine.engine.Engine`. Prefixes are not shared unless
+            ``enable_prefix_caching=True`` says so: a cached one would outlive a change of the model's weights.
 
     Raises:
         ConfigError: the strategy cannot be read or composed, or ``model`` is no causal LM of transformers.
@@ -64,12 +60,12 @@ def attach(
         adapter = adapt(unwrapped(model, "attach()"), linear_weights=linear_weights)
         try:
             loaded = LoadedModel(adapter=adapter, tokenizer=None, name=adapter.shape.name)
-            engine = Engine(loaded, kv_memory=kv_memory, **engine_options)
-            plan = engine.prepare(parsed)
+            engine = Engine(loaded, kv_memory=kv_memory, **{"enable_prefix_caching": False, **engine_options})
+            engine.prepare(parsed)
         except BaseException:
             adapter.restore()
             raise
-    return Attachment(engine, plan)
+    return Attachment(engine, parsed)
 
 
 def detach(model: Any) -> None:
@@ -94,13 +90,13 @@ class Attachment:
 
     Args:
         engine: owns the adapter and the store.
-        plan: what manages the cache.
+        strategy: what manages the cache.
     """
 
-    def __init__(self, engine: Engine, plan: Plan) -> None:
+    def __init__(self, engine: Engine, strategy: Strategy) -> None:
         self.engine = engine
         self._adapter = engine.model.adapter
-        bridge = GenerateBridge(self._adapter.model, _Rows(engine, plan))
+        bridge = GenerateBridge(self._adapter.model, _Rows(engine, strategy))
         self._adapter.on_restore(bridge.restore)
 
     def detach(self) -> None:
@@ -115,84 +111,41 @@ class Attachment:
 
 
 class _Rows:
-    """The rows of one generation as requests that only transformers schedules."""
+    """The rows of one generation as requests of the engine, whose tokens transformers chooses."""
 
-    def __init__(self, engine: Engine, plan: Plan) -> None:
+    def __init__(self, engine: Engine, strategy: Strategy) -> None:
         self._engine = engine
-        self._plan = plan
-        self._runner = Runner(engine.model.adapter, engine.store, engine.transport)
+        self._strategy = strategy
         self._requests: list[Request] = []
 
     def begin(self, prompts: Seq[list[int]]) -> Tensor:
-        """Process the prompts in chunks, one after another, and return the logits after each [B, V]."""
-        self._engine.model.adapter.linears.refresh()
-        rows = []
+        """Process the prompts and return the logits after each [B, V]."""
         for prompt in prompts:
-            self._requests.append(self._request(prompt))
-            rows.append(self._process(self._requests[-1]))
-        return torch.cat(rows)
+            request = self._engine.add_request(prompt, SamplingParams(max_tokens=1), self._strategy)
+            request.asked = AskedOutput()
+            self._requests.append(request)
+        return self._logits()
 
     def advance(self, tokens: Seq[int]) -> Tensor:
         """Append one token to each row and return the logits after it [B, V]."""
-        logits: dict[Request, Tensor] = {}
-        decodes = []
         for request, token in zip(self._requests, tokens, strict=True):
-            request.tokens.append(token)
-            length = renewed_at(self._engine.model.adapter, request)
-            if length is None:
-                self._extend(request, 1)
-                decodes.append(request)
-            else:
-                self._close(request)
-                request.begin_anew(length)
-                logits[request] = self._process(request)
-        if decodes:
-            due, rows = self._runner.run(Batch(chunks=[], decodes=decodes))
-            logits.update((request, rows[[row]]) for row, request in enumerate(due))
-        return torch.cat([logits[request] for request in self._requests])
+            self._engine.give(request, token)
+        return self._logits()
 
     def end(self) -> None:
         """Give all blocks back."""
         for request in self._requests:
-            self._close(request)
+            self._engine.cancel(request)
         self._requests = []
 
-    def _request(self, prompt: list[int]) -> Request:
-        return Request(
-            id=f"row-{len(self._requests)}",
-            tokens=prompt,
-            params=SamplingParams(),
-            plan=self._plan,
-            footprint=self._engine.checked_footprint(self._plan, len(prompt), 1),
-            arrival_s=self._engine.clock(),
-            prefill_spans=[(0, len(prompt))],
-            output_start=len(prompt),
-        )
-
-    def _process(self, request: Request) -> Tensor:
-        """Process the prompt of a row in chunks, on a sequence of its own, and return the logits after it [1, V]."""
-        store, logits = self._engine.store, torch.empty(0)
-        request.seq = store.open(store.layout(request.plan.cache))
-        request.seq.encodes = request.plan.encodes(in_prompt=True)
-        while (end := request.prefill_end) is not None:
-            count = min(end - request.computed, self._engine.max_batched_tokens)
-            self._extend(request, count)
-            _, logits = self._runner.run(Batch(chunks=[(request, count)], decodes=[]))
-        return logits
-
-    def _close(self, request: Request) -> None:
-        if request.seq is not None:
-            self._engine.store.close(request.seq)
-            request.forget_cache()
-
-    def _extend(self, request: Request, count: int) -> None:
-        assert request.seq is not None
-        store, staged = self._engine.store, staged_slots(self._engine.store, request, count)
-        if not store.try_extend(request.seq, count, staged):
-            tier = store.short_of(store.blocks_needed(request.seq, count, staged)) or store.arena
-            on_host, total = tier is store.host, format_bytes(tier.total_bytes)
-            raise CapacityError(
-                f"{'host' if on_host else 'KV'} memory of {total} is full after {request.computed} tokens of one of "
-                f"{len(self._requests)} rows; attach with more {'host_memory' if on_host else 'kv_memory'}, "
-                "a smaller batch or a strategy that holds less"
-            )
+    def _logits(self) -> Tensor:
+        """Step until the next token of every row is due; where memory is short, rows take turns."""
+        while True:
+            logits = [request.asked.logits for request in self._requests if request.asked is not None]
+            due = [logits_V for logits_V in logits if logits_V is not None]
+            if len(due) == len(self._requests):
+                return torch.stack(due)
+            self._engine.step()
+            for request in self._requests:
+                if request.error is not None:
+                    raise request.error

@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from kvatlas.core.errors import CapacityError, ConfigError, UnsupportedError
 from kvatlas.core.footprint import Footprint
@@ -32,6 +33,7 @@ from kvatlas.engine.sampler import sample
 from kvatlas.engine.scheduler import Scheduler
 from kvatlas.engine.selection import Probe
 from kvatlas.models.loading import LoadedModel
+from kvatlas.storage.arena import Arena
 from kvatlas.storage.link import Link, LinkRate
 from kvatlas.storage.prefix_cache import PrefixCache
 from kvatlas.storage.store import KVStore
@@ -269,7 +271,7 @@ class Engine:
             if not batch.num_tokens:
                 return []
             self._note_peaks()
-            due, logits_BV = self._runner.run(batch)
+            due, logits_BV = self._hand_out(*self._runner.run(batch))
             drafts = [Draft(request, self._detokenizer) for request in due]
             return self._commit(drafts, sample(logits_BV, due, self._end_ids))
         except BaseException as error:
@@ -279,6 +281,41 @@ class Engine:
             if not self._isolates or not isinstance(error, Exception):  # after Ctrl-C too, the caches are right
                 raise
             return []
+
+    def _hand_out(self, due: list[Request], logits_BV: Tensor) -> tuple[list[Request], Tensor]:
+        """Park those whose next token is chosen outside, with their logits; return the others and theirs [B', V]."""
+        ours = [row for row, request in enumerate(due) if request.asked is None]
+        if len(ours) == len(due):
+            return due, logits_BV
+        for request, logits_V in zip(due, logits_BV, strict=True):
+            if request.asked is not None:
+                self.scheduler.clear(request)
+                self.scheduler.park(request)
+                request.asked.logits = logits_V
+        return [due[row] for row in ours], logits_BV[ours]
+
+    def give(self, request: Request, token_id: int) -> None:
+        """Append a token to a request whose output is chosen outside (`AskedOutput`); the next step goes on from it.
+
+        How many will follow is not known, so whether it still fits is looked at here, block by block.
+
+        Raises:
+            CapacityError: the request has outgrown a tier: it could not go on even alone.
+        """
+        assert request.asked is not None
+        request.tokens.append(token_id)
+        request.asked.logits = None
+        outputs, size = len(request.output_ids), self.store.block_size
+        if outputs == 2 or (len(request.tokens) - 1) % size == 0:  # the first was counted when the request was added
+            bound = self._footprint(request.plan, request.output_start, outputs + -len(request.tokens) % size)
+            if (outgrown := self._outgrown(request.plan, bound)) is not None:
+                name, total = ("host", "host_memory") if outgrown is self.store.host else ("KV", "kv_memory")
+                raise CapacityError(
+                    f"{name} memory of {format_bytes(outgrown.total_bytes)} is full after {len(request.tokens) - 1} "
+                    f"tokens of one row; attach with more {total} or a strategy that holds less"
+                )
+            request.footprint = bound
+        self.scheduler.resume(request)
 
     def _note_peaks(self) -> None:
         self.peak_used_bytes = max(self.peak_used_bytes, self.store.books().used)
@@ -390,19 +427,23 @@ class Engine:
                 f"prompt of {prompt_tokens} tokens + max_tokens {output_tokens} exceeds the {longest} positions of "
                 f"{self.model.name}; shorten the prompt or lower max_tokens"
             )
-        layout = self.store.layout(plan.cache)
-        tiers = [(bound.peak_bytes, self.store.arena, "pool", "--kv-memory")]
-        if self.store.host is not None:
-            tiers.append((bound.host_bytes, self.store.host, "host tier", "--host-memory"))
-        for needed, tier, name, option in tiers:
-            capacity = self.store.capacity_bytes(layout, tier)
-            if needed > capacity:
-                raise CapacityError(
-                    f"prompt of {prompt_tokens} tokens + max_tokens {output_tokens} needs "
-                    f"{format_bytes(needed)} under {plan.strategy}, the {name} has {format_bytes(capacity)}; "
-                    f"raise {option} or choose another strategy"
-                )
+        if (outgrown := self._outgrown(plan, bound)) is not None:
+            on_host = outgrown is self.store.host
+            capacity = self.store.capacity_bytes(self.store.layout(plan.cache), outgrown)
+            raise CapacityError(
+                f"prompt of {prompt_tokens} tokens + max_tokens {output_tokens} needs "
+                f"{format_bytes(bound.host_bytes if on_host else bound.peak_bytes)} under {plan.strategy}, the "
+                f"{'host tier' if on_host else 'pool'} has {format_bytes(capacity)}; "
+                f"raise {'--host-memory' if on_host else '--kv-memory'} or choose another strategy"
+            )
         return bound
+
+    def _outgrown(self, plan: Plan, bound: Footprint) -> Arena | None:
+        """Return the tier that could not hold a request of these bounds even alone; None: none."""
+        layout, tiers = self.store.layout(plan.cache), [(self.store.arena, bound.peak_bytes)]
+        if self.store.host is not None:
+            tiers.append((self.store.host, bound.host_bytes))
+        return next((tier for tier, needed in tiers if needed > self.store.capacity_bytes(layout, tier)), None)
 
 
 def _built(artifact: Artifact, model: LoadedModel) -> Any:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 import torch
+from torch import Tensor
 
 from kvatlas.core.errors import RequestError
 from kvatlas.core.footprint import Footprint
@@ -42,6 +43,17 @@ class ForcedOutput:
     greedy: list[bool] = field(default_factory=list)
 
 
+@dataclass(kw_only=True)
+class AskedOutput:
+    """An output that somebody outside of the engine chooses, token by token; see `Engine.give`.
+
+    Args:
+        logits: [V] after the last known token, as the model gave them; None while they are being computed.
+    """
+
+    logits: Tensor | None = None
+
+
 @dataclass(eq=False)
 class Request:
     """One generation.
@@ -61,6 +73,7 @@ class Request:
         output_start: index of the first token that this request generates.
         unread: tokens that a stream has not given out yet; None where nobody streams.
         forced: the output, where it is scored instead of chosen; see `kvatlas.engine.scoring`.
+        asked: the output, where it is chosen outside; see `kvatlas.engine.attach`.
         error: what ended it, where ``finish_reason`` says that it failed.
     """
 
@@ -84,6 +97,7 @@ class Request:
     unread: deque[NewToken] | None = None
     peak_bytes: int = 0
     forced: ForcedOutput | None = None
+    asked: AskedOutput | None = None
     error: Exception | None = None
 
     @property

@@ -155,9 +155,17 @@ class Scheduler:
         self._drop_swapped(request)
 
     def park(self, request: Request) -> None:
-        """Let a finished turn of a session keep its cache until memory is short."""
+        """Let a finished turn of a session, or who waits for a token, keep its cache until memory is short."""
         self.running.remove(request)
         self.idle.append(request)
+
+    def resume(self, request: Request) -> None:
+        """Let a parked request go on: beside those that run if it still has its cache, else once there is room."""
+        if request.seq is not None and len(self.running) < self._max_num_seqs:
+            self.idle.remove(request)
+            self.running.append(request)
+        else:
+            self.waiting.append(request)
 
     def publish_prefix(self, request: Request, before: int) -> None:
         """Share the blocks that the last chunk filled; ``before`` tokens were known already."""
