@@ -37,7 +37,8 @@ def attach(
         model: a causal LM of transformers, used in place; or one inside of torch.compile, data parallelism or a PEFT
             adapter that replaces linears, such as LoRA.
         strategy: what manages the cache.
-        kv_memory: byte budget of the cache.
+        kv_memory: byte budget of the cache. Rows that it does not hold together take turns, slowly; a row that
+            outgrows it alone ends the generation with a `kvatlas.core.errors.CapacityError`.
         linear_weights: how linears keep weights for few rows, or ``"off"``; see `kvatlas.models.linear`.
         engine_options: further options of `kvatlas.engine.engine.Engine`. Prefixes are not shared unless
             ``enable_prefix_caching=True`` says so: a cached one would outlive a change of the model's weights.

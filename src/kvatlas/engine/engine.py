@@ -302,7 +302,7 @@ class Engine:
         Raises:
             CapacityError: the request has outgrown a tier: it could not go on even alone.
         """
-        assert request.asked is not None
+        assert request.asked is not None and request.asked.logits is not None
         request.tokens.append(token_id)
         request.asked.logits = None
         outputs, size = len(request.output_ids), self.store.block_size
