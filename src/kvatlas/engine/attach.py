@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -86,6 +87,23 @@ def detach(model: Any) -> None:
         adapter.restore()
 
 
+@dataclass(frozen=True, kw_only=True)
+class GenerationStats:
+    """What the rows of one generation held.
+
+    Args:
+        rows: how many there were.
+        tokens: what the model was run on: prompts without padding and outputs, of each row all but the last token.
+        peak_bytes: most bytes of device blocks that each row held, sidecars included, summed over rows.
+        full_bytes: what that is under ``full``, by its footprint.
+    """
+
+    rows: int
+    tokens: int
+    peak_bytes: int
+    full_bytes: int
+
+
 class Attachment:
     """A model under a strategy; a context manager that detaches on exit.
 
@@ -97,8 +115,14 @@ class Attachment:
     def __init__(self, engine: Engine, strategy: Strategy) -> None:
         self.engine = engine
         self._adapter = engine.model.adapter
-        bridge = GenerateBridge(self._adapter.model, _Rows(engine, strategy))
+        self._rows = _Rows(engine, strategy)
+        bridge = GenerateBridge(self._adapter.model, self._rows)
         self._adapter.on_restore(bridge.restore)
+
+    @property
+    def stats(self) -> GenerationStats | None:
+        """What the last generation that ran held, also if it failed; None before the first."""
+        return self._rows.stats
 
     def detach(self) -> None:
         """Give the model its own attention, ``forward`` and ``generate`` back; once is enough."""
@@ -118,6 +142,7 @@ class _Rows:
         self._engine = engine
         self._strategy = strategy
         self._requests: list[Request] = []
+        self.stats: GenerationStats | None = None
 
     def begin(self, prompts: Seq[list[int]]) -> Tensor:
         """Process the prompts and return the logits after each [B, V]."""
@@ -134,10 +159,22 @@ class _Rows:
         return self._logits()
 
     def end(self) -> None:
-        """Give all blocks back."""
+        """Give all blocks back and say what was held."""
         for request in self._requests:
             self._engine.cancel(request)
+        if any(request.peak_bytes for request in self._requests):
+            self.stats = self._held()
         self._requests = []
+
+    def _held(self) -> GenerationStats:
+        lengths = [(request.output_start, len(request.output_ids)) for request in self._requests]
+        full = Strategy.parse("full")
+        return GenerationStats(
+            rows=len(lengths),
+            tokens=sum(prompt + output for prompt, output in lengths),
+            peak_bytes=sum(request.peak_bytes for request in self._requests),
+            full_bytes=sum(self._engine.footprint(full, *each).peak_bytes for each in lengths),
+        )
 
     def _logits(self) -> Tensor:
         """Step until the next token of every row is due; where memory is short, rows take turns."""

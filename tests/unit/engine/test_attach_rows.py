@@ -157,3 +157,18 @@ def test_prefixes_are_shared_only_if_asked_for(shared: bool) -> None:
         torch.testing.assert_close(answer(model, PROMPTS), first, rtol=1e-4, atol=1e-4)
         assert (attachment.engine.store.books().cached > 0) is shared
     assert tokens[0] == 4 * 13 and (tokens[OUTPUTS] < 4 * 13) is shared
+
+
+def test_stats_compare_what_was_held_with_full() -> None:
+    with attached("streaming_llm(sinks=2, recent=6)", max_batched_tokens=8) as (model, attachment):
+        assert attachment.stats is None
+        answer(model)
+        held = attachment.stats
+        assert held is not None and (held.rows, held.tokens) == (4, 4 * 13 - 10 + 4 * (OUTPUTS - 1))
+        assert 0 < held.peak_bytes < held.full_bytes
+        answer(model, PROMPTS[:1])
+        assert attachment.stats is not None and attachment.stats.rows == 1
+    with attached() as (model, attachment):
+        answer(model)
+        stats = attachment.stats
+        assert stats is not None and stats.peak_bytes == stats.full_bytes == held.full_bytes
