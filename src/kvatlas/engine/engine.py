@@ -27,7 +27,7 @@ from kvatlas.engine.forward import Transport
 from kvatlas.engine.memory import check_host_memory, check_kv_memory
 from kvatlas.engine.params import SamplingParams
 from kvatlas.engine.prompts import token_ids
-from kvatlas.engine.request import FinishReason, NewToken, Request
+from kvatlas.engine.request import AskedOutput, FinishReason, NewToken, Request
 from kvatlas.engine.runner import Batch, Runner
 from kvatlas.engine.sampler import sample
 from kvatlas.engine.scheduler import Scheduler
@@ -297,7 +297,7 @@ class Engine:
     def give(self, request: Request, token_id: int) -> None:
         """Append a token to a request whose output is chosen outside (`AskedOutput`); the next step goes on from it.
 
-        How many will follow is not known, so whether it still fits is looked at here, block by block.
+        How many will follow is not known, so its footprint grows with it.
 
         Raises:
             CapacityError: the request has outgrown a tier: it could not go on even alone.
@@ -305,17 +305,25 @@ class Engine:
         assert request.asked is not None and request.asked.logits is not None
         request.tokens.append(token_id)
         request.asked.logits = None
-        outputs, size = len(request.output_ids), self.store.block_size
-        if outputs == 2 or (len(request.tokens) - 1) % size == 0:  # the first was counted when the request was added
-            bound = self._footprint(request.plan, request.output_start, outputs + -len(request.tokens) % size)
-            if (outgrown := self._outgrown(request.plan, bound)) is not None:
-                name, total = ("host", "host_memory") if outgrown is self.store.host else ("KV", "kv_memory")
-                raise CapacityError(
-                    f"{name} memory of {format_bytes(outgrown.total_bytes)} is full after {len(request.tokens) - 1} "
-                    f"tokens of one row; attach with more {total} or a strategy that holds less"
-                )
-            request.footprint = bound
+        if len(request.output_ids) > request.asked.bounded:
+            self._grow(request, request.asked)
         self.scheduler.resume(request)
+
+    def _grow(self, request: Request, asked: AskedOutput) -> None:
+        """Make the footprint that of a block more, which is cheaper than token by token, or of one token more."""
+        outputs, outgrown = len(request.output_ids), self.store.arena
+        for bounded in (outputs + self.store.block_size - 1, outputs):
+            bound = self._footprint(request.plan, request.output_start, bounded)
+            short = self._outgrown(request.plan, bound)
+            if short is None:
+                request.footprint, asked.bounded = bound, bounded
+                return
+            outgrown = short
+        name, option = ("host", "host_memory") if outgrown is self.store.host else ("KV", "kv_memory")
+        raise CapacityError(
+            f"{name} memory of {format_bytes(outgrown.total_bytes)} is full after {len(request.tokens) - 1} tokens of "
+            f"one row; attach with more {option} or a strategy that holds less"
+        )
 
     def _note_peaks(self) -> None:
         self.peak_used_bytes = max(self.peak_used_bytes, self.store.books().used)

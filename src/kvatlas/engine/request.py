@@ -49,9 +49,11 @@ class AskedOutput:
 
     Args:
         logits: [V] after the last known token, as the model gave them; None while they are being computed.
+        bounded: output tokens that the request's footprint is of.
     """
 
     logits: Tensor | None = None
+    bounded: int = 1
 
 
 @dataclass(eq=False)

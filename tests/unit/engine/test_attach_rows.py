@@ -24,7 +24,7 @@ PROMPTS = torch.stack([*token_ids(13, 13, 13, 13, seed=3)])
 PADDED = PROMPTS.masked_fill(torch.arange(13) < torch.tensor([[0], [6], [3], [1]]), 0)
 OUTPUTS = 12
 STRATEGIES = [
-    "full", "streaming_llm(sinks=2, recent=9)", "h2o(heavy=4, recent=5)", "snapkv(budget=9, window=4)", "int8",
+    "full", "streaming_llm(sinks=2, recent=9)", "h2o(heavy=4, recent=5)", "snapkv(budget=9, window=4) | ada", "int8",
     "offload(host)", "quest(budget=8)",
 ]  # fmt: skip
 
