@@ -6,7 +6,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kvatlas.core.needs import Derived as Derived, Received as Received
+    from kvatlas.core.needs import (
+        Derived as Derived,
+        QueryMoments as QueryMoments,
+        Received as Received,
+        RecentQueries as RecentQueries,
+        Record as Record,
+    )
     from kvatlas.core.plan import Traits as Traits
     from kvatlas.core.views import LaneView as LaneView, TokenView as TokenView
     from kvatlas.core.vocabulary import Per as Per, Saves as Saves
@@ -41,7 +47,7 @@ _LAZY = {
     # what a strategy of one's own is made of
     **dict.fromkeys(("Stage", "Keep", "Budget", "Encode", "Place", "Attend"), "kvatlas.strategies.stage"),
     **dict.fromkeys(("Limits", "Reach", "check_share", "tokens_of"), "kvatlas.strategies.stage"),
-    **dict.fromkeys(("Derived", "Received"), "kvatlas.core.needs"),
+    **dict.fromkeys(("Derived", "QueryMoments", "Received", "RecentQueries", "Record"), "kvatlas.core.needs"),
     "LaneView": "kvatlas.core.views",
     "Per": "kvatlas.core.vocabulary",
     "Saves": "kvatlas.core.vocabulary",
