@@ -16,6 +16,7 @@ from kvatlas.kernels import triton_support
 from kvatlas.kernels.blocks import native as native_blocks, write_slots
 from kvatlas.kernels.decode_attention import flashinfer_path, native, reference, torch_path
 from kvatlas.kernels.dispatch import choose
+from kvatlas.kernels.observed import num_blocks, observed_reads
 from kvatlas.kernels.pool import Part
 from kvatlas.kernels.visibility import check_window
 
@@ -38,6 +39,14 @@ class NewTokens(NamedTuple):
     v: Tensor
 
 
+def _read_bytes(q: Tensor, parts: Sequence[Part], *, slots: Tensor | None = None, **_: Any) -> int:
+    """Return the bytes of keys and values that a call reads: of whole blocks, where no slots are given."""
+    if slots is None:
+        return sum(num_blocks(part) * part.pool.layout.kv_bytes for part in parts)
+    return sum(int(part.length.sum()) * part.pool.layout.kv_bytes // part.pool.layout.block_size for part in parts)
+
+
+@observed_reads(_read_bytes)
 def decode_attention(
     q: Tensor,
     parts: Sequence[Part],
