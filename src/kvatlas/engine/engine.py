@@ -28,7 +28,7 @@ from kvatlas.engine.params import SamplingParams
 from kvatlas.engine.prompts import token_ids
 from kvatlas.engine.request import FinishReason, NewToken, Request
 from kvatlas.engine.runner import Batch, Runner
-from kvatlas.engine.sampler import sample
+from kvatlas.engine.sampler import Sampler, sample
 from kvatlas.engine.scheduler import Scheduler
 from kvatlas.engine.selection import Probe
 from kvatlas.models.loading import LoadedModel
@@ -62,8 +62,10 @@ class Engine:
         isolate_failures: let what raises in a step end the requests it belongs to; False: let it raise out of the step,
             for measurements, which a failure voids.
         observer: is told what happens in steps: spans of time and counts, such as a `kvatlas.core.timeline.Timeline`.
+        sampler: chooses the tokens; another one where tests or benchmarks decide them, or look at logits.
 
     Attributes:
+        sampler: as above; another may take its place between steps.
         peak_used_bytes: most live bytes so far, sidecars included, cached prefixes left out.
         peak_host_bytes: most bytes of the host tier in use so far.
         peak_running: most requests that held memory at once so far.
@@ -87,6 +89,7 @@ class Engine:
         clock: Callable[[], float] = time.perf_counter,
         isolate_failures: bool = True,
         observer: Observer = NULL,
+        sampler: Sampler = sample,
     ) -> None:
         if max_num_seqs < 1 or max_batched_tokens < 1 or block_size < 1:
             raise ConfigError(
@@ -95,6 +98,7 @@ class Engine:
             )
         self.model = model
         self.clock = clock
+        self.sampler = sampler
         self._isolates = isolate_failures
         self.max_batched_tokens = max_batched_tokens
         self.format = kv_format or _FORMATS[model.adapter.dtype]
@@ -280,7 +284,7 @@ class Engine:
             observer.count(Counter.PROMPT_TOKENS, batch.num_tokens - len(batch.decodes))
             drafts = [Draft(request, self._detokenizer) for request in due]
             with observer.span(SpanKind.SAMPLE):
-                chosen = sample(logits_BV, due, self._end_ids)
+                chosen = self.sampler(logits_BV, due, self._end_ids)
             observer.count(Counter.OUTPUT_TOKENS, sum(not isinstance(token, Exception) for token in chosen))
             return self._commit(drafts, chosen)
         except BaseException as error:
