@@ -1,8 +1,8 @@
 """What watches the steps of an engine: spans of time and counts; nobody, unless an engine is given an `Observer`.
 
 One door for timelines, benchmarks and metrics, so that none of them replaces functions. The engine holds its observer;
-kernels and models, which know no engine, ask for `current_observer`. A span that nobody watches costs about 0.2
-microseconds.
+kernels and models, which know no engine, ask for `current_observer`. A span that nobody watches costs about half a
+microsecond, so whoever opens one in every layer of a decode step looks first whether the observer is `NULL`.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Counter(StrEnum):
 
 
 class _NoSpan(AbstractContextManager[None, None]):
-    """Does nothing, again and again; half the cost of `contextlib.nullcontext`."""
+    """Does nothing, again and again."""
 
     __slots__ = ()
 
