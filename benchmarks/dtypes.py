@@ -17,6 +17,7 @@ import math
 import random
 import statistics
 import time
+from collections.abc import Sequence
 
 import torch
 from rich.console import Console
@@ -25,6 +26,8 @@ from rich.table import Table
 from kvatlas.bench.machine import told_machine
 from kvatlas.engine.engine import Engine
 from kvatlas.engine.params import SamplingParams
+from kvatlas.engine.request import Request
+from kvatlas.engine.sampler import Sampler, sample
 from kvatlas.models.loading import LoadedModel, load_model
 from kvatlas.models.precision import fastest_on_cpu
 from paired import T_975, mean_ratio, turned
@@ -35,10 +38,11 @@ BATCHES = {"decode, batch 1": 1, "decode, batch 4": 4}
 STEPS = 12
 
 
-def new_engine(model: LoadedModel) -> Engine:
+def new_engine(model: LoadedModel, sampler: Sampler = sample) -> Engine:
     return Engine(
-        model, kv_memory="512MiB", max_batched_tokens=512, enable_prefix_caching=False, isolate_failures=False
-    )
+        model, kv_memory="512MiB", max_batched_tokens=512, enable_prefix_caching=False, isolate_failures=False,
+        sampler=sampler,
+    )  # fmt: skip
 
 
 def prefill_s(engine: Engine, lengths: list[int], rng: random.Random) -> float:
@@ -94,9 +98,13 @@ def logits_error(model: LoadedModel, name: str) -> dict[str, float]:
 
     assert model.tokenizer is not None
     ids = model.tokenizer(read_filler()[:4000])["input_ids"][:512]
-    engine, rows = new_engine(model), []
-    run = engine._runner.run
-    engine._runner.run = lambda batch: (found := run(batch), rows.append(found[1].float().clone()))[0]  # type: ignore[method-assign]
+    rows: list[torch.Tensor] = []
+
+    def noting(logits: torch.Tensor, due: Sequence[Request], end_ids: frozenset[int]) -> list[int | Exception]:
+        rows.append(logits.float().clone())
+        return sample(logits, due, end_ids)
+
+    engine = new_engine(model, noting)
     engine.add_request(ids, SamplingParams(max_tokens=1))
     engine.step()
     plain = load_model(name, dtype="float32", linear_weights="off").adapter

@@ -23,7 +23,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from kvatlas.core.timeline import EventKind
+from kvatlas.core.observer import SpanKind
+from kvatlas.core.timeline import Timeline
 from kvatlas.core.units import format_bytes
 from kvatlas.engine.engine import Engine
 from kvatlas.engine.params import SamplingParams
@@ -49,35 +50,35 @@ def decode(model: LoadedModel, strategy: str, options: argparse.Namespace, rate:
         engine.step()
     engine.link.fetches.rate = engine.link.stores.rate = rate  # prompts are not what is measured
     engine.step()
-    engine.record_timeline()
+    engine.observer = timeline = Timeline()
     for _ in range(options.output_tokens):
         engine.step()
     for request in list(engine.scheduler.running):
         engine.cancel(request)
-    return steps_of(engine.timeline or [])
+    return steps_of(timeline.events)
 
 
-def spent(steps: list[Step], *kinds: EventKind) -> float:
+def spent(steps: list[Step], *kinds: SpanKind) -> float:
     """Return the median time of a step that went to some kinds of events, seconds."""
     return statistics.median(sum(step.spent(kind) for kind in kinds) for step in steps)
 
 
 def undisturbed(steps: list[Step]) -> float:
     """Return the median compute of steps whose moves ran while the compute thread waited, seconds."""
-    return statistics.median(step.seconds - step.spent(EventKind.WAIT) for step in steps)
+    return statistics.median(step.seconds - step.spent(SpanKind.WAIT) for step in steps)
 
 
 def figures(steps: list[Step], compute: float) -> dict[str, float]:
     """Return medians over steps, seconds and ratios."""
-    fetch, store = spent(steps, EventKind.FETCH), spent(steps, EventKind.STORE)
-    step, wait = statistics.median(each.seconds for each in steps), spent(steps, EventKind.WAIT)
+    fetch, store = spent(steps, SpanKind.FETCH), spent(steps, SpanKind.STORE)
+    step, wait = statistics.median(each.seconds for each in steps), spent(steps, SpanKind.WAIT)
     return {
         "step": step,
         "compute": compute,
         "fetch": fetch,
         "store": store,
         "wait": wait,
-        "rehearse": spent(steps, EventKind.SELECT),
+        "rehearse": spent(steps, SpanKind.SELECT),
         "ratio": max(fetch, store) / compute,
         "hidden": 1 - wait / (fetch + store),
         "bound reached": max(compute, fetch, store) / step,
@@ -101,7 +102,7 @@ def main() -> None:
     ahead, late = (" | ".join(filter(None, (options.choice, place))) for place in (AHEAD, NOT_AHEAD))
     free = decode(model, late, options, None)
     fetched = statistics.median(
-        sum(event.num_bytes for event in step.events if event.kind == EventKind.FETCH) for step in free
+        sum(event.num_bytes for event in step.events if event.kind == SpanKind.FETCH) for step in free
     )
     headings = ("link (emulated)", "prefetch", "step ms", "compute ms", "fetch ms", "store ms", "waited ms")
     table = Table(*headings, "moves/compute", "hidden", "of the bound", title=f"{options.model}, {options.choice}")

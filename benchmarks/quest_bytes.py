@@ -1,10 +1,10 @@
 """What does Quest read, and how much faster is that?
 
 Random 2-layer Llama (32 query and 8 KV heads of 128), the first layer dense; 16,384 tokens of context, keys and values
-in 16 bits, a budget of 1,024 tokens. Bytes are counted in the calls that the engine makes: blocks handed to decode
-attention, and key bounds scored; layers that read everything (`dense`) are listed apart, pages are shared by the query
-heads of a KV head. Times are those of the same calls, choosing included, CPU-seconds of one thread, medians over decode
-steps, full and Quest in turns.
+in 16 bits, a budget of 1,024 tokens. An observer counts bytes in the calls that the engine makes: blocks handed to
+decode attention, and key bounds scored; layers that read everything (`dense`) are listed apart, pages are shared by the
+query heads of a KV head. Times are those of decode attention, writing the new token included, and of choosing,
+CPU-seconds of one thread, medians over decode steps, full and Quest in turns.
 Expected: 1/16 of the pages and bounds of 1/16 of a page's bytes: 0.125 of the bytes; time in proportion, plus a floor.
 
     python benchmarks/quest_bytes.py
@@ -17,8 +17,8 @@ import json
 import random
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from statistics import median
 from typing import Any
 
@@ -26,19 +26,16 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from kvatlas.engine import forward
+from kvatlas.core.observer import NO_SPAN, Counter, Observer, SpanKind
 from kvatlas.engine.engine import Engine
 from kvatlas.engine.params import SamplingParams
-from kvatlas.kernels import blocks
-from kvatlas.kernels.pool import Entries, Part
 from kvatlas.models.loading import load_model
-from kvatlas.strategies.attend.quest import Quest
 from kvatlas.strategies.strategy import Strategy
 
 DENSE = 1
 
 
-class Meter:
+class Meter(Observer):
     """Bytes and CPU-seconds of the attention of each layer, step by step."""
 
     def __init__(self) -> None:
@@ -46,44 +43,24 @@ class Meter:
         self.read: dict[int, list[float]] = defaultdict(list)
         self.seconds: dict[int, list[float]] = defaultdict(list)
 
+    def span(self, kind: SpanKind, layer: int = -1, name: str = "") -> AbstractContextManager[None, None]:
+        if kind is SpanKind.ATTEND:
+            self.layer = layer
+            self.read[layer].append(0.0)
+            self.seconds[layer].append(0.0)
+        if kind is SpanKind.SELECT or (kind is SpanKind.KERNEL and name == "decode_attention"):
+            return self.timed()
+        return NO_SPAN
+
+    def count(self, counter: Counter, n: int | Callable[[], int]) -> None:
+        if counter is Counter.READ_BYTES:
+            self.read[self.layer][-1] += n() if callable(n) else n
+
     @contextmanager
-    def watching(self) -> Iterator[None]:
-        attend_group, attention, select, score = (
-            forward.ForwardPass._attend_group, forward.decode_attention, Quest.select, blocks.score_bounds,
-        )  # fmt: skip
-
-        def group(this: Any, call: Any, *arguments: Any) -> Any:
-            self.layer = call.layer
-            self.read[call.layer].append(0.0)
-            self.seconds[call.layer].append(0.0)
-            return attend_group(this, call, *arguments)
-
-        def counted(q: torch.Tensor, parts: Sequence[Part], **options: Any) -> Any:
-            self.read[self.layer][-1] += sum(num_blocks(part) * part.pool.layout.kv_bytes for part in parts)
-            return self.timed(attention, q, parts, **options)
-
-        def scored(q: torch.Tensor, bounds: Entries) -> torch.Tensor:
-            self.read[self.layer][-1] += num_blocks(bounds) * bounds.pool.layout.num_bytes(bounds.name)
-            return score(q, bounds)
-
-        forward.ForwardPass._attend_group, forward.decode_attention = group, counted  # type: ignore[method-assign]
-        Quest.select = lambda *arguments: self.timed(select, *arguments)  # type: ignore[method-assign, assignment]
-        blocks.score_bounds = scored
-        try:
-            yield
-        finally:
-            forward.ForwardPass._attend_group = attend_group  # type: ignore[method-assign]
-            forward.decode_attention, Quest.select, blocks.score_bounds = attention, select, score  # type: ignore[method-assign]
-
-    def timed(self, call: Any, *arguments: Any, **options: Any) -> Any:
+    def timed(self) -> Iterator[None]:
         start = time.process_time()
-        result = call(*arguments, **options)
+        yield
         self.seconds[self.layer][-1] += time.process_time() - start
-        return result
-
-
-def num_blocks(part: Part | Entries) -> int:
-    return int((-(-part.length // part.pool.layout.block_size)).sum())
 
 
 def main() -> None:
@@ -105,10 +82,11 @@ def main() -> None:
         while not request.token_times_s:
             engine.step()
         runs.append((strategy, engine, Meter()))
+    for _, engine, meter in runs:
+        engine.observer = meter
     for _ in range(options.steps):
-        for _, engine, meter in runs:
-            with meter.watching():
-                engine.step()
+        for _, engine, _ in runs:
+            engine.step()
     table = Table("strategy", "layers", "bytes per step", "of full", "attention ms", "of full")
     rows: list[dict[str, Any]] = []
     layers = range(len(model.adapter.shape.layers))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from random import Random
 from typing import Any
 
@@ -14,6 +15,8 @@ from tests.fuzz.workplace import LONGEST_RUN, Workplace, must
 from kvatlas.engine.engine import Engine
 from kvatlas.engine.llm import LLM
 from kvatlas.engine.params import SamplingParams
+from kvatlas.engine.request import Request
+from kvatlas.engine.sampler import sample
 from kvatlas.models.loading import load_model
 
 
@@ -53,14 +56,12 @@ def _load_and_run(source: object, options: dict[str, Any]) -> None:
 def finite(engine: Engine, prompt: list[int]) -> None:
     """Assert that the logits are numbers: NaN weights must not load without a word."""
     seen: list[bool] = []
-    run = engine._runner.run
 
-    def looked(batch: Any) -> Any:
-        due, logits = run(batch)
+    def looked(logits: torch.Tensor, due: Sequence[Request], end_ids: frozenset[int]) -> list[int | Exception]:
         seen.append(bool(torch.isfinite(logits).all()))
-        return due, logits
+        return sample(logits, due, end_ids)
 
-    engine._runner.run = looked  # type: ignore[method-assign]
+    engine.sampler = looked
     request = engine.add_request(prompt, SamplingParams(max_tokens=1))
     for _ in range(LONGEST_RUN):
         if request.finish_reason is not None:

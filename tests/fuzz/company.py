@@ -5,12 +5,14 @@ Its answer is compared token for token with the one it gets alone, and so is tha
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from random import Random
 from typing import Any
 
+import torch
 from tests.driving import assert_empty, loaded
 from tests.families import tiny_model
 from tests.fuzz.guests import (
@@ -32,6 +34,7 @@ from kvatlas.core.errors import CapacityError, ConfigError, UnsupportedError
 from kvatlas.engine.engine import Engine
 from kvatlas.engine.params import SamplingParams
 from kvatlas.engine.request import FinishReason, Request
+from kvatlas.engine.sampler import sample
 from kvatlas.models.loading import LoadedModel
 from kvatlas.strategies.strategy import Strategy
 
@@ -202,17 +205,15 @@ def _clear(here: Surroundings, told: tuple[str, int, int, int], place: Workplace
 
 def _alone(here: Surroundings, innocent: Innocent, place: Workplace) -> list[int] | None:
     """Return what an innocent is answered alone, with all the memory it can use; None where a token leads narrowly."""
-    engine = here.engine(place)
-    run, leads = engine._runner.run, []
+    leads: list[float] = []
 
-    def looked(batch: Any) -> Any:
-        due, logits = run(batch)
+    def looked(logits: torch.Tensor, due: Sequence[Request], end_ids: frozenset[int]) -> list[int | Exception]:
         if len(due):
             best = logits.topk(2, dim=-1).values
             leads.append(float((best[:, 0] - best[:, 1]).min() / logits.std()))
-        return due, logits
+        return sample(logits, due, end_ids)
 
-    engine._runner.run = looked  # type: ignore[method-assign]
+    engine = here.engine(place, sampler=looked)
     request = _finish(engine, innocent.add(engine))
     if POISON in request.output_ids or min(leads) < CLEAR:
         return None

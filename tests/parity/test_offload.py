@@ -15,6 +15,7 @@ from tests.parity.test_engine import wide_model
 from transformers import CONFIG_MAPPING
 
 import kvatlas
+from kvatlas.core.timeline import Timeline
 from kvatlas.engine.engine import Engine
 from kvatlas.engine.llm import LLM
 from kvatlas.engine.params import SamplingParams
@@ -176,17 +177,16 @@ def test_blocks_of_any_size(block_size: int) -> None:
 
 
 def test_an_emulated_link_changes_times_only() -> None:
-    engine = engine_of(link="1GB/s,20us")
-    engine.record_timeline()
+    timeline = Timeline()
+    engine = engine_of(link="1GB/s,20us", observer=timeline)
     for done in drive(engine, [job(strategy, 12) for strategy in PLACED]):
         assert_close(done, alone("llama", done.strategy, 12)[0])
     assert engine.link.rate is not None and str(engine.link.rate) == "1 GB/s, 20 us"
     for traffic in (engine.link.to_host, engine.link.to_device):
         least = traffic.moves * 20e-6 + traffic.num_bytes / 1e9
         assert traffic.moves > 0 and traffic.seconds >= least
-    events = engine.timeline or []
     for kind, traffic in (("fetch", engine.link.to_device), ("store", engine.link.to_host)):
-        noted = [event for event in events if event.kind == kind]
+        noted = [event for event in timeline.events if event.kind == kind]
         assert sum(event.num_bytes for event in noted) == traffic.num_bytes and len(noted) == traffic.moves
         assert all(event.num_bytes > 0 for event in noted), "a link is not troubled for nothing"
 

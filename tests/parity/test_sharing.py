@@ -6,6 +6,8 @@ through the model.
 
 from __future__ import annotations
 
+import collections
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import cache
 
@@ -14,6 +16,7 @@ from tests.driving import assert_empty, check, finish, loaded
 from tests.families import tiny_model, token_ids
 
 from kvatlas.core.errors import CapacityError
+from kvatlas.core.observer import Counter, Observer
 from kvatlas.engine.engine import Engine
 from kvatlas.engine.params import SamplingParams
 from kvatlas.engine.request import Request
@@ -52,16 +55,20 @@ def run(engine: Engine, prompt: list[int], strategy: str) -> Request:
     return request
 
 
-def computed_in_prompts(engine: Engine) -> list[int]:
-    """Return a list of one number that counts the prompt tokens of all steps from now on."""
-    forward, count = engine._runner.run, [0]
+class Counts(Observer):
+    """Adds up what is counted."""
 
-    def counting(batch):
-        count[0] += sum(tokens for _, tokens in batch.chunks)
-        return forward(batch)
+    def __init__(self) -> None:
+        self.total: collections.Counter[Counter] = collections.Counter()
 
-    engine._runner.run = counting
-    return count
+    def count(self, counter, n):
+        self.total[counter] += n() if callable(n) else n
+
+
+def computed_in_prompts(engine: Engine) -> Callable[[], int]:
+    """Return a function that says how many prompt tokens have been computed from now on."""
+    engine.observer = counts = Counts()
+    return lambda: counts.total[Counter.PROMPT_TOKENS]
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma4_text"])
@@ -103,7 +110,7 @@ def test_one_prompt_under_six_strategies_is_prefilled_once(first: int) -> None:
     order, engine = SIX[first:] + SIX[:first], engine_of()
     count = computed_in_prompts(engine)
     answers = {strategy: run(engine, ids(), strategy).output_ids for strategy in order}
-    assert count[0] < PROMPT + 12 * len(SIX), "beside the first, each computes less than two blocks"
+    assert count() < PROMPT + 12 * len(SIX), "beside the first, each computes less than two blocks"
     for strategy in order:
         assert answers[strategy] == run(engine_of(enable_prefix_caching=False), ids(), strategy).output_ids, strategy
     assert_empty(engine)
@@ -192,7 +199,7 @@ def test_a_preempted_request_is_computed_as_one_prompt(strategy: str) -> None:
     count = computed_in_prompts(engine)
     known = len(request.tokens)
     finish(engine)
-    assert count[0] == known and request.num_preemptions == 1
+    assert count() == known and request.num_preemptions == 1
     fresh = engine_of(enable_prefix_caching=False)
     whole = fresh.add_request(ids(), SamplingParams(max_tokens=24, ignore_eos=True), strategy)
     finish(fresh)

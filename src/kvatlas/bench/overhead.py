@@ -1,117 +1,101 @@
 """How much of a decode step is ours to blame: scheduling, strategies and Python around the model and its kernels.
 
-Functions of the engine are wrapped in clocks while a batch decodes; each clock counts its own time, that of clocks
-inside it left out, so the parts of a step add up to the step. The parts:
+An observer is a clock while a batch decodes; each span counts its own time, that of spans inside it left out, so the
+parts of a step add up to the step. The parts:
 
 - ``model``: the model's own forward, attention left out: embeddings, norms, linears (ours included), head.
-- ``kernels``: native calls, and whole kernel functions where no native call was made in them (torch's forms).
+- ``kernels``: native calls, and whole operations on blocks where no native call was made in them (torch's forms).
 - ``kernel calls``: Python around native calls: checks, pointers, allocation of results.
-- ``attention``: what our attention function does beside calling kernels: finding blocks and tables, layer by layer.
+- ``attention``: what our attention function does beside calling kernels: finding blocks and tables, layer by layer,
+  choosing what to read, ordering moves and waiting for them.
 - ``schedule``: choosing the batch and reserving its blocks.
 - ``place``: taking slots and building tables for the batch.
 - ``evict``: what strategies do after the step.
 - ``sample``: from logits to token ids.
 - ``other``: packing the batch, noting tokens, and all else inside a step.
 
-Overhead is everything but ``model`` and ``kernels``. A clock costs about half a microsecond, which counts as overhead.
+Overhead is everything but ``model`` and ``kernels``. A span costs about a microsecond, which counts as overhead.
 Medians over steps; wall time, since one thread computes.
 """
 
 from __future__ import annotations
 
-import functools
 import random
 import statistics
-import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from types import FunctionType
+from contextlib import AbstractContextManager
 from typing import Any
 
+from kvatlas.core.observer import Observer, SpanKind
 from kvatlas.engine.engine import Engine
-from kvatlas.engine.forward import ForwardPass
 from kvatlas.engine.params import SamplingParams
-from kvatlas.engine.runner import Runner
-from kvatlas.engine.scheduler import Scheduler
-from kvatlas.kernels import native
 from kvatlas.models.loading import LoadedModel
 
 COMPUTE = ("model", "kernels")
 PARTS = (*COMPUTE, "kernel calls", "attention", "schedule", "place", "evict", "sample", "other")
+_PARTS = {
+    SpanKind.MODEL: "model",
+    SpanKind.KERNEL: "kernels",
+    SpanKind.NATIVE: "kernels",
+    SpanKind.ATTEND: "attention",
+    SpanKind.SELECT: "attention",
+    SpanKind.STAGING: "attention",
+    SpanKind.WAIT: "attention",
+    SpanKind.SCHEDULE: "schedule",
+    SpanKind.PLACE: "place",
+    SpanKind.EVICT: "evict",
+    SpanKind.SAMPLE: "sample",
+    SpanKind.FORWARD: "other",
+}
 _WARM_STEPS = 4
-_READERS = ("kvatlas.engine.", "kvatlas.storage.", "kvatlas.models.")
 
 
-@dataclass
-class _Clock:
-    """Nested clocks; each counts its own time.
+class _Clock(Observer):
+    """Nested spans; each counts its own time.
 
-    Args:
+    Attributes:
         spent: seconds by part since the step began.
     """
 
-    spent: dict[str, float] = field(default_factory=dict)
-    _inside: list[float] = field(default_factory=list)  # seconds of the clocks inside, for each open clock
-    _native: list[bool] = field(default_factory=list)  # whether a native call was made, for each open kernel
+    def __init__(self) -> None:
+        self.spent: dict[str, float] = {}
+        self.open: list[_Span] = []
 
-    def timed(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Return the function with a clock around it."""
+    def span(self, kind: SpanKind, layer: int = -1, name: str = "") -> _Span:
+        """Return a span that counts as a part of the step."""
+        return _Span(self, _PARTS[kind], kind)
 
-        @functools.wraps(function)
-        def run(*args: Any, **kwargs: Any) -> Any:
-            self._inside.append(0.0)
-            begin = time.perf_counter()
-            try:
-                return function(*args, **kwargs)
-            finally:
-                self._count(part, time.perf_counter() - begin)
-
-        return run
-
-    def timed_kernel(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Return a kernel with a clock that asks afterwards whether a native call was made."""
-
-        @functools.wraps(function)
-        def run(*args: Any, **kwargs: Any) -> Any:
-            self._inside.append(0.0)
-            self._native.append(False)
-            begin = time.perf_counter()
-            try:
-                return function(*args, **kwargs)
-            finally:
-                took = time.perf_counter() - begin
-                self._count("kernel calls" if self._native.pop() else "kernels", took)
-
-        return run
-
-    def timed_native(self, function: Callable[..., int]) -> _TimedNative:
-        """Return a native function with a clock that tells the kernels around it."""
-        return _TimedNative(function, self.timed("kernels", function), self._native)
-
-    def _count(self, part: str, took: float) -> None:
-        self.spent[part] = self.spent.get(part, 0.0) + took - self._inside.pop()
-        if self._inside:
-            self._inside[-1] += took
+    def step(self, engine: Engine) -> dict[str, float]:
+        """Run one step of an engine and return the seconds of its parts."""
+        self.spent = {}
+        with _Span(self, "other", None):
+            engine.step()
+        return self.spent
 
 
-class _TimedNative:
-    """A function of a ctypes library in a clock; what is set on it, such as argtypes, is set on the function."""
+class _Span(AbstractContextManager[None, None]):
+    """One clock, running while it is open."""
 
-    _function: Callable[..., int]
-    _timed: Callable[..., int]
-    _kernels: list[bool]
+    __slots__ = ("_clock", "_kind", "_part", "_start", "inside", "native")
 
-    def __init__(self, function: Callable[..., int], timed: Callable[..., int], kernels: list[bool]) -> None:
-        self.__dict__.update(_function=function, _timed=timed, _kernels=kernels)
+    def __init__(self, clock: _Clock, part: str, kind: SpanKind | None) -> None:
+        self._clock, self._part, self._kind = clock, part, kind
+        self.inside, self.native = 0.0, kind is SpanKind.NATIVE
 
-    def __call__(self, *args: Any) -> int:
-        self._kernels[:] = [True] * len(self._kernels)
-        return self._timed(*args)
+    def __enter__(self) -> None:
+        self._clock.open.append(self)
+        self._start = time.perf_counter()
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        setattr(self._function, name, value)
+    def __exit__(self, *_: object) -> None:
+        took = time.perf_counter() - self._start
+        clock = self._clock
+        clock.open.pop()
+        part = "kernel calls" if self._kind is SpanKind.KERNEL and self.native else self._part
+        clock.spent[part] = clock.spent.get(part, 0.0) + took - self.inside
+        if clock.open:
+            outer = clock.open[-1]
+            outer.inside += took
+            outer.native |= self.native
 
 
 def measure_overhead(
@@ -128,15 +112,14 @@ def measure_overhead(
         engine_options: of `kvatlas.engine.engine.Engine`.
     """
     clock = _Clock()
-    with _clocks(clock, model):
-        engine = Engine(model, enable_prefix_caching=False, isolate_failures=False, **engine_options)
-        rng, vocabulary = random.Random(0), model.adapter.shape.vocab_size
-        params = SamplingParams(max_tokens=steps + _WARM_STEPS + 1 + batch, ignore_eos=True)
-        for _ in range(batch):
-            engine.add_request([rng.randrange(vocabulary) for _ in range(prompt_tokens)], params, strategy)
-        while engine.scheduler.waiting or any(request.prefill_end is not None for request in engine.scheduler.running):
-            engine.step()
-        taken = [_step(engine, clock) for _ in range(steps + _WARM_STEPS)][_WARM_STEPS:]
+    engine = Engine(model, enable_prefix_caching=False, isolate_failures=False, observer=clock, **engine_options)
+    rng, vocabulary = random.Random(0), model.adapter.shape.vocab_size
+    params = SamplingParams(max_tokens=steps + _WARM_STEPS + 1 + batch, ignore_eos=True)
+    for _ in range(batch):
+        engine.add_request([rng.randrange(vocabulary) for _ in range(prompt_tokens)], params, strategy)
+    while engine.scheduler.waiting or any(request.prefill_end is not None for request in engine.scheduler.running):
+        engine.step()
+    taken = [clock.step(engine) for _ in range(steps + _WARM_STEPS)][_WARM_STEPS:]
     parts = {part: statistics.median(step.get(part, 0.0) for step in taken) * 1e3 for part in PARTS}
     shares = [1 - sum(step.get(part, 0.0) for part in COMPUTE) / sum(step.values()) for step in taken]
     return {
@@ -149,51 +132,3 @@ def measure_overhead(
         "parts_ms": parts,
         "overhead_share": statistics.median(shares),
     }
-
-
-def _step(engine: Engine, clock: _Clock) -> dict[str, float]:
-    clock.spent = {}
-    clock.timed("other", engine.step)()
-    return clock.spent
-
-
-@contextmanager
-def _clocks(clock: _Clock, model: LoadedModel) -> Iterator[None]:
-    """Put clocks around functions until the block ends; engines made inside it have them."""
-    undo: list[tuple[Any, str, Any]] = []
-
-    def replace(holder: Any, name: str, wrap: Callable[[Any], Any]) -> None:
-        undo.append((holder, name, holder.__dict__.get(name)))
-        setattr(holder, name, wrap(getattr(holder, name)))
-
-    _forget_functions()
-    try:
-        replace(Scheduler, "next_batch", functools.partial(clock.timed, "schedule"))
-        replace(Runner, "_place", functools.partial(clock.timed, "place"))
-        replace(Runner, "_evict", functools.partial(clock.timed, "evict"))
-        replace(ForwardPass, "attend", functools.partial(clock.timed, "attention"))
-        replace(model.adapter.model, "forward", functools.partial(clock.timed, "model"))
-        replace(sys.modules[Engine.__module__], "sample", functools.partial(clock.timed, "sample"))
-        replace(native.Library, "function", lambda find: lambda self, name: clock.timed_native(find(self, name)))
-        for name, module in list(sys.modules.items()):
-            if name.startswith(_READERS):
-                for each, found in list(vars(module).items()):
-                    if isinstance(found, FunctionType) and found.__module__.startswith("kvatlas.kernels."):
-                        replace(module, each, clock.timed_kernel)
-        yield
-    finally:
-        for holder, name, original in reversed(undo):
-            if original is None:
-                delattr(holder, name)
-            else:
-                setattr(holder, name, original)
-        _forget_functions()
-
-
-def _forget_functions() -> None:
-    """Let kernels look their native functions up again: some keep what they found, with our clock or without."""
-    for name, module in list(sys.modules.items()):
-        if name.startswith("kvatlas.kernels."):
-            for found in vars(module).values():
-                if hasattr(found, "cache_clear"):
-                    found.cache_clear()

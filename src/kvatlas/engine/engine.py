@@ -18,7 +18,7 @@ from kvatlas.core.errors import CapacityError, ConfigError, UnsupportedError
 from kvatlas.core.footprint import Footprint
 from kvatlas.core.layout import DEFAULT_BLOCK_SIZE
 from kvatlas.core.needs import Artifact, LayerInputs
-from kvatlas.core.timeline import Event, Timeline
+from kvatlas.core.observer import NULL, Counter, Observer, SpanKind, observed_by
 from kvatlas.core.units import format_bytes, parse_bytes, parse_tier_bytes
 from kvatlas.core.vocabulary import Format
 from kvatlas.engine.detokenizer import Detokenizer
@@ -29,7 +29,7 @@ from kvatlas.engine.params import SamplingParams
 from kvatlas.engine.prompts import token_ids
 from kvatlas.engine.request import AskedOutput, FinishReason, NewToken, Request
 from kvatlas.engine.runner import Batch, Runner
-from kvatlas.engine.sampler import sample
+from kvatlas.engine.sampler import Sampler, sample
 from kvatlas.engine.scheduler import Scheduler
 from kvatlas.engine.selection import Probe
 from kvatlas.models.loading import LoadedModel
@@ -63,8 +63,11 @@ class Engine:
         clock: returns seconds; times of requests are on it.
         isolate_failures: let what raises in a step end the requests it belongs to; False: let it raise out of the step,
             for measurements, which a failure voids.
+        observer: is told what happens in steps: spans of time and counts, such as a `kvatlas.core.timeline.Timeline`.
+        sampler: chooses the tokens; another one where tests or benchmarks decide them, or look at logits.
 
     Attributes:
+        sampler: as above; another may take its place between steps.
         peak_used_bytes: most live bytes so far, sidecars included, cached prefixes left out.
         peak_host_bytes: most bytes of the host tier in use so far.
         peak_running: most requests that held memory at once so far.
@@ -87,6 +90,8 @@ class Engine:
         kv_format: Format | None = None,
         clock: Callable[[], float] = time.perf_counter,
         isolate_failures: bool = True,
+        observer: Observer = NULL,
+        sampler: Sampler = sample,
     ) -> None:
         if max_num_seqs < 1 or max_batched_tokens < 1 or block_size < 1:
             raise ConfigError(
@@ -95,6 +100,7 @@ class Engine:
             )
         self.model = model
         self.clock = clock
+        self.sampler = sampler
         self._isolates = isolate_failures
         self.max_batched_tokens = max_batched_tokens
         self.format = kv_format or _FORMATS[model.adapter.dtype]
@@ -105,7 +111,7 @@ class Engine:
         self.store = KVStore(
             model.adapter.shape, self.format, budget, model.adapter.device, block_size, host_budget, way
         )
-        self.transport = Transport(link=way)
+        self.transport = Transport(link=way, observer=observer)
         prefix_cache = PrefixCache(self.store) if enable_prefix_caching else None
         self.scheduler = Scheduler(
             self.store,
@@ -132,18 +138,18 @@ class Engine:
         return self.transport.link
 
     @property
-    def timeline(self) -> list[Event] | None:
-        """What happened when, since `record_timeline`."""
-        return None if self.transport.timeline is None else self.transport.timeline.events
+    def observer(self) -> Observer:
+        """Who is told what happens in steps; another may take its place between steps."""
+        return self.transport.observer
+
+    @observer.setter
+    def observer(self, observer: Observer) -> None:
+        self.transport.observer = observer
 
     @property
     def probe(self) -> Probe | None:
         """How good choices of what to read were, since `observe_selection`."""
         return self.transport.probe
-
-    def record_timeline(self) -> None:
-        """Note from now on what happens when in each forward, beginning with an empty list."""
-        self.transport.timeline = Timeline()
 
     def observe_selection(self) -> None:
         """Compare from now on what is chosen with the exact scores, beginning anew; slows such strategies a lot."""
@@ -264,16 +270,26 @@ class Engine:
         no other. Where that cannot be told, the requests of the step lose their caches and run one by one until each
         has shown that it can.
         """
+        with observed_by(self.observer):
+            return self._step(self.observer)
+
+    def _step(self, observer: Observer) -> list[NewToken]:
         batch: Batch | None = None
         drafts: list[Draft] = []
         try:
-            batch = self.scheduler.next_batch()
+            with observer.span(SpanKind.SCHEDULE):
+                batch = self.scheduler.next_batch()
             if not batch.num_tokens:
                 return []
             self._note_peaks()
-            due, logits_BV = self._hand_out(*self._runner.run(batch))
+            due, logits_BV = self._runner.run(batch)
+            observer.count(Counter.PROMPT_TOKENS, batch.num_tokens - len(batch.decodes))
+            due, logits_BV = self._hand_out(due, logits_BV)
             drafts = [Draft(request, self._detokenizer) for request in due]
-            return self._commit(drafts, sample(logits_BV, due, self._end_ids))
+            with observer.span(SpanKind.SAMPLE):
+                chosen = self.sampler(logits_BV, due, self._end_ids)
+            observer.count(Counter.OUTPUT_TOKENS, sum(not isinstance(token, Exception) for token in chosen))
+            return self._commit(drafts, chosen)
         except BaseException as error:
             for draft in drafts:
                 draft.undo()

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from kvatlas.core.needs import Received
-from kvatlas.core.timeline import EventKind, Timeline
+from kvatlas.core.observer import NULL, Observer, SpanKind
 from kvatlas.core.views import Selection
 from kvatlas.core.vocabulary import Per
 from kvatlas.engine.beside import Beside
@@ -43,13 +43,13 @@ class Transport:
 
     Args:
         link: the way between the tiers.
-        timeline: notes what happens when, or None.
+        observer: is told what happens.
         artifacts: what was worked out for the model, by name, one thing per layer.
         probe: compares what is chosen with the exact scores, or None.
     """
 
     link: Link
-    timeline: Timeline | None = None
+    observer: Observer = NULL
     artifacts: dict[str, Seq[Any]] = field(default_factory=dict)
     probe: Probe | None = None
 
@@ -90,7 +90,7 @@ class ForwardPass:
         self._beside = Beside(store, transport.artifacts)
         parts = [chunk.visitors for chunk in chunks] + [group.visitors for group in groups]
         visitors = [each for each in parts if each is not None]
-        self._staging = Staging(transport.link, visitors, len(store.lanes.shape.layers), transport.timeline)
+        self._staging = Staging(transport.link, visitors, len(store.lanes.shape.layers), transport.observer)
 
     def finish(self) -> None:
         """Return when all new keys and values are where they belong."""
@@ -107,7 +107,7 @@ class ForwardPass:
             attend = group.plan.layers[target].attend if target < len(group.plan.layers) else None
             if attend is None or not attend.ahead:
                 continue
-            with self._staging.noted(EventKind.SELECT, target):
+            with self._transport.observer.span(SpanKind.SELECT, target):
                 call, query = foresee(target, slice(group.start, group.start + len(group.requests)))
                 cached = group.layers[target].host_length - 1
                 own = self._own(group, target, cached.to(query.device), cached)
@@ -121,9 +121,10 @@ class ForwardPass:
     def attend(self, call: AttentionCall, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Write this layer's keys and values to their slots and return what the queries read [1, T, Hq, Dv]."""
         self._staging.enter(call.layer)
-        if self._transport.timeline is None:
+        observer = self._transport.observer
+        if observer is NULL:
             return self._attend_rows(call, query, key, value)
-        with self._staging.noted(EventKind.ATTEND, call.layer):
+        with observer.span(SpanKind.ATTEND, call.layer):
             return self._attend_rows(call, query, key, value)
 
     def _attend_rows(self, call: AttentionCall, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -334,7 +335,7 @@ class ForwardPass:
         if attend is None or attend.ahead:
             return group.choices.get(call.layer)
         parts = [own] if old is None else [old, own]
-        with self._staging.noted(EventKind.SELECT, call.layer):
+        with self._transport.observer.span(SpanKind.SELECT, call.layer):
             return attend.select(self._beside.query(call, group, q, parts, ahead=False))
 
     def _parts(

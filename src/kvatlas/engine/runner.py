@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Hashable, Sequence as Seq
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from kvatlas.core.timeline import EventKind
+from kvatlas.core.observer import SpanKind
 from kvatlas.core.vocabulary import Moment
 from kvatlas.engine.eviction import Evictor
 from kvatlas.engine.forward import ForwardPass, Transport
@@ -85,7 +84,9 @@ class Runner:
         return due, torch.cat(logits)
 
     def _run_pack(self, pack: Batch, rope_tokens: int | None) -> tuple[list[Request], Tensor]:
-        chunks, groups = self._place(pack)
+        span = self._transport.observer.span
+        with span(SpanKind.PLACE):
+            chunks, groups = self._place(pack)
         order = [(chunk.request, chunk.count) for chunk in chunks]
         order += [(request, 1) for group in groups for request in group.requests]
         tokens: list[int] = []
@@ -98,24 +99,23 @@ class Runner:
                 last_rows.append(len(tokens) - 1)
         device = self._adapter.device
         positions = torch.cat([chunk.positions for chunk in chunks] + [group.positions for group in groups])
-        start = time.perf_counter()
-        context = ForwardPass(self._store, chunks, groups, self._transport)
-        try:
-            logits = self._adapter.forward(
-                torch.tensor(tokens, device=device),
-                positions,
-                context,
-                torch.tensor(last_rows, dtype=torch.int64, device=device),
-                rope_tokens=rope_tokens,
-            )
-            context.finish()
-        except BaseException:  # a move must not outlive what it moves: the blocks may be somebody else's next
-            context.abandon()
-            raise
-        if self._transport.timeline is not None:
-            self._transport.timeline.add(EventKind.STEP, -1, start, time.perf_counter())
+        with span(SpanKind.FORWARD):
+            context = ForwardPass(self._store, chunks, groups, self._transport)
+            try:
+                logits = self._adapter.forward(
+                    torch.tensor(tokens, device=device),
+                    positions,
+                    context,
+                    torch.tensor(last_rows, dtype=torch.int64, device=device),
+                    rope_tokens=rope_tokens,
+                )
+                context.finish()
+            except BaseException:  # a move must not outlive what it moves: the blocks may be somebody else's next
+                context.abandon()
+                raise
         self._note_peaks([request for request, _ in order])
-        self._evict(chunks, groups)
+        with span(SpanKind.EVICT):
+            self._evict(chunks, groups)
         return due, logits
 
     def _note_peaks(self, requests: Seq[Request]) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Seq
+from collections.abc import Callable, Sequence as Seq
 
 import torch
 from torch import Tensor
 
 from kvatlas.engine.request import ForcedOutput, Request
+
+Sampler = Callable[[Tensor, Seq[Request], frozenset[int]], Seq[int | Exception]]
+"""What chooses tokens for an engine, called as `sample` is and answering as it does."""
 
 
 def sample(logits_BV: Tensor, requests: Seq[Request], end_ids: frozenset[int]) -> list[int | Exception]:

@@ -7,16 +7,14 @@ not come yet. Shapes: R sequences, H lanes of a layer, C table columns.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Sequence as Seq
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence as Seq
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from kvatlas.core.timeline import EventKind, Timeline
+from kvatlas.core.observer import NULL, Observer, SpanKind
 from kvatlas.core.views import Selection
 from kvatlas.core.vocabulary import Per
 from kvatlas.engine.request import Request
@@ -156,14 +154,14 @@ class Staging:
         link: the way between the tiers.
         visitors: what visits the device in this forward.
         num_layers: layers of the model.
-        timeline: notes moves and waits, or None.
+        observer: is told of moves and waits.
     """
 
-    def __init__(self, link: Link, visitors: Seq[Visitors], num_layers: int, timeline: Timeline | None) -> None:
+    def __init__(self, link: Link, visitors: Seq[Visitors], num_layers: int, observer: Observer = NULL) -> None:
         self._link = link
         self._visitors = visitors
         self._num_layers = num_layers
-        self._timeline = timeline
+        self._observer = observer
         self._fetches: dict[tuple[int, Visitors], Move] = {}
         self._later: dict[tuple[int, Visitors], Transfer] = {}
         self._stores: list[Move] = []
@@ -181,8 +179,11 @@ class Staging:
 
     def enter(self, layer: int) -> None:
         """Return when all that a layer reads is on the device; start on the next layer's."""
-        if not self._visitors:
-            return
+        if self._visitors:
+            with self._observer.span(SpanKind.STAGING, layer):
+                self._enter(layer)
+
+    def _enter(self, layer: int) -> None:
         here = [one for one in self._visitors if one.reads_host(layer) and not one.late]
         missing = [one for one in here if (layer, one) not in self._fetches]
         if missing:
@@ -192,7 +193,7 @@ class Staging:
             self._fetches |= {(layer, one): move for one in missing}
         self._fetch_ahead(layer + 1, after=layer)
         if here:
-            with self.noted(EventKind.WAIT, layer):
+            with self._observer.span(SpanKind.WAIT, layer):
                 for one in here:
                     self._fetches[layer, one].wait()  # known until it is done, should the wait be broken off
                     del self._fetches[layer, one]
@@ -201,7 +202,7 @@ class Staging:
         """Return when something that a layer reads is on the device, fetched now."""
         key = layer, visitors
         self._fetches[key] = self._submit(layer, [transfer], URGENT)
-        with self.noted(EventKind.WAIT, layer):
+        with self._observer.span(SpanKind.WAIT, layer):
             self._fetches[key].wait()
             del self._fetches[key]
 
@@ -212,7 +213,7 @@ class Staging:
                 Move(
                     copy=transfer.copy,
                     num_bytes=transfer.num_bytes,
-                    note=self._note(EventKind.STORE, layer, transfer.num_bytes),
+                    note=self._note(SpanKind.STORE, layer, transfer.num_bytes),
                 )
             )
         )
@@ -220,7 +221,7 @@ class Staging:
     def finish(self) -> None:
         """Return when everything is where it belongs."""
         if self._stores:
-            with self.noted(EventKind.WAIT, -1):
+            with self._observer.span(SpanKind.WAIT, -1):
                 for move in self._stores:
                     move.wait()
 
@@ -230,14 +231,6 @@ class Staging:
             for move in moves:
                 mover.drop(move)
                 move.settle()
-
-    @contextmanager
-    def noted(self, kind: EventKind, layer: int) -> Iterator[None]:
-        """Note how long the block takes, if anybody asks."""
-        start = time.perf_counter()
-        yield
-        if self._timeline is not None:
-            self._timeline.add(kind, layer, start, time.perf_counter())
 
     def _fetch_ahead(self, layer: int, after: int | None = None) -> None:
         """Order a layer's blocks; into the buffer that layer ``after`` is about to read, nothing can be fetched."""
@@ -263,13 +256,13 @@ class Staging:
             nothing = Move(copy=copy, num_bytes=0)
             nothing.run(None, Traffic())
             return nothing
-        move = Move(copy=copy, num_bytes=num_bytes, note=self._note(EventKind.FETCH, layer, num_bytes))
+        move = Move(copy=copy, num_bytes=num_bytes, note=self._note(SpanKind.FETCH, layer, num_bytes))
         return self._link.fetches.submit(move, priority)
 
-    def _note(self, kind: EventKind, layer: int, num_bytes: int) -> Callable[[float, float], None] | None:
-        if self._timeline is None:
+    def _note(self, kind: SpanKind, layer: int, num_bytes: int) -> Callable[[float, float], None] | None:
+        if self._observer is NULL:
             return None
-        return partial(self._timeline.add, kind, layer, num_bytes=num_bytes)
+        return partial(self._observer.record, kind, layer, num_bytes=num_bytes)
 
 
 def staged_slots(store: KVStore, request: Request, count: int) -> int:

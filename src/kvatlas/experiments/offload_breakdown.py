@@ -20,7 +20,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from kvatlas.core.errors import CapacityError
-from kvatlas.core.timeline import Event, EventKind
+from kvatlas.core.observer import SpanKind
+from kvatlas.core.timeline import Event, Timeline
 from kvatlas.core.vocabulary import Axis
 from kvatlas.engine.engine import Engine
 from kvatlas.engine.params import SamplingParams
@@ -35,7 +36,7 @@ from kvatlas.records.schema import Point, Sample
 from kvatlas.strategies.strategy import Strategy
 from kvatlas.workloads.recall import read_filler
 
-TIMELINE_KINDS = (EventKind.FETCH, EventKind.STORE, EventKind.WAIT, EventKind.ATTEND, EventKind.SELECT)
+TIMELINE_KINDS = (SpanKind.FETCH, SpanKind.STORE, SpanKind.WAIT, SpanKind.ATTEND, SpanKind.SELECT)
 """Kinds of events in ``timeline_kind``: the sample's value is the place in this list."""
 
 _OBSERVED_STEPS = 16
@@ -60,7 +61,7 @@ class Step:
         """How long it took."""
         return self.end_s - self.start_s
 
-    def spent(self, kind: EventKind) -> float:
+    def spent(self, kind: SpanKind) -> float:
         """Return the time of all events of a kind."""
         return sum(event.seconds for event in self.events if event.kind == kind)
 
@@ -165,16 +166,16 @@ def _memory(engine: Engine, request: Request, repeat: int) -> list[Sample]:
 
 def _decode(engine: Engine, request: Request) -> list[Step]:
     """Run the request to its end and return its decode steps."""
-    engine.record_timeline()
+    engine.observer = timeline = Timeline()
     while request.finish_reason is None:
         engine.step()
-    return steps_of(engine.timeline or [])
+    return steps_of(timeline.events)
 
 
 def steps_of(events: Sequence[Event]) -> list[Step]:
     """Return the forwards of a timeline, in order, each with the events that began in it."""
-    whole = sorted((event for event in events if event.kind == EventKind.STEP), key=lambda event: event.start_s)
-    parts = sorted((event for event in events if event.kind != EventKind.STEP), key=lambda event: event.start_s)
+    whole = sorted((event for event in events if event.kind == SpanKind.FORWARD), key=lambda event: event.start_s)
+    parts = sorted((event for event in events if event.kind != SpanKind.FORWARD), key=lambda event: event.start_s)
     return [
         Step(
             start_s=step.start_s,
@@ -204,8 +205,8 @@ def _times(step: Step, number: int, compute: float | None) -> list[Sample]:
         number: its place among those of all repeats.
         compute: seconds that a step takes without any move, or None where that is not known.
     """
-    attend, speculate, wait = map(step.spent, (EventKind.ATTEND, EventKind.SELECT, EventKind.WAIT))
-    fetch, store = step.spent(EventKind.FETCH), step.spent(EventKind.STORE)
+    attend, speculate, wait = map(step.spent, (SpanKind.ATTEND, SpanKind.SELECT, SpanKind.WAIT))
+    fetch, store = step.spent(SpanKind.FETCH), step.spent(SpanKind.STORE)
     transfer = max(fetch, store)  # both directions are busy at once
     seconds = {
         "step_time": step.seconds,

@@ -13,9 +13,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from kvatlas.kernels.observed import observed
 from kvatlas.kernels.pool import BlockPool
 
 
+@observed
 def gather_slots(pool: Tensor, table: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Return the slots of every table column, in table order, as a new tensor [..., C * s, D].
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvatlas.core.errors import UnsupportedError
+from kvatlas.core.observer import SpanKind, current_observer
 from kvatlas.core.shapes import LayerShape, ModelShape
 from kvatlas.models import owner
 from kvatlas.models.attention import (
@@ -121,7 +122,8 @@ class Adapter:
         if self._foresight is not None and self._foresight.installed and hasattr(context, "before_layer"):
             shows = self._foresight.show
         forward = Forward(context=context, order=self._order, shows=shows)
-        with torch.inference_mode(), self._rope.length(rope_tokens, position_ids), running(forward):
+        span, rope = current_observer().span(SpanKind.MODEL), self._rope.length(rope_tokens, position_ids)
+        with torch.inference_mode(), rope, running(forward), span:
             output = self.model(
                 input_ids=input_ids[None], position_ids=position_ids[None], **self._optional(logits_for)
             )

@@ -12,7 +12,7 @@ from torch import Tensor
 from kvatlas.engine.engine import Engine
 from kvatlas.engine.params import SamplingParams
 from kvatlas.engine.request import Request
-from kvatlas.engine.runner import Batch
+from kvatlas.engine.sampler import sample
 from kvatlas.models.adapter import Adapter
 from kvatlas.models.loading import LoadedModel
 from kvatlas.storage.sequence import Sequence as StoredSequence
@@ -51,32 +51,44 @@ def loaded(model: PreTrainedModel, tokenizer: Any = None) -> LoadedModel:
     return LoadedModel(adapter=Adapter(model, name=name), tokenizer=tokenizer, name=name)
 
 
+class ForcedSampler:
+    """Chooses the outputs of jobs and notes their logits and caches in them; tokens of other requests are sampled.
+
+    Args:
+        store: of the engine that asks.
+        jobs: may grow meanwhile; each needs its request.
+    """
+
+    def __init__(self, store: KVStore, jobs: Sequence[Job]) -> None:
+        self._store = store
+        self._jobs = jobs
+
+    def __call__(
+        self, logits_BV: Tensor, requests: Sequence[Request], end_ids: frozenset[int]
+    ) -> list[int | Exception]:
+        """Return the next token of each request."""
+        jobs = [next((job for job in self._jobs if job.request is request), None) for request in requests]
+        for row, job in enumerate(jobs):
+            if job is not None:
+                assert job.request is not None and job.request.seq is not None
+                job.logits.append(logits_BV[row].clone())
+                job.kept.append(kept_positions(self._store, job.request.seq))
+        sampled = sample(logits_BV, requests, end_ids)
+        return [
+            token if job is None else job.outputs[len(job.logits) - 1] for token, job in zip(sampled, jobs, strict=True)
+        ]
+
+
 def force(engine: Engine, jobs: Sequence[Job]) -> None:
-    """Make ``engine`` choose the outputs of ``jobs`` and note its logits and caches in them."""
-    run = engine._runner.run
-
-    def forced_run(batch: Batch) -> tuple[list[Request], Tensor]:
-        due, logits = run(batch)
-        chosen = logits.clone()
-        for row, request in enumerate(due):
-            job = next((job for job in jobs if job.request is request), None)
-            if job is None:
-                continue
-            assert request.seq is not None
-            job.logits.append(logits[row].clone())
-            job.kept.append(kept_positions(engine.store, request.seq))
-            chosen[row] = 0.0
-            chosen[row, job.outputs[len(job.logits) - 1]] = 1.0
-        return due, chosen
-
-    engine._runner.run = forced_run  # type: ignore[method-assign]
+    """Let ``engine`` choose the outputs of ``jobs`` and note its logits and caches in them."""
+    engine.sampler = ForcedSampler(engine.store, jobs)
 
 
 def drive(engine: Engine, jobs: Sequence[Job], *, interrupt_every: int | None = None) -> Sequence[Job]:
     """Run all jobs in one engine at once and return them.
 
     Args:
-        engine: whose choices are replaced.
+        engine: whose tokens are chosen beforehand.
         jobs: what to run.
         interrupt_every: steps after which a running request loses its cache, one after the other; None: never.
     """

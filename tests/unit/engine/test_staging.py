@@ -47,7 +47,7 @@ def link(monkeypatch: pytest.MonkeyPatch) -> Link:
 
 def run(link: Link, visitors: list[Visits], layers: int) -> None:
     """Walk through a forward, noting when each layer is read."""
-    staging = Staging(link, visitors, layers, None)
+    staging = Staging(link, visitors, layers)
     for layer in range(layers):
         for each in visitors:
             if each.chooses and each.reads_host(layer + 1):
@@ -61,7 +61,7 @@ def run(link: Link, visitors: list[Visits], layers: int) -> None:
 def test_what_is_chosen_late_is_fetched_when_it_is_asked_for(link: Link) -> None:
     visits = Visits({0: 0, 1: 1}, chooses=True)
     visits.late = True
-    staging = Staging(link, [visits], 2, None)
+    staging = Staging(link, [visits], 2)
     for layer in range(2):
         staging.enter(layer)
         staging.fetch(layer, visits, visits.transfer("chosen", layer))

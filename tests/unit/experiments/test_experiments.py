@@ -9,7 +9,8 @@ import pytest
 from tests.unit.experiments.tiny import H2O, INFINIGEN, OFFLOAD, TINY, samples_of
 
 from kvatlas.core.errors import CapacityError, ConfigError
-from kvatlas.core.timeline import Event, EventKind
+from kvatlas.core.observer import SpanKind
+from kvatlas.core.timeline import Event
 from kvatlas.experiments.decode_throughput import find_smallest_pool
 from kvatlas.experiments.early_fact import in_turns
 from kvatlas.experiments.lab import Lab
@@ -168,8 +169,8 @@ def test_the_breakdown_adds_up():
 def test_times_and_ratios_of_a_step():
     """Moves of both directions run at once; compute is that of a run without any."""
     spans = [
-        *((EventKind.ATTEND, 0, 2), (EventKind.SELECT, 2, 3), (EventKind.WAIT, 3, 5)),
-        *((EventKind.FETCH, 0, 5), (EventKind.STORE, 4, 6), (EventKind.STORE, 6, 7), (EventKind.WAIT, 6, 10)),
+        *((SpanKind.ATTEND, 0, 2), (SpanKind.SELECT, 2, 3), (SpanKind.WAIT, 3, 5)),
+        *((SpanKind.FETCH, 0, 5), (SpanKind.STORE, 4, 6), (SpanKind.STORE, 6, 7), (SpanKind.WAIT, 6, 10)),
     ]
     events = tuple(Event(kind=kind, layer=0, start_s=start, end_s=end) for kind, start, end in spans)
     step = Step(start_s=0.0, end_s=10.0, events=events)
@@ -218,18 +219,18 @@ def test_events_belong_to_the_step_in_which_they_begin():
     def event(kind, start, end):
         return Event(kind=kind, layer=0, start_s=start, end_s=end)
 
-    late = event(EventKind.STORE, 1.5, 3.0)
+    late = event(SpanKind.STORE, 1.5, 3.0)
     events = [
-        event(EventKind.ATTEND, 1.0, 1.2),
-        event(EventKind.STEP, 1.0, 2.0),
-        event(EventKind.STEP, 2.0, 4.0),
+        event(SpanKind.ATTEND, 1.0, 1.2),
+        event(SpanKind.FORWARD, 1.0, 2.0),
+        event(SpanKind.FORWARD, 2.0, 4.0),
         late,
-        event(EventKind.FETCH, 0.5, 1.1),
+        event(SpanKind.FETCH, 0.5, 1.1),
     ]
     first, second = steps_of(events)
     assert first == Step(start_s=1.0, end_s=2.0, events=(events[0], late))
     assert (second.seconds, second.events) == (2.0, ())
-    assert first.spent(EventKind.STORE) == 1.5
+    assert first.spent(SpanKind.STORE) == 1.5
 
 
 def test_nothing_to_break_down_without_a_strategy_that_offloads():

@@ -19,6 +19,7 @@ from kvatlas.core.vocabulary import Format
 from kvatlas.kernels.abi import FLOAT_TYPES
 from kvatlas.kernels.blocks import native, reference, torch_path
 from kvatlas.kernels.dispatch import choose
+from kvatlas.kernels.observed import num_blocks, observed, observed_reads
 from kvatlas.kernels.pool import TORCH_DTYPES, BlockPool, Entries
 
 __all__ = [
@@ -35,6 +36,7 @@ Slots = tuple[Tensor, Tensor]
 """Block ids and offsets in these blocks, two int64 tensors of one shape."""
 
 
+@observed
 def write_slots(pool: BlockPool, block: Tensor, offset: Tensor, k: Tensor, v: Tensor | None) -> None:
     """Write tokens into slots: float formats and int8.
 
@@ -52,6 +54,7 @@ def write_slots(pool: BlockPool, block: Tensor, offset: Tensor, k: Tensor, v: Te
     _form(pool, k.dtype, None if v is None else v.dtype).write_slots(pool, block, offset, k, v)
 
 
+@observed
 def rounded(x: Tensor, format: Format) -> Tensor:
     """Return keys or values [..., D] as single slots of a format give them back, in a float type.
 
@@ -62,6 +65,7 @@ def rounded(x: Tensor, format: Format) -> Tensor:
     return torch_path.through_int8(x)
 
 
+@observed
 def copy_slots(pool: BlockPool, source: Slots, target: Slots) -> None:
     """Copy keys and values between slots of a pool, scales included; all are read before any is written.
 
@@ -77,6 +81,7 @@ def copy_slots(pool: BlockPool, source: Slots, target: Slots) -> None:
     _form(pool).copy_slots(pool, source, target)
 
 
+@observed
 def encode_blocks(pool: BlockPool, ids: Tensor, k: Tensor, v: Tensor) -> None:
     """Write the keys and values of whole blocks, in any format; positions stay as they are.
 
@@ -98,6 +103,7 @@ def encode_blocks(pool: BlockPool, ids: Tensor, k: Tensor, v: Tensor) -> None:
         _form(pool, k.dtype, v.dtype, triton=True).encode_blocks(pool, ids, k, v)
 
 
+@observed
 def read_keys(pool: BlockPool, table: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the keys of every column of a table in table order, a new tensor [..., C * s, Dk].
 
@@ -114,6 +120,7 @@ def read_keys(pool: BlockPool, table: Tensor, dtype: torch.dtype) -> Tensor:
     return result
 
 
+@observed
 def read_values(pool: BlockPool, table: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the values of every column of a table [..., C * s, Dv], as :func:`read_keys` does the keys."""
     if not table.numel():
@@ -122,6 +129,12 @@ def read_values(pool: BlockPool, table: Tensor, dtype: torch.dtype) -> Tensor:
     return result
 
 
+def _bounds_bytes(q: Tensor, bounds: Entries) -> int:
+    """Return the bytes of the bounds that a call reads."""
+    return num_blocks(bounds) * bounds.pool.layout.num_bytes(bounds.name)
+
+
+@observed_reads(_bounds_bytes)
 def score_bounds(q: Tensor, bounds: Entries) -> Tensor:
     """Return an upper bound of q . k over the tokens of each block, float32 [R, H, C].
 

@@ -9,6 +9,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from kvatlas.core.observer import NULL, SpanKind, current_observer
 from kvatlas.kernels.abi import FLOAT_TYPES, pack_entries, pool_struct
 from kvatlas.kernels.native import Library, check, library, num_threads
 from kvatlas.kernels.pool import BlockPool, Entries
@@ -115,7 +116,13 @@ def _indices(index: Tensor, shape: torch.Size) -> Tensor:
 def _call(name: str, *arguments: object) -> None:
     native = library()
     assert isinstance(native, Library)
-    check(_function(native, name)(*arguments), name)
+    function, observer = _function(native, name), current_observer()
+    if observer is NULL:
+        code = function(*arguments)
+    else:
+        with observer.span(SpanKind.NATIVE, name=name):
+            code = function(*arguments)
+    check(code, name)
 
 
 @cache

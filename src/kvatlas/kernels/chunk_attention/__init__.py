@@ -12,11 +12,13 @@ from torch import Tensor
 
 from kvatlas.kernels.chunk_attention import reference, torch_path
 from kvatlas.kernels.dispatch import choose
+from kvatlas.kernels.observed import observed
 from kvatlas.kernels.pool import Part
 
 __all__ = ["chunk_attention"]
 
 
+@observed
 def chunk_attention(
     q: Tensor,
     k: Tensor,

@@ -13,11 +13,13 @@ from torch import Tensor
 
 from kvatlas.kernels.column_sums import native, reference, torch_path
 from kvatlas.kernels.dispatch import choose
+from kvatlas.kernels.observed import observed
 from kvatlas.kernels.pool import Part
 
 __all__ = ["column_sums"]
 
 
+@observed
 def column_sums(
     q: Tensor,
     k: Tensor,

@@ -15,6 +15,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from kvatlas.core.observer import SpanKind, current_observer
 from kvatlas.kernels.abi import FLOAT_TYPES, NONE, pack_parts
 from kvatlas.kernels.native import Library, check, library, num_threads
 from kvatlas.kernels.pool import Part
@@ -70,7 +71,9 @@ def column_sums(
         scale,
         softcap or 0.0,
     )
-    code = _kernel()(call, packed)
+    kernel = _kernel()
+    with current_observer().span(SpanKind.NATIVE, name=_NAME):
+        code = kernel(call, packed)
     if code:
         check(code, _NAME)
     return [each[0] for each in sums], own

@@ -12,10 +12,12 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from kvatlas.core.errors import ConfigError
+from kvatlas.core.observer import NULL, Counter, SpanKind, current_observer
 from kvatlas.kernels import triton_support
 from kvatlas.kernels.blocks import native as native_blocks, write_slots
 from kvatlas.kernels.decode_attention import flashinfer_path, native, reference, torch_path
 from kvatlas.kernels.dispatch import choose
+from kvatlas.kernels.observed import num_blocks
 from kvatlas.kernels.pool import Part
 from kvatlas.kernels.visibility import check_window
 
@@ -82,6 +84,28 @@ def decode_attention(
     Raises:
         ConfigError: a window without positions, no part, or slots of several parts.
     """
+    arguments = q, parts, scale, softcap, sinks, window, query_position, slots, need_mass, shared, new
+    observer = current_observer()
+    if observer is NULL:
+        return _decode_attention(*arguments)
+    observer.count(Counter.READ_BYTES, lambda: _read_bytes(parts, slots))
+    with observer.span(SpanKind.KERNEL, name="decode_attention"):
+        return _decode_attention(*arguments)
+
+
+def _decode_attention(
+    q: Tensor,
+    parts: Sequence[Part],
+    scale: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+    window: int | None,
+    query_position: Tensor | None,
+    slots: Tensor | None,
+    need_mass: bool,
+    shared: dict[Any, Any] | None,
+    new: NewTokens | None,
+) -> tuple[Tensor, list[Tensor] | None]:
     if not parts or (slots is not None and len(parts) > 1):
         raise ConfigError(
             f"got {len(parts)} parts of each lane; expected one or more, and only one where slots are given"
@@ -104,6 +128,13 @@ def decode_attention(
         need_mass=need_mass,
         shared=shared,
     )
+
+
+def _read_bytes(parts: Sequence[Part], slots: Tensor | None) -> int:
+    """Return the bytes of keys and values that a call reads: of whole blocks, where no slots are given."""
+    if slots is None:
+        return sum(num_blocks(part) * part.pool.layout.kv_bytes for part in parts)
+    return sum(int(part.length.sum()) * part.pool.layout.kv_bytes // part.pool.layout.block_size for part in parts)
 
 
 def _form(

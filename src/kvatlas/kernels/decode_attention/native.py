@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvatlas.core.observer import NULL, SpanKind, current_observer
 from kvatlas.kernels.abi import FLOAT_TYPES, NONE, pack_parts
 from kvatlas.kernels.native import Library, check, library, num_threads
 from kvatlas.kernels.pool import Part
@@ -70,7 +71,12 @@ def decode_attention(
         scale,
         softcap or 0.0,
     )
-    code = _kernel()(call, packed)
+    kernel, observer = _kernel(), current_observer()
+    if observer is NULL:
+        code = kernel(call, packed)
+    else:
+        with observer.span(SpanKind.NATIVE, name=_NAME):
+            code = kernel(call, packed)
     if code:
         check(code, _NAME)
     return out, mass
