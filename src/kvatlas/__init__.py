@@ -14,7 +14,14 @@ if TYPE_CHECKING:
         Record as Record,
     )
     from kvatlas.core.plan import Traits as Traits
-    from kvatlas.core.views import LaneView as LaneView, TokenView as TokenView
+    from kvatlas.core.views import (
+        ChunkView as ChunkView,
+        Given as Given,
+        LaneView as LaneView,
+        QueryView as QueryView,
+        Selection as Selection,
+        TokenView as TokenView,
+    )
     from kvatlas.core.vocabulary import Per as Per, Saves as Saves
     from kvatlas.engine.attach import attach as attach, detach as detach
     from kvatlas.engine.llm import LLM as LLM
@@ -48,7 +55,7 @@ _LAZY = {
     **dict.fromkeys(("Stage", "Keep", "Budget", "Encode", "Place", "Attend"), "kvatlas.strategies.stage"),
     **dict.fromkeys(("Limits", "Reach", "check_share", "tokens_of"), "kvatlas.strategies.stage"),
     **dict.fromkeys(("Derived", "QueryMoments", "Received", "RecentQueries", "Record"), "kvatlas.core.needs"),
-    "LaneView": "kvatlas.core.views",
+    **dict.fromkeys(("ChunkView", "Given", "LaneView", "QueryView", "Selection"), "kvatlas.core.views"),
     "Per": "kvatlas.core.vocabulary",
     "Saves": "kvatlas.core.vocabulary",
     "StageInfo": "kvatlas.strategies.stage",

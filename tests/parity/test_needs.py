@@ -14,9 +14,9 @@ from tests.driving import loaded
 from tests.families import tiny_model, token_ids
 
 from kvatlas.core.errors import ConfigError
-from kvatlas.core.needs import QueryMoments, Received, RecentQueries
+from kvatlas.core.needs import QueryMoments, Received, RecentQueries, Record
 from kvatlas.core.plan import Traits
-from kvatlas.core.views import LaneView
+from kvatlas.core.views import LaneView, TokenView
 from kvatlas.core.vocabulary import Format
 from kvatlas.engine.engine import Engine
 from kvatlas.engine.params import SamplingParams
@@ -68,13 +68,36 @@ class Watcher(Keep):
         return view.positions_BHS.float()
 
 
+@dataclass(frozen=True, kw_only=True)
+class Centred(Keep):
+    """Knows the mean of the prompt's keys."""
+
+    needs = (Record("centre", unit="key_dim"),)
+    shown: ClassVar[list[int]] = []
+
+    def begin(self, prompt: TokenView) -> dict[str, torch.Tensor]:
+        return {"centre": prompt.keys().mean(dim=1)}
+
+    def limits(self, prompt_tokens: int) -> Limits:
+        return Limits.steady(20)
+
+    def scores(self, view: LaneView) -> torch.Tensor:
+        if view.seen_B.tolist() == view.prompt_B.tolist():  # nothing is gone yet
+            keys = view.keys().masked_fill(~view.valid_BHS[..., None], 0.0).sum(dim=2) / view.prompt_B[:, None, None]
+            torch.testing.assert_close(view.record("centre"), keys, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(view.scale_H, torch.full_like(view.scale_H, view.key_dim**-0.5))
+            self.shown.extend(view.prompt_B.tolist())
+        return view.positions_BHS.float()
+
+
 @pytest.fixture(scope="module", autouse=True)
 def known() -> Iterator[None]:
     """Make the stages of this file known, to its tests alone."""
     register("votes", summary="a stage of these tests", traits=Traits(keeps_all=True))(Votes)
     register("watcher", summary="a stage of these tests")(Watcher)
+    register("centred", summary="a stage of these tests")(Centred)
     yield
-    del registry._STAGES["votes"], registry._STAGES["watcher"]
+    del registry._STAGES["votes"], registry._STAGES["watcher"], registry._STAGES["centred"]
 
 
 @cache
@@ -170,6 +193,13 @@ def test_queries_are_those_that_came() -> None:
         torch.testing.assert_close(second, products, rtol=1e-3, atol=1e-3)
         checked += 1
     assert checked > 20
+
+
+@pytest.mark.parametrize("place", ["", " | offload(host)"])
+def test_what_begins_after_the_prompt_sees_all_of_it(place: str) -> None:
+    Centred.shown.clear()
+    assert sum(1 for _ in run(f"centred{place}")) == 2
+    assert sorted(set(Centred.shown)) == [PROMPT]
 
 
 def test_who_observes_a_whole_prompt_shares_none() -> None:

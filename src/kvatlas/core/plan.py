@@ -18,7 +18,7 @@ from kvatlas.core.vocabulary import Format, Tier
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from kvatlas.core.views import ChunkView, Given, TokenView
+    from kvatlas.core.views import ChunkView, TokenView
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +72,7 @@ class Observer(Protocol):
     def observe(self, name: str, chunk: ChunkView) -> Tensor:
         """Return what a record [.., width] is after a further chunk, or step."""
 
-    def begin(self, given: Given) -> Mapping[str, Tensor]:
+    def begin(self, prompt: TokenView) -> Mapping[str, Tensor]:
         """Return records [H, width] to set at the end of the first prompt."""
 
 

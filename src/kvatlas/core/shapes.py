@@ -20,6 +20,8 @@ class LayerShape:
         value_dim: elements of one value of one head; differs from ``key_dim`` for expanded MLA.
         window: a query at position p sees positions > p - window; None for full attention.
         shares_kv_with: index of the earlier layer whose keys and values this one reads, or None.
+        scale: factor of the products of queries and keys; None: that of a plain layer, ``key_dim ** -0.5``.
+        softcap: scores become ``softcap * tanh(score / softcap)``; None: they stay.
     """
 
     num_query_heads: int
@@ -28,6 +30,13 @@ class LayerShape:
     value_dim: int
     window: int | None = None
     shares_kv_with: int | None = None
+    scale: float | None = None
+    softcap: float | None = None
+
+    @property
+    def factor(self) -> float:
+        """Factor of the products of queries and keys."""
+        return self.key_dim**-0.5 if self.scale is None else self.scale
 
     @property
     def group(self) -> int:

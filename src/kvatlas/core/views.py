@@ -134,11 +134,14 @@ class LaneView:
         read: returns keys and values [B, H, S, D] of all slots.
         group: query heads of a lane.
         key_dim: elements of a query and of a key.
+        scale_H: factor of the products of queries and keys, float32.
+        softcap: what bounds these products then, as in `LayerShape`; None: nothing.
         records: returns what there is one entry of per lane, [B, H, width].
         has_read: whether keys or values were asked for.
     """
 
     layer_H: Tensor
+    scale_H: Tensor
     heads: int
     num_layers: int
     positions_BHS: Tensor
@@ -150,6 +153,7 @@ class LaneView:
     read: Callable[[str], Tensor]
     group: int = 1
     key_dim: int = 0
+    softcap: float | None = None
     records: Callable[[str], Tensor] = _nothing
     has_read: bool = False
 
@@ -178,7 +182,10 @@ class LaneView:
         return self.records(name)
 
     def queries(self) -> Tensor:
-        """Return the last queries, oldest first, float32 [B, H, n, G, Dk]; 0 where there were fewer than n."""
+        """Return the last queries, oldest first, float32 [B, H, n, G, Dk].
+
+        The newest is at position ``seen - 1``; the first ones are 0 where fewer than n have been seen.
+        """
         kept = self.record("recent_queries")
         return kept.view(*kept.shape[:-1], -1, self.group, self.key_dim)
 

@@ -61,7 +61,7 @@ class Beside:
         if first_prompt or plan.watched:
             self._observe(layer, chunk, plan.watched + (plan.recorded if first_prompt else ()), q, k)
         if first_prompt and chunk.request.ends_prefill_span:
-            self._begin(layer, chunk, past)
+            self._begin(layer, chunk, past, k.transpose(0, 1), v.transpose(0, 1))
         derived = plan.derived + (plan.later if layer in seq.begun else ())
         if derived and side is not None and chunk.side is not None:
             view = self._tokens(k.transpose(0, 1), v.transpose(0, 1), self.of_sequence(seq, layer))
@@ -98,12 +98,19 @@ class Beside:
         for stream, by in observers:
             self._set([seq], layer, stream.name, by.observe(stream.name, view)[None])
 
-    def _begin(self, layer: int, chunk: Chunk, past: Blocks) -> None:
+    def _begin(self, layer: int, chunk: Chunk, past: Blocks, keys: Tensor, values: Tensor) -> None:
         """Let stages settle their records, and make entries of all tokens before the chunk."""
         seq, plan = sequence_of(chunk.request), chunk.request.plan.layers[layer].store
         given = self.of_sequence(seq, layer)
+
+        def read(what: str) -> Tensor:
+            reader, last = {"keys": (read_keys, keys), "values": (read_values, values)}[what]
+            before = reader(past.blocks.pool, past.table, torch.float32)[:, : int(past.host_length.max())]
+            return torch.cat([before, last.float()], dim=1)
+
+        prompt = TokenView(read=read, records=given.records, artifacts=given.artifacts)
         for by in {id(by): by for _, by in plan.recorded}.values():
-            for name, value in by.begin(given).items():
+            for name, value in by.begin(prompt).items():
                 self._set([seq], layer, name, value[None])
         seq.begun.add(layer)
         side, size, length = seq.layout.side_of_layer(layer), self._store.block_size, int(past.host_length.max())
@@ -113,10 +120,9 @@ class Beside:
         table = chunk.side[self._store.lanes.slices[layer]]
         for first in range(0, past.table.shape[-1], columns):
             part, count = past.table[:, first : first + columns], min(columns * size, length - first * size)
-            keys = read_keys(past.blocks.pool, part, torch.float32)[:, :count]
-            values = read_values(past.blocks.pool, part, torch.float32)[:, :count]
+            k, v = (each(past.blocks.pool, part, torch.float32)[:, :count] for each in (read_keys, read_values))
             start = torch.full((len(table),), first * size)
-            derive_run(side, plan.later, table, start, self._tokens(keys, values, given))
+            derive_run(side, plan.later, table, start, self._tokens(k, v, given))
 
     def _set(self, seqs: Seq[Sequence], layer: int, name: str, value: Tensor) -> None:
         """Write a record [R, H, width] of some sequences."""

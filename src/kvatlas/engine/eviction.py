@@ -197,6 +197,9 @@ class Evictor:
         oldest = seen[:, None] - store.lanes.window_of_lane[acting.group.lanes].to(on)
         view = LaneView(
             layer_H=torch.tensor([layer.index for layer in acting.layers], device=on).repeat_interleave(acting.heads),
+            scale_H=torch.tensor([layer.shape.factor for layer in acting.layers], device=on).repeat_interleave(
+                acting.heads
+            ),
             heads=acting.heads,
             num_layers=len(store.lanes.shape.layers),
             positions_BHS=slots.positions,
@@ -208,6 +211,7 @@ class Evictor:
             read=slots.read,
             group=acting.layers[0].shape.group,
             key_dim=acting.layers[0].shape.key_dim,
+            softcap=acting.layers[0].shape.softcap,
             records=partial(self._record, seqs, acting),
         )
         given = _keep(requests[0], acting).scores(view)
@@ -258,7 +262,7 @@ class Evictor:
                     budget = None if layer.budget is None else layer.budget.kind
                     group = layout.group_of_layer(layer.index)
                     stored = group.blocks, group.old, group.side, group.derived, layout.records_of_layer(layer.index)
-                    together = layer.keep.kind, budget, layer.shape.num_kv_heads, *stored
+                    together = layer.keep.kind, budget, layer.shape.num_kv_heads, layer.shape.softcap, *stored
                     found.setdefault(together, []).append(layer)
             self._acting[key] = [
                 _Acting(

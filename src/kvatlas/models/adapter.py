@@ -251,6 +251,8 @@ class _Recorder:
                 value_dim=value.shape[3],
                 window=call.window,
                 shares_kv_with=self._owner(key, value),
+                scale=call.scale,
+                softcap=call.softcap,
             )
         )
         self.keys.append(key)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from kvatlas.core.plan import Observer
-    from kvatlas.core.views import ChunkView, Given
+    from kvatlas.core.views import ChunkView, TokenView
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class _Kept:
         """What two of them must have in common to be one."""
         return type(self), self.need
 
-    def begin(self, given: Given) -> Mapping[str, Tensor]:
+    def begin(self, prompt: TokenView) -> Mapping[str, Tensor]:
         """Return nothing to set anew."""
         return {}
 

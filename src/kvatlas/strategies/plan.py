@@ -15,7 +15,7 @@ from kvatlas.core.needs import Derived, QueryMoments, Received, RecentQueries, R
 from kvatlas.core.plan import CachePlan, LayerCache, Traits
 from kvatlas.core.shapes import LayerShape, ModelShape
 from kvatlas.core.streams import SideLayout, Stream
-from kvatlas.core.vocabulary import Axis, Format, Tier
+from kvatlas.core.vocabulary import Axis, Format, Per, Tier
 from kvatlas.strategies.footprint import footprint
 from kvatlas.strategies.keep.full import Full
 from kvatlas.strategies.observers import observer_of
@@ -116,9 +116,10 @@ class Plan:
         assert isinstance(keep, Keep) and isinstance(encode, Encode | None) and isinstance(attend, Attend | None)
         assert isinstance(budget, Budget | None) and isinstance(place, Place | None)
         dense = 0 if attend is None else attend.dense_layers
-        if attend is not None and (index < dense or (shape.window is not None and place is None)):
+        single = attend is not None and attend.per is Per.SLOT  # of these, what a window has passed would be read
+        if attend is not None and (index < dense or (shape.window is not None and (place is None or single))):
             attend = None
-        if place is not None and index < dense:
+        if place is not None and (index < dense or (shape.window is not None and single)):
             place = None
         budget = None if keep.info.traits.keeps_all else budget
         acting: list[Stage] = [stage for stage in (keep, budget, encode, attend, place) if stage is not None]
@@ -143,6 +144,11 @@ class Plan:
         format = own if encode is None else _beside_packed(own) if encode.format.is_packed else encode.format
         old: BlockLayout | None = None if packed is None else layout_of(shape, packed, size)
         side, derived, later = _streams(shape, format, size, acting)
+        if later and (packed is not None or any(stream.every != 1 for stream, _ in later)):
+            raise CompositionError(
+                f"{later[0][1].name} makes {later[0][0].name!r} once a prompt is over: slot by slot, and of blocks "
+                "that are not packed; leave 'kivi' or 'every' out"
+            )
         recorded = tuple(
             (need.stream(shape), stage) for stage in acting for need in stage.needs if isinstance(need, Record)
         )

@@ -24,7 +24,7 @@ from kvatlas.core.vocabulary import Axis, Format, Moment, Per, Saves, Tier
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from kvatlas.core.views import ChunkView, Given, LaneView, QueryView, Selection, TokenView
+    from kvatlas.core.views import ChunkView, LaneView, QueryView, Selection, TokenView
 
 
 _MOST = 2**31 - 1
@@ -153,8 +153,12 @@ class Stage:
         """Return what a `Record` [H, width] is after a further chunk of the first prompt: by default, what it was."""
         return chunk.record(name)
 
-    def begin(self, given: Given) -> Mapping[str, Tensor]:
-        """Return records [H, width] to set at the end of the first prompt, from what was observed: by default, none."""
+    def begin(self, prompt: TokenView) -> Mapping[str, Tensor]:
+        """Return records [H, width] to set at the end of the first prompt: by default, none.
+
+        They may follow from what was observed, and from the keys and values of the whole prompt [H, n, D], which are
+        read only if asked for.
+        """
         return {}
 
     def merge(self, name: str, one: Tensor, other: Tensor) -> Tensor:
@@ -201,6 +205,10 @@ class Limits:
     after_prompt: int | None = None
     high: int | None = None
     low: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.high is not None and (self.after_prompt is None or self.low is None):
+            raise ConfigError("a lane that is cut at a high mark says how many tokens it holds after a prompt, and low")
 
     @classmethod
     def steady(cls, tokens: int) -> Limits:

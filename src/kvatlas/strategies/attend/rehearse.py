@@ -112,10 +112,10 @@ class Rehearse(Attend):
         more: Tensor = queries.abs().sum(dim=1) + keys.abs().sum(dim=1)
         return chunk.record(name) + more
 
-    def begin(self, given: Given) -> Mapping[str, Tensor]:
+    def begin(self, prompt: TokenView) -> Mapping[str, Tensor]:
         """Choose the heaviest columns of each lane, from now on."""
-        width = given.record("columns").shape[-1]
-        return {"columns": given.record("energy").topk(width, dim=-1).indices.sort(dim=-1).values}
+        width = prompt.record("columns").shape[-1]
+        return {"columns": prompt.record("energy").topk(width, dim=-1).indices.sort(dim=-1).values}
 
     def derive(self, name: str, tokens: TokenView) -> Tensor:
         """Return the chosen columns of the rotated keys."""
