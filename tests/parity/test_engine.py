@@ -211,7 +211,7 @@ def test_every_stage_in_a_batch_of_its_own(strategy: str) -> None:
     assert_as_alone(drive(stage_engine(), stage_jobs([strategy])))
 
 
-@pytest.mark.parametrize("chunk", [29, 64])
+@pytest.mark.parametrize("chunk", [29, pytest.param(64, marks=pytest.mark.slow)])
 def test_every_stage_in_chunks(chunk: int) -> None:
     """Chunks of a batch are cut wherever the others leave room."""
     whole = [strategy for strategy in STAGES if "kivi" not in strategy]

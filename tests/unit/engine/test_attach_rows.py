@@ -86,7 +86,7 @@ def smallest_pool(strategy: str, outputs: int) -> int:
     raise AssertionError(f"{strategy} fits nowhere")
 
 
-@pytest.mark.parametrize("host_memory", ["1MiB", "40KiB"])
+@pytest.mark.parametrize("host_memory", [pytest.param("1MiB", marks=pytest.mark.slow), "40KiB"])
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_batch_that_does_not_fit_finishes_in_turns(strategy: str, host_memory: str) -> None:
     """In the smallest pool, swapped to a host that takes all or computed and replayed anew: the same answers."""
