@@ -85,7 +85,7 @@ class Centred(Keep):
         if view.seen_B.tolist() == view.prompt_B.tolist():  # nothing is gone yet
             keys = view.keys().masked_fill(~view.valid_BHS[..., None], 0.0).sum(dim=2) / view.prompt_B[:, None, None]
             torch.testing.assert_close(view.record("centre"), keys, rtol=1e-4, atol=1e-4)
-            torch.testing.assert_close(view.scale_H, torch.full_like(view.scale_H, view.key_dim**-0.5))
+            torch.testing.assert_close(view.scale, torch.full_like(view.scale, view.key_dim**-0.5))
             self.shown.extend(view.prompt_B.tolist())
         return view.positions_BHS.float()
 

@@ -62,7 +62,7 @@ class Deriver(Protocol):
         """Return the entry [.., width] of the tokens of two entries together."""
 
 
-class Observer(Protocol):
+class Recorder(Protocol):
     """Who keeps records of a lane; stages are."""
 
     @property
@@ -102,8 +102,8 @@ class LayerCache:
     derived: tuple[tuple[Stream, Deriver], ...] = field(default=(), compare=False)
     later: tuple[tuple[Stream, Deriver], ...] = field(default=(), compare=False)
     records: SideLayout | None = None
-    recorded: tuple[tuple[Stream, Observer], ...] = field(default=(), compare=False)
-    watched: tuple[tuple[Stream, Observer], ...] = field(default=(), compare=False)
+    recorded: tuple[tuple[Stream, Recorder], ...] = field(default=(), compare=False)
+    watched: tuple[tuple[Stream, Recorder], ...] = field(default=(), compare=False)
     makers: tuple[Hashable, ...] = ()
 
     @property

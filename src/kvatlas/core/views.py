@@ -134,14 +134,14 @@ class LaneView:
         read: returns keys and values [B, H, S, D] of all slots.
         group: query heads of a lane.
         key_dim: elements of a query and of a key.
-        scale_H: factor of the products of queries and keys, float32.
+        factors: of the products of queries and keys, for each of the layers.
         softcap: what bounds these products then, as in `LayerShape`; None: nothing.
         records: returns what there is one entry of per lane, [B, H, width].
         has_read: whether keys or values were asked for.
     """
 
     layer_H: Tensor
-    scale_H: Tensor
+    factors: Sequence[float]
     heads: int
     num_layers: int
     positions_BHS: Tensor
@@ -176,6 +176,11 @@ class LaneView:
         """Return the values, float32 [B, H, S, Dv]; read when asked for."""
         self.has_read = True
         return self.read("values")
+
+    @property
+    def scale(self) -> Tensor:
+        """Factor of the products of queries and keys of each lane, float32 [H]."""
+        return self.layer_H.float().new_tensor(self.factors).repeat_interleave(self.heads)
 
     def record(self, name: str) -> Tensor:
         """Return what a `Record` holds, [B, H, width]."""

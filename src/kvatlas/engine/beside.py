@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvatlas.core.plan import Observer
+from kvatlas.core.plan import Recorder
 from kvatlas.core.streams import Stream
 from kvatlas.core.views import ChunkView, Given, QueryView, TokenView
 from kvatlas.engine.segments import Chunk, DecodeGroup, sequence_of
@@ -25,7 +25,7 @@ from kvatlas.storage.sequence import Sequence
 from kvatlas.storage.store import KVStore
 from kvatlas.storage.streams import derive_run, derive_tokens
 
-Observers = tuple[tuple[Stream, Observer], ...]
+Recorders = tuple[tuple[Stream, Recorder], ...]
 _TOKENS_AT_ONCE = 4096  # past tokens whose entries are made together when a prompt is over, about: whole blocks are
 
 
@@ -87,7 +87,7 @@ class Beside:
         for stream, by in group.plan.layers[layer].store.watched:
             self._set(group.seqs, layer, stream.name, by.observe(stream.name, view))
 
-    def _observe(self, layer: int, chunk: Chunk, observers: Observers, q: Tensor, k: Tensor) -> None:
+    def _observe(self, layer: int, chunk: Chunk, recorders: Recorders, q: Tensor, k: Tensor) -> None:
         seq, heads = sequence_of(chunk.request), k.shape[1]
         given = self.of_sequence(seq, layer)
         queries = q.reshape(len(q), heads, -1, q.shape[-1]).permute(1, 2, 0, 3)
@@ -95,7 +95,7 @@ class Beside:
             query_HGnD=queries.float(), key_HnD=k.transpose(0, 1).float(), records=given.records,
             artifacts=given.artifacts,
         )  # fmt: skip
-        for stream, by in observers:
+        for stream, by in recorders:
             self._set([seq], layer, stream.name, by.observe(stream.name, view)[None])
 
     def _begin(self, layer: int, chunk: Chunk, past: Blocks, keys: Tensor, values: Tensor) -> None:
@@ -129,7 +129,7 @@ class Beside:
         kept = seqs[0].layout.records_of_layer(layer)
         assert kept is not None
         view = kept.pool.view(name)
-        view[self._record_blocks(seqs, layer).to(kept.device), 0] = value.to(view.dtype)
+        view[self._store.record_ids(seqs, self._store.lanes.slices[layer]).to(kept.device), 0] = value.to(view.dtype)
 
     def _tokens(self, keys: Tensor, values: Tensor, given: Given) -> TokenView:
         return TokenView(
@@ -150,7 +150,9 @@ class Beside:
 
         def records(name: str) -> Tensor:
             assert kept is not None
-            return kept.pool.view(name)[self._record_blocks(seqs, layer).to(kept.device), 0]
+            return kept.pool.view(name)[
+                self._store.record_ids(seqs, self._store.lanes.slices[layer]).to(kept.device), 0
+            ]
 
         return Given(records=records, artifacts=lambda name: self._artifacts[name][layer])
 
@@ -193,8 +195,3 @@ class Beside:
             records=given.records,
             artifacts=given.artifacts,
         )
-
-    def _record_blocks(self, seqs: Seq[Sequence], layer: int) -> Tensor:
-        """Return the blocks [R, H] int64 of what the lanes of a layer have one of."""
-        rows = torch.tensor([seq.records.row for seq in seqs if seq.records is not None])
-        return self._store.table[rows, self._store.lanes.slices[layer], 0].long()

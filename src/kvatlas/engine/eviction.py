@@ -197,9 +197,7 @@ class Evictor:
         oldest = seen[:, None] - store.lanes.window_of_lane[acting.group.lanes].to(on)
         view = LaneView(
             layer_H=torch.tensor([layer.index for layer in acting.layers], device=on).repeat_interleave(acting.heads),
-            scale_H=torch.tensor([layer.shape.factor for layer in acting.layers], device=on).repeat_interleave(
-                acting.heads
-            ),
+            factors=[layer.shape.factor for layer in acting.layers],
             heads=acting.heads,
             num_layers=len(store.lanes.shape.layers),
             positions_BHS=slots.positions,
@@ -225,9 +223,7 @@ class Evictor:
         """Return what lanes have one of, [B, H, width]."""
         kept = seqs[0].layout.records_of_layer(acting.layers[0].index)
         assert kept is not None, f"{acting.keep.name} asks for {name!r} and does not say so in its needs"
-        rows = torch.tensor([seq.records.row for seq in seqs if seq.records is not None])
-        blocks = self._store.table[rows[:, None], acting.group.lanes, 0].long()
-        return kept.pool.view(name)[blocks.to(kept.device), 0].float()
+        return kept.pool.view(name)[self._store.record_ids(seqs, acting.group.lanes).to(kept.device), 0].float()
 
     def _tiles(
         self, requests: list[Request], acting: _Acting, *, moves: bool

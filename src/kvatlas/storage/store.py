@@ -515,6 +515,11 @@ class KVStore:
 
     # Blocks
 
+    def record_ids(self, seqs: Seq[Sequence], lanes: Tensor | slice) -> Tensor:
+        """Return the blocks [R, H] int64 of what some lanes have one of."""
+        rows = torch.tensor([seq.records.row for seq in seqs if seq.records is not None])
+        return self.table[:, :, 0][rows][:, lanes].long()
+
     def columns_held(self, seq: LaneRow) -> Tensor:
         """Return the number of blocks of each lane [lanes] int64."""
         return self.tables.columns_held(seq.row)

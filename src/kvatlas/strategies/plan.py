@@ -11,14 +11,14 @@ from functools import cached_property
 from kvatlas.core.errors import CompositionError, ConfigError, UnsupportedError
 from kvatlas.core.footprint import Footprint
 from kvatlas.core.layout import BlockLayout, layout_of
-from kvatlas.core.needs import Derived, QueryMoments, Received, RecentQueries, Record
+from kvatlas.core.needs import Derived, Need, QueryMoments, Received, RecentQueries, Record
 from kvatlas.core.plan import CachePlan, LayerCache, Traits
 from kvatlas.core.shapes import LayerShape, ModelShape
 from kvatlas.core.streams import SideLayout, Stream
 from kvatlas.core.vocabulary import Axis, Format, Per, Tier
 from kvatlas.strategies.footprint import footprint
 from kvatlas.strategies.keep.full import Full
-from kvatlas.strategies.observers import observer_of
+from kvatlas.strategies.recorders import recorder_of
 from kvatlas.strategies.stage import Attend, Budget, Encode, Keep, Limits, Place, Stage
 from kvatlas.strategies.strategy import Strategy
 
@@ -153,7 +153,7 @@ class Plan:
             (need.stream(shape), stage) for stage in acting for need in stage.needs if isinstance(need, Record)
         )
         seen = dict.fromkeys(n for stage in acting for n in stage.needs if isinstance(n, RecentQueries | QueryMoments))
-        watched = tuple((need.stream(shape), observer_of(need)) for need in seen)
+        watched = tuple((need.stream(shape), recorder_of(need)) for need in seen)
         lasting = tuple(stream for stream, _ in (*recorded, *watched))
         return LayerCache(
             own=layout_of(shape, format, size),
@@ -212,17 +212,20 @@ class Plan:
         )
 
     @cached_property
+    def _needs(self) -> tuple[Need, ...]:
+        """What the stages need where they act."""
+        return tuple(dict.fromkeys(need for layer in self.owned for stage in layer.stages for need in stage.needs))
+
+    @cached_property
     def forkable(self) -> bool:
         """Whether a copy of a cache goes on as the original would: nothing depends on who made which block."""
-        needs = (need for layer in self.owned for stage in layer.stages for need in stage.needs)
-        lasting = any(isinstance(need, Received | Record | RecentQueries | QueryMoments) for need in needs)
+        lasting = any(isinstance(need, Received | Record | RecentQueries | QueryMoments) for need in self._needs)
         return self.traits.keeps_all and not self.packs and not lasting
 
     def unshared_tokens(self) -> int:
         """Return how many of a prompt's last tokens are computed even if all are known: the last, or observed ones."""
-        needs = [need for layer in self.owned for stage in layer.stages for need in stage.needs]
-        queries = [need.queries for need in needs if isinstance(need, Received)]
-        queries += [need.number for need in needs if isinstance(need, RecentQueries)]
+        queries = [need.queries for need in self._needs if isinstance(need, Received)]
+        queries += [need.number for need in self._needs if isinstance(need, RecentQueries)]
         return max([1, *(count for count in queries if count is not None)])
 
     def footprint(self, prompt_tokens: int, output_tokens: int, chunk_tokens: int) -> Footprint:

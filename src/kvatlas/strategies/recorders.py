@@ -14,7 +14,7 @@ from kvatlas.core.needs import QueryMoments, RecentQueries
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from kvatlas.core.plan import Observer
+    from kvatlas.core.plan import Recorder
     from kvatlas.core.views import ChunkView, TokenView
 
 
@@ -62,6 +62,6 @@ class _Moments(_Kept):
         return chunk.record(name) + more
 
 
-def observer_of(need: RecentQueries | QueryMoments) -> Observer:
+def recorder_of(need: RecentQueries | QueryMoments) -> Recorder:
     """Return who keeps the record of a need."""
     return _Recent(need) if isinstance(need, RecentQueries) else _Moments(need)
