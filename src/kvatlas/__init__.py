@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from kvatlas.core.needs import (
         Derived as Derived,
+        Logprobs as Logprobs,
         QueryMoments as QueryMoments,
         Received as Received,
         RecentQueries as RecentQueries,
@@ -54,7 +55,8 @@ _LAZY = {
     # what a strategy of one's own is made of
     **dict.fromkeys(("Stage", "Keep", "Budget", "Encode", "Place", "Attend"), "kvatlas.strategies.stage"),
     **dict.fromkeys(("Limits", "Reach", "check_share", "tokens_of"), "kvatlas.strategies.stage"),
-    **dict.fromkeys(("Derived", "QueryMoments", "Received", "RecentQueries", "Record"), "kvatlas.core.needs"),
+    **dict.fromkeys(("Derived", "Logprobs", "QueryMoments"), "kvatlas.core.needs"),
+    **dict.fromkeys(("Received", "RecentQueries", "Record"), "kvatlas.core.needs"),
     **dict.fromkeys(("ChunkView", "Given", "LaneView", "QueryView", "Selection"), "kvatlas.core.views"),
     "Per": "kvatlas.core.vocabulary",
     "Saves": "kvatlas.core.vocabulary",

@@ -14,7 +14,7 @@ from tests.driving import loaded
 from tests.families import tiny_model, token_ids
 
 from kvatlas.core.errors import ConfigError
-from kvatlas.core.needs import QueryMoments, Received, RecentQueries, Record
+from kvatlas.core.needs import BELOW_MEAN, Logprobs, QueryMoments, Received, RecentQueries, Record
 from kvatlas.core.plan import Traits
 from kvatlas.core.views import LaneView, TokenView
 from kvatlas.core.vocabulary import Format
@@ -32,6 +32,7 @@ from kvatlas.strategies.strategy import Strategy
 
 PROMPT, STEPS = 41, 9
 LAST = 7
+WAYS = [*product(("sum", "max"), ("sum", "max", "mean")), ("below_mean", "max"), ("below_mean", "mean")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,14 +91,29 @@ class Centred(Keep):
         return view.positions_BHS.float()
 
 
+@dataclass(frozen=True, kw_only=True)
+class Likely(Keep):
+    """Keeps everything, and how likely it was; or few tokens, the least likely ones."""
+
+    few: int = 0
+    needs = (Logprobs(),)
+
+    def limits(self, prompt_tokens: int) -> Limits:
+        return Limits.steady(self.few) if self.few else Limits()
+
+    def scores(self, view: LaneView) -> torch.Tensor:
+        return -view.logprobs
+
+
 @pytest.fixture(scope="module", autouse=True)
 def known() -> Iterator[None]:
     """Make the stages of this file known, to its tests alone."""
     register("votes", summary="a stage of these tests", traits=Traits(keeps_all=True))(Votes)
     register("watcher", summary="a stage of these tests")(Watcher)
+    register("likely", summary="a stage of these tests")(Likely)
     register("centred", summary="a stage of these tests")(Centred)
     yield
-    del registry._STAGES["votes"], registry._STAGES["watcher"], registry._STAGES["centred"]
+    del registry._STAGES["votes"], registry._STAGES["watcher"], registry._STAGES["centred"], registry._STAGES["likely"]
 
 
 @cache
@@ -134,7 +150,7 @@ def run(sentence: str) -> Iterator[tuple[Engine, Request]]:
 
 
 @pytest.mark.parametrize("last", [0, LAST])
-@pytest.mark.parametrize(("over", "heads"), product(("sum", "max"), ("sum", "max", "mean")))
+@pytest.mark.parametrize(("over", "heads"), WAYS)
 def test_attention_received(over: str, heads: str, last: int) -> None:
     found = 0
     for engine, request in run(f"votes(over={over}, heads={heads}, last={last})"):
@@ -143,10 +159,46 @@ def test_attention_received(over: str, heads: str, last: int) -> None:
         got = lane_slots(engine.store, [request.seq], group).side("received")[0, :, : len(tokens), 0]
         paid = {"sum": torch.sum, "max": torch.amax, "mean": torch.mean}[heads](attention(tokens), dim=2)
         counting = paid[:, :, PROMPT - last : PROMPT] if last else paid
-        wanted = counting.sum(dim=2) if over == "sum" else counting.amax(dim=2)
+        if over == "below_mean":
+            seen = torch.arange(1, len(tokens) + 1)
+            counting = ((paid * seen[:, None] < BELOW_MEAN) & (torch.arange(len(tokens)) < seen[:, None])).float()
+            counting = counting[:, :, PROMPT - last : PROMPT] if last else counting
+        wanted = counting.amax(dim=2) if over == "max" else counting.sum(dim=2)
         torch.testing.assert_close(got, wanted.flatten(0, 1), rtol=1e-4, atol=1e-5)
         found += 1
     assert found == 2
+
+
+def likelihoods(tokens: list[int]) -> torch.Tensor:
+    """Return the log-probability [T] of each token in a plain forward over all; of the first, 0."""
+    own = plain()
+    own.load_state_dict(model().adapter.model.state_dict())
+    with torch.no_grad():
+        found = own(torch.tensor([tokens])).logits[0].log_softmax(dim=-1)
+    return torch.cat([torch.zeros(1), found[:-1].gather(-1, torch.tensor(tokens[1:])[:, None])[:, 0]])
+
+
+@pytest.mark.parametrize("beside", ["", " | int8", " | offload(host)"])
+def test_logprobs(beside: str) -> None:
+    """In chunks and steps; what is rounded changes them a little, so they are compared loosely there."""
+    found, loose = 0, 5e-2 if "int8" in beside else 1e-4
+    for engine, request in run(f"likely{beside}"):
+        tokens = request.tokens[:-1]
+        (group,) = request.seq.layout.groups
+        got = lane_slots(engine.store, [request.seq], group).side("logprobs")[0, :, : len(tokens), 0]
+        torch.testing.assert_close(got, likelihoods(tokens).expand_as(got), rtol=loose, atol=loose)
+        found += 1
+    assert found == 2
+
+
+def test_the_least_likely_tokens_stay() -> None:
+    for engine, request in run("likely(few=20)"):
+        (group,) = request.seq.layout.groups
+        slots = lane_slots(engine.store, [request.seq], group)
+        kept = slots.positions[0][:, : int(slots.live[0].sum(dim=-1)[0])]
+        prompt = likelihoods(request.tokens[:PROMPT])  # of which the cut has taken 20; decode steps then took others
+        worst = set(prompt.sort().indices[: 20 - STEPS].tolist())
+        assert all(worst <= set(lane.tolist()) for lane in kept)
 
 
 class Queries(DenseContext):
@@ -209,7 +261,7 @@ def test_who_observes_a_whole_prompt_shares_none() -> None:
 
     register("sharing", summary="a stage of these tests", traits=Traits(prompt_shareable=True))(Sharing)
     try:
-        with pytest.raises(ConfigError, match="it observes all of a prompt's queries"):
+        with pytest.raises(ConfigError, match="it observes all of a prompt"):
             Strategy.parse("sharing").plan(model().adapter.shape, Format.FP32)
     finally:
         del registry._STAGES["sharing"]

@@ -9,8 +9,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from kvatlas.core.errors import ConfigError
 from kvatlas.core.shapes import LayerShape
 from kvatlas.core.streams import Stream
+
+Over = Literal["sum", "max", "below_mean"]
+Heads = Literal["sum", "max", "mean"]
+BELOW_MEAN = 1 - 1e-5
+"""A share of the mean that counts as below it; rounding must not put equal shares there."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,16 +25,24 @@ class Received:
 
     Args:
         queries: last queries of a prompt that count; None: all.
-        over: how what different queries pay is put together.
+        over: how what different queries pay is put together; ``"below_mean"``: how many of those that see a token pay
+            it less than if they paid all that they see alike.
         heads: how what the query heads of a KV head pay is put together, query by query. Sums and means over queries
             are computed as they are read; for the others each probability is computed once more.
         in_decode: whether decode steps count: beside the prompt's queries where all count, else in their place.
+
+    Raises:
+        ConfigError: a sum over heads is to be compared with a mean.
     """
 
     queries: int | None = None
-    over: Literal["sum", "max"] = "sum"
-    heads: Literal["sum", "max", "mean"] = "sum"
+    over: Over = "sum"
+    heads: Heads = "sum"
     in_decode: bool = True
+
+    def __post_init__(self) -> None:
+        if self.over == "below_mean" and self.heads == "sum":
+            raise ConfigError("what heads pay together is no probability to compare; write heads='mean' or 'max'")
 
     @property
     def about(self) -> str:
@@ -146,6 +160,20 @@ class QueryMoments:
 
 
 @dataclass(frozen=True)
+class Logprobs:
+    """How likely each token was after those before it, its natural log-probability: `LaneView.logprobs`.
+
+    Costs the logits of all tokens of a prompt, chunk by chunk.
+    """
+
+    about: str = "log-probabilities of tokens"
+
+    def stream(self, layer: LayerShape, dtype: str) -> Stream:
+        """Return where they lie: one float32 number per slot; 0 for the first token, which nothing is before."""
+        return Stream(name="logprobs", fill=0.0)
+
+
+@dataclass(frozen=True)
 class LayerInputs:
     """The hidden states that enter each layer, from which those of the next are foreseen."""
 
@@ -167,7 +195,7 @@ class Artifact:
     about: str
 
 
-Need = Received | Derived | Record | RecentQueries | QueryMoments | LayerInputs | Artifact
+Need = Received | Derived | Record | RecentQueries | QueryMoments | Logprobs | LayerInputs | Artifact
 
 
 def _width(layer: LayerShape, width: float, unit: str) -> int:

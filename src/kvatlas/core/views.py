@@ -163,6 +163,11 @@ class LaneView:
         return self.side("received").squeeze(-1)
 
     @property
+    def logprobs(self) -> Tensor:
+        """Log-probability of each token after those before it, float32 [B, H, S]; asked for by `Logprobs`."""
+        return self.side("logprobs").squeeze(-1)
+
+    @property
     def newest(self) -> Tensor:
         """Whether a token is among the newest that the strategy protects, bool [B, H, S]."""
         return self.positions_BHS >= (self.seen_B - self.recent_B)[:, None, None]

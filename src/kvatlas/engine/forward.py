@@ -15,7 +15,7 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor
 
-from kvatlas.core.needs import Received
+from kvatlas.core.needs import BELOW_MEAN, Received
 from kvatlas.core.observer import NULL, Observer, SpanKind
 from kvatlas.core.views import Selection
 from kvatlas.core.vocabulary import Per
@@ -30,6 +30,7 @@ from kvatlas.kernels.column_sums import column_sums
 from kvatlas.kernels.decode_attention import NewTokens, decode_attention
 from kvatlas.kernels.gather import gather_slots
 from kvatlas.kernels.pool import Part
+from kvatlas.kernels.visibility import slot_mask
 from kvatlas.models.attention import AttentionCall, Foresee
 from kvatlas.storage.arena import BlockClass, SideClass
 from kvatlas.storage.link import Link
@@ -243,7 +244,7 @@ class ForwardPass:
             where.add_received(amounts, where.held(), received.over, fresh=fresh)
         own_slots, votes = (chunk.slots.side[first:, lanes], chunk.slots.offset[first:, lanes]), own_sums.T[..., None]
         view = side.pool.view("received")
-        view[own_slots] = view[own_slots] + votes if received.over == "sum" else torch.maximum(view[own_slots], votes)
+        view[own_slots] = torch.maximum(view[own_slots], votes) if received.over == "max" else view[own_slots] + votes
 
     def _attend_group(self, call: AttentionCall, group: DecodeGroup, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         seq, plan, here = group.seqs[0], group.plan.layers[call.layer], group.layers[call.layer]
@@ -279,6 +280,8 @@ class ForwardPass:
         )  # fmt: skip
         if masses is not None and received is not None:
             masses = self._of_heads(call, group, received, q, parts, masses)
+            if received.over == "below_mean":
+                masses = _below_mean(masses, parts, group.positions, call.window)
             fresh = received.queries is not None and stores
             own.add_received(masses[-1], self._held_blocks(alike, group, own), received.over, fresh=fresh)
             if old is not None:
@@ -495,3 +498,14 @@ class ForwardPass:
         if alike not in group.held:
             group.held[alike] = own.held()
         return group.held[alike]
+
+
+def _below_mean(masses: list[Tensor], parts: Seq[Part], positions: Tensor, window: int | None) -> list[Tensor]:
+    """Return 1 for each slot [R, H, S] of each part that gets less than if all that is seen got as much; else 0."""
+    hidden = [slot_mask(part, window=window, query_position=positions) for part in parts]
+    seen = [
+        torch.ones_like(mass, dtype=torch.bool) if mask is None else (mask == 0).expand_as(mass)
+        for mass, mask in zip(masses, hidden, strict=True)
+    ]
+    number = torch.stack([each.sum(dim=-1) for each in seen]).sum(dim=0)[..., None]
+    return [((mass * number < BELOW_MEAN) & each).float() for mass, each in zip(masses, seen, strict=True)]

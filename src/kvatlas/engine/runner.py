@@ -11,6 +11,7 @@ from torch import Tensor
 from kvatlas.core.observer import SpanKind
 from kvatlas.core.vocabulary import Moment
 from kvatlas.engine.eviction import Evictor
+from kvatlas.engine.foretelling import note_logprobs
 from kvatlas.engine.forward import ForwardPass, Transport
 from kvatlas.engine.request import Request
 from kvatlas.engine.segments import Chunk, DecodeGroup, make_chunk, make_group, sequence_of
@@ -91,28 +92,31 @@ class Runner:
         order += [(request, 1) for group in groups for request in group.requests]
         tokens: list[int] = []
         due: list[Request] = []
-        last_rows: list[int] = []
+        wanted: list[int] = []  # rows whose logits are
+        last: list[int] = []  # which of these are due
         for request, count in order:
             tokens += request.tokens[request.computed - count : request.computed]
+            every = request.plan.logprobs
+            if every or request.sampling_due:
+                wanted += range(len(tokens) - (count if every else 1), len(tokens))
             if request.sampling_due:
                 due.append(request)
-                last_rows.append(len(tokens) - 1)
+                last.append(len(wanted) - 1)
         device = self._adapter.device
+        token_ids, rows = (torch.tensor(each, dtype=torch.int64, device=device) for each in (tokens, wanted))
         positions = torch.cat([chunk.positions for chunk in chunks] + [group.positions for group in groups])
         with span(SpanKind.FORWARD):
             context = ForwardPass(self._store, chunks, groups, self._transport)
             try:
-                logits = self._adapter.forward(
-                    torch.tensor(tokens, device=device),
-                    positions,
-                    context,
-                    torch.tensor(last_rows, dtype=torch.int64, device=device),
-                    rope_tokens=rope_tokens,
-                )
+                logits = self._adapter.forward(token_ids, positions, context, rows, rope_tokens=rope_tokens)
                 context.finish()
             except BaseException:  # a move must not outlive what it moves: the blocks may be somebody else's next
                 context.abandon()
                 raise
+        if any(request.plan.logprobs for request, _ in order):
+            row_of = torch.full_like(token_ids, -1).scatter_(0, rows, torch.arange(len(rows), device=device))
+            note_logprobs(chunks, groups, token_ids, row_of, logits)
+            logits = logits[last]
         self._note_peaks([request for request, _ in order])
         with span(SpanKind.EVICT):
             self._evict(chunks, groups)

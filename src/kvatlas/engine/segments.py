@@ -80,8 +80,8 @@ class DecodeGroup:
 
     ``layers`` are tables, lengths (the new tokens included) and the new slots, cut by layers once for a step;
     ``host_length`` [R, lanes] is all lengths, on the CPU. ``visitors`` are the blocks on the host, or None; ``old``
-    those that are encoded, or None; ``choices`` says, layer by layer, which of the visitors' slots are read where not
-    all are. ``shared`` and ``held`` are what layers whose lanes are equal compute once.
+    those that are encoded, or None; ``slots`` are the new tokens'; ``choices`` says, layer by layer, which of the
+    visitors' slots are read where not all are. ``shared`` and ``held`` are what layers whose lanes are equal compute once.
     """
 
     plan: Plan
@@ -94,6 +94,7 @@ class DecodeGroup:
     visitors: Visitors | None
     old: OldBlocks | None
     layers: list[GroupLayer]
+    slots: Slots
     choices: dict[int, Selection] = field(default_factory=dict)
     shared: dict[object, dict[str, Tensor | None]] = field(default_factory=dict)
     held: dict[object, Tensor] = field(default_factory=dict)
@@ -157,6 +158,7 @@ def make_group(store: KVStore, requests: list[Request], start: int) -> DecodeGro
         positions=torch.tensor([seq.seen - 1 for seq in seqs], device=device),
         host_length=length,
         columns=columns,
+        slots=slots,
         layers=[GroupLayer(*parts) for parts in zip(*map(store.lanes.split, cut), strict=True)],
         dense=all(seq.dense for seq in seqs) or (old is None and _alike(store, length)),
         visitors=_visitors(store, plan, seqs, length, steps=True),

@@ -78,7 +78,7 @@ class Blocks:
         Args:
             amounts: attention received.
             held: what `held` returned.
-            over: ``"sum"`` or ``"max"``, as `Received` has it.
+            over: how they are put together, as `Received` has it.
             fresh: forget what they have received before.
         """
         assert self.side is not None
@@ -88,10 +88,10 @@ class Blocks:
         if fresh:
             sums.index_fill_(0, ids, 0.0)
         amounts = amounts.reshape(-1, sums.shape[1])[held]
-        if over == "sum":
-            sums.index_add_(0, ids, amounts)
-        else:
+        if over == "max":
             sums.index_copy_(0, ids, torch.maximum(sums.index_select(0, ids), amounts))
+        else:
+            sums.index_add_(0, ids, amounts)
 
 
 def old_blocks(layout: SequenceLayout, old: OldBlocks | None, layer: int, lanes: slice) -> Blocks | None:

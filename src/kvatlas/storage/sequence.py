@@ -55,6 +55,7 @@ class Sequence(KVRow):
         encodes: whether blocks are encoded once they are old enough; False: not for now.
         records: device blocks of what lanes have one of.
         begun: layers whose stages have been told that the first prompt is over.
+        foretold: log-probabilities [V] of what comes next, where they are kept with the tokens that come.
     """
 
     layout: SequenceLayout
@@ -70,6 +71,7 @@ class Sequence(KVRow):
     encodes: bool = False
     records: LaneRow | None = None
     begun: set[int] = field(default_factory=set)
+    foretold: Tensor | None = None
 
     @property
     def rows(self) -> list[LaneRow]:

@@ -11,7 +11,7 @@ from functools import cached_property
 from kvatlas.core.errors import CompositionError, ConfigError, UnsupportedError
 from kvatlas.core.footprint import Footprint
 from kvatlas.core.layout import BlockLayout, layout_of
-from kvatlas.core.needs import Derived, Need, QueryMoments, Received, RecentQueries, Record
+from kvatlas.core.needs import Derived, Logprobs, Need, QueryMoments, Received, RecentQueries, Record
 from kvatlas.core.plan import CachePlan, LayerCache, Traits
 from kvatlas.core.shapes import LayerShape, ModelShape
 from kvatlas.core.streams import SideLayout, Stream
@@ -217,9 +217,16 @@ class Plan:
         return tuple(dict.fromkeys(need for layer in self.owned for stage in layer.stages for need in stage.needs))
 
     @cached_property
+    def logprobs(self) -> bool:
+        """Whether the log-probability of each token is kept."""
+        return any(isinstance(need, Logprobs) for need in self._needs)
+
+    @cached_property
     def forkable(self) -> bool:
         """Whether a copy of a cache goes on as the original would: nothing depends on who made which block."""
-        lasting = any(isinstance(need, Received | Record | RecentQueries | QueryMoments) for need in self._needs)
+        lasting = any(
+            isinstance(need, Received | Record | RecentQueries | QueryMoments | Logprobs) for need in self._needs
+        )
         return self.traits.keeps_all and not self.packs and not lasting
 
     def unshared_tokens(self) -> int:
@@ -261,12 +268,12 @@ def _streams(
     shape: LayerShape, format: Format, block_size: int, acting: list[Stage]
 ) -> tuple[SideLayout | None, _Made, _Made]:
     """Return what lies beside a layer's keys and values, what of it its stages make at once, and what later."""
-    found: dict[str, tuple[Stream, Stage, Received | Derived]] = {}
+    found: dict[str, tuple[Stream, Stage, Need]] = {}
     for stage in acting:
         for need in stage.needs:
-            if isinstance(need, Received | Derived):
+            if isinstance(need, Received | Derived | Logprobs):
                 stream = need.stream(shape, _TORCH_NAMES.get(format, "float16"))
-                if stream.name in found:
+                if stream.name in found and not isinstance(need, Logprobs):
                     raise CompositionError(
                         f"{found[stream.name][1].name} and {stage.name} both keep {stream.name!r}; rename one's"
                     )
@@ -304,9 +311,9 @@ def _check_sharing(strategy: Strategy) -> None:
     for stage in strategy.stages:
         if not stage.info.traits.prompt_shareable:
             continue
-        if any(isinstance(need, Record | QueryMoments) for need in stage.needs):
+        if any(isinstance(need, Record | QueryMoments | Logprobs) for need in stage.needs):
             raise ConfigError(
-                f"{stage.name} says that prompts are shareable, but it observes all of a prompt's queries; "
+                f"{stage.name} says that prompts are shareable, but it observes all of a prompt; "
                 "take prompt_shareable out of its traits"
             )
         if not isinstance(stage, Keep):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import product
 from typing import Any
 
 import pytest
@@ -49,6 +50,9 @@ def check(own: tuple[torch.Tensor, ...], *lanes: Lanes, forms: Sequence[Form] = 
         close(got, wanted, atol=loose, rtol=loose, form=form)
 
 
+WAYS = [*product(("sum", "max"), ("sum", "max", "mean")), ("below_mean", "max"), ("below_mean", "mean")]
+
+
 @pytest.mark.parametrize("tokens", [1, 7, 63])
 @pytest.mark.parametrize(("group", "head_dim"), [(1, 32), (3, 60), (16, 128)])
 @pytest.mark.parametrize("lengths", [(45, 45), (45, 16), (0, 33), (1, 1), (0, 0)])
@@ -75,8 +79,7 @@ def test_options_agree_with_the_reference(
     check(own, lanes, softcap=softcap, sinks=sinks, dense_start=dense_start, **limits)
 
 
-@pytest.mark.parametrize("over", ["sum", "max"])
-@pytest.mark.parametrize("heads", ["sum", "max", "mean"])
+@pytest.mark.parametrize(("over", "heads"), WAYS)
 def test_queries_and_heads_may_be_put_together_otherwise(over: str, heads: str) -> None:
     torch.manual_seed(1)
     for limits in ({}, {"window": 9, "softcap": 3.0}):

@@ -7,10 +7,10 @@ first pass every probability can be recomputed tile by tile, so the sums are exa
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal
 
 from torch import Tensor
 
+from kvatlas.core.needs import Heads, Over
 from kvatlas.kernels.column_sums import native, reference, torch_path
 from kvatlas.kernels.dispatch import choose
 from kvatlas.kernels.observed import observed
@@ -32,8 +32,8 @@ def column_sums(
     window: int | None = None,
     reach: tuple[int, int] | None = None,
     tile_slots: int = 2048,
-    over: Literal["sum", "max"] = "sum",
-    heads: Literal["sum", "max", "mean"] = "sum",
+    over: Over = "sum",
+    heads: Heads = "sum",
 ) -> tuple[list[Tensor], Tensor]:
     """Return summed probabilities of each part's slots [H, C * block_size] and of the chunk's tokens [H, T].
 
@@ -54,7 +54,7 @@ def column_sums(
         window: visible are positions > query - window.
         reach: (sink_tokens, recent): visible are positions < sink_tokens or > query - recent.
         tile_slots: past slots that torch's form holds at a time, rounded up to whole blocks.
-        over: how what different queries pay is put together.
+        over: how what different queries pay is put together, as `kvatlas.core.needs.Received` has it.
         heads: how what the query heads of a group pay is put together, query by query.
     """
     form = _form(q)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from kvatlas.core.needs import BELOW_MEAN
 from kvatlas.kernels.chunk_attention.reference import cached_entries, cached_positions, visible_keys
 from kvatlas.kernels.pool import Part
 
@@ -48,7 +49,11 @@ def column_sums(
                     score = softcap * torch.tanh(score / softcap)
                 paid[g, seen] = torch.exp(score - lse[head, t].double())
             of_query = paid.amax(dim=0) if heads == "max" else paid.sum(dim=0) / (group if heads == "mean" else 1)
+            if over == "below_mean":
+                below = torch.zeros_like(of_query)
+                below[seen] = (of_query[seen] * len(seen) < BELOW_MEAN).double()
+                of_query = below
             for total, received in zip(sums, torch.split(of_query, counts), strict=True):
                 there = total[h, : len(received)]
-                there[:] = there + received if over == "sum" else torch.maximum(there, received)
+                there[:] = torch.maximum(there, received) if over == "max" else there + received
     return [each.float() for each in sums[:-1]], sums[-1].float()

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from kvatlas.core.needs import BELOW_MEAN
 from kvatlas.kernels.pool import Part
 from kvatlas.kernels.tiles import LOG2_E, Queries, Step, Stream, log2_scores
 from kvatlas.kernels.visibility import Sight
@@ -52,6 +53,8 @@ def column_sums(
         numbers_per_pair=G,
     )
 
+    seen_HT = _seen(stream, past, k) if over == "below_mean" else None
+
     def add(step: Step, sums_HS: Tensor) -> None:
         rows = (step.heads, slice(None), step.rows)
         weights = log2_scores(q_HGTD[rows], step.k.to(dtype), step.mask, scale=scale, softcap=softcap)
@@ -59,7 +62,10 @@ def column_sums(
         place = sums_HS[step.heads, step.first : step.first + step.k.shape[1]]
         if heads != "sum":
             weights = getattr(weights, _OVER_HEADS[heads])(dim=1, keepdim=True)
-        if over == "sum":
+        if seen_HT is not None:
+            below = (weights * seen_HT[step.heads, None, step.rows, None] < BELOW_MEAN).squeeze(1)
+            place += (below if step.mask is None else below & (step.mask == 0)).sum(dim=1)
+        elif over == "sum":
             place += weights.sum(dim=(1, 2))
         else:  # of no query at all, 0
             torch.maximum(place, weights.sum(dim=1).amax(dim=1), out=place)
@@ -70,3 +76,12 @@ def column_sums(
     for step in stream.own(k, None):
         add(step, own_HT)
     return [past_HS.float() for past_HS in past_sums], own_HT.float()
+
+
+def _seen(stream: Stream, past: Sequence[Part], k: Tensor) -> Tensor:
+    """Return how many keys each query sees, float32 [H, T]."""
+    seen_HT = torch.zeros(k.shape[1], len(stream.queries.host), device=k.device)
+    for step in (*(each for part in past for each in stream.past(part, values=False)), *stream.own(k, None)):
+        count = step.k.shape[1] if step.mask is None else (step.mask == 0).sum(dim=-1)
+        seen_HT[step.heads, step.rows] += count
+    return seen_HT
