@@ -44,8 +44,10 @@ def _logprobs(seq: Sequence, tokens: Tensor, logits: Tensor) -> Tensor:
     """Return the log-probability [n] of each new token; those of what comes next are remembered."""
     first = logits.new_zeros(1, dtype=torch.float32) if seq.foretold is None else seq.foretold[tokens[:1]]
     found = [first]
-    for these, following in zip(logits[:-1].split(_ROWS_AT_ONCE), tokens[1:].split(_ROWS_AT_ONCE), strict=True):
-        found.append(these.float().log_softmax(dim=-1).gather(-1, following[:, None])[:, 0])
+    for start in range(1, len(tokens), _ROWS_AT_ONCE):
+        following = tokens[start : start + _ROWS_AT_ONCE]
+        before = logits[start - 1 : start - 1 + len(following)].float().log_softmax(dim=-1)
+        found.append(before.gather(-1, following[:, None])[:, 0])
     seq.foretold = logits[-1].float().log_softmax(dim=-1)
     return torch.cat(found)
 

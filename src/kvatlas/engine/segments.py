@@ -81,7 +81,7 @@ class DecodeGroup:
     ``layers`` are tables, lengths (the new tokens included) and the new slots, cut by layers once for a step;
     ``host_length`` [R, lanes] is all lengths, on the CPU. ``visitors`` are the blocks on the host, or None; ``old``
     those that are encoded, or None; ``slots`` are the new tokens'; ``choices`` says, layer by layer, which of the
-    visitors' slots are read where not all are. ``shared`` and ``held`` are what layers whose lanes are equal compute once.
+    visitors' slots are read where not all are. ``shared`` and ``held`` are what layers with equal lanes compute once.
     """
 
     plan: Plan
