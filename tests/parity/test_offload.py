@@ -126,6 +126,39 @@ def test_packed_blocks_elsewhere_are_the_same_to_the_bit(keep: str, place: str) 
         assert torch.equal(logits_of(placed), logits_of(plain)) and placed.kept == plain.kept
 
 
+@pytest.mark.parametrize("prefetch", ["true", "false"])
+@pytest.mark.parametrize("resident", [1, 40, 1000])
+@pytest.mark.parametrize(
+    "choosing",
+    [
+        "quest(budget=32, dense=0)",
+        "quest(budget=32, dense=1) | int8",
+        "rocket(budget=24, page=2)",
+        "rehearse(alpha=inf, cap=0.3)",
+        "streaming_llm(sinks=4, recent=60) | quest(budget=32, dense=0)",
+        "snapkv(budget=50, window=8) | ada | rocket(budget=24, page=4)",
+        "kivi(bits=4, residual=8) | quest(budget=32, dense=0)",
+        "h2o(heavy=20, recent=10, layers=0) | quest(budget=24, layers=1-)",
+    ],
+)
+def test_what_stays_on_the_device_is_not_fetched_again(choosing: str, resident: int, prefetch: str) -> None:
+    """Answers are the same to the bit; what moves is less, the more may stay, and never more."""
+    layers = ", layers=1-" if "layers" in choosing else ""
+    sentences = [f"{choosing} | offload(host, {prefetch}, resident={n}{layers})" for n in (0, resident)]
+    done, moved = [], []
+    for sentence in sentences:
+        engine = engine_of(kv_memory="8MiB", max_batched_tokens=100, block_size=32 if "kivi" in choosing else 8)
+        jobs = [job(sentence, length, 24) for length in (75, 9, 60)]
+        drive(engine, jobs)
+        done.append(jobs)
+        moved.append(engine.link.to_device.num_bytes)
+        assert all(one.request.peak_bytes <= one.request.footprint.peak_bytes for one in jobs)
+        assert_empty(engine)
+    for alike, other in zip(*done, strict=True):
+        assert relative_error(logits_of(other), logits_of(alike)) < 1e-6 and other.kept == alike.kept
+    assert moved[1] <= moved[0] and (resident == 1 or moved[1] < 0.9 * moved[0])
+
+
 @pytest.mark.parametrize("family", ALL)
 def test_offload_is_full(family: str) -> None:
     placed, plain = (alone(family, strategy, 23, chunk=9)[0] for strategy in ("offload(host)", "full"))
@@ -231,7 +264,8 @@ def test_what_a_chunk_moves(strategy: str) -> None:
 # Swapped, or made anew
 
 
-INTERRUPTED = ("full", *KEEPS, "offload(host)", "h2o(heavy=5, recent=4) | offload(host)", SPECULATE_SOME)
+STAYING = "snapkv(budget=15, window=4) | quest(budget=12, dense=0) | offload(host, resident=14)"
+INTERRUPTED = ("full", *KEEPS, "offload(host)", "h2o(heavy=5, recent=4) | offload(host)", SPECULATE_SOME, STAYING)
 
 
 @pytest.mark.parametrize(

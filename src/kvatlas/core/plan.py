@@ -85,6 +85,7 @@ class LayerCache:
         tier: where those blocks live that are there to stay: encoded ones, where there are such, else all.
         old: blocks that full blocks are encoded to once they are old; None: they stay as they are.
         residual: newest tokens of a lane that are not encoded, at least.
+        resident: slots of a lane on the host that the device mirrors between steps, at least; 0: none stay.
         side: device blocks of streams beside all those blocks; None: there are none.
         derived: streams made from keys and values, each with who makes them.
         later: likewise, but not before the first prompt is over.
@@ -98,6 +99,7 @@ class LayerCache:
     tier: Tier = Tier.DEVICE
     old: BlockLayout | None = None
     residual: int = 0
+    resident: int = 0
     side: SideLayout | None = None
     derived: tuple[tuple[Stream, Deriver], ...] = field(default=(), compare=False)
     later: tuple[tuple[Stream, Deriver], ...] = field(default=(), compare=False)

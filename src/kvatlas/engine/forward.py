@@ -189,12 +189,16 @@ class ForwardPass:
         found = old_blocks(seq.layout, segment.old, call.layer, self._store.lanes.slices[call.layer])
         return found.first() if found is not None and isinstance(segment, Chunk) else found
 
-    def _read_old(self, call: AttentionCall, segment: Chunk | DecodeGroup, old: Blocks, columns: int) -> Blocks:
-        """Return encoded blocks where they are read, the first ``columns`` of a lane if they visit."""
+    def _read_old(
+        self, call: AttentionCall, segment: Chunk | DecodeGroup, old: Blocks, columns: int, *, chosen: bool = False
+    ) -> Blocks:
+        """Return encoded blocks where they are read: if they visit, the first ``columns`` of a lane, or the chosen."""
         visitors = segment.visitors
         if visitors is None or not visitors.reads_old(call.layer):
             return old
         blocks, stage = visitors.stage(call.layer)
+        if chosen and visitors.stays(call.layer):
+            stage = stage.gather(-1, visitors.places(call.layer))
         table = stage[0] if isinstance(segment, Chunk) else stage
         return replace(old, blocks=blocks, table=table[..., :columns].to(blocks.device))
 
@@ -362,7 +366,9 @@ class ForwardPass:
             self._staging.fetch(call.layer, visitors, visitors.wanted(call.layer, selection))
         ahead = attend is not None and attend.ahead
         if source.visiting:
-            last = self._visiting(call, group, source, own, selection, ahead, k, v)
+            last, places = self._visiting(call, group, source, own, selection, ahead, k, v)
+            if places is not None:
+                return [last], places
         elif selection is None:
             last = own.part()
         elif selection.per is Per.BLOCK:
@@ -376,7 +382,7 @@ class ForwardPass:
         before = old.part(hide_empty=group.plan.evicts)
         if selection is not None:
             before = chosen_blocks(old, before, selection, 0)
-        seen = self._read_old(call, group, old, before.table.shape[-1])
+        seen = self._read_old(call, group, old, before.table.shape[-1], chosen=True)
         if seen is not old:
             before = replace(before, pool=seen.blocks.pool, table=seen.table)
         return [before, last], None
@@ -391,9 +397,16 @@ class ForwardPass:
         ahead: bool,
         k: Tensor,
         v: Tensor,
-    ) -> Part:
-        """Return the blocks through which a layer on the host is read, the new tokens among them."""
+    ) -> tuple[Part, Tensor | None]:
+        """Return the blocks through which a layer on the host is read, the new tokens among them.
+
+        Where single slots of these are read, these too [R, H, n].
+        """
         here, size = group.layers[call.layer], self._store.block_size
+        assert group.visitors is not None
+        if group.visitors.stays(call.layer):
+            chosen = group.visitors.everything(call.layer) if selection is None else selection
+            return self._resident(group.visitors.places(call.layer), here.slot, source, own, chosen, ahead, k, v)
         table, length, slot = source.table[..., : own.table.shape[-1]], own.length, here.slot
         if selection is not None and selection.per is Per.SLOT:
             slot = selection.count_RH.cpu() if ahead else place_of(slot, selection)
@@ -404,7 +417,31 @@ class ForwardPass:
             length, table = part.length, source.table[..., : selection.index_RHn.shape[-1]]
             slot = place_of(slot // size, selection) * size + slot % size
         self._write_visiting(source, slot, k, v)
-        return Part(pool=source.blocks.pool, table=table, length=length)
+        return Part(pool=source.blocks.pool, table=table, length=length), None
+
+    def _resident(
+        self,
+        places: Tensor,
+        slot: Tensor,
+        source: _Source,
+        own: Blocks,
+        selection: Selection,
+        ahead: bool,
+        k: Tensor,
+        v: Tensor,
+    ) -> tuple[Part, Tensor | None]:
+        """Return what `_visiting` does where what was chosen is at some places of a lane; put the new tokens there."""
+        size, device = self._store.block_size, k.device
+        part = Part(pool=source.blocks.pool, table=source.table, length=own.length)
+        if selection.per is Per.SLOT:
+            newest = selection.count_RH.cpu() if ahead else place_of(slot, selection)
+            self._write_visiting(source, places.gather(-1, newest[..., None])[..., 0], k, v)
+            return replace(part, length=selection.count_RH.to(device) + ahead), places.int().to(device)
+        newest = place_of(slot // size, selection)
+        column = places.gather(-1, newest[..., None])[..., 0]
+        self._write_visiting(source, column * size + slot % size, k, v)
+        length = chosen_blocks(own, own.part(), selection, 0).length
+        return replace(part, table=source.table.gather(-1, places.to(source.table.device)), length=length), None
 
     def _note_choice(
         self,

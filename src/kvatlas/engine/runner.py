@@ -157,6 +157,7 @@ class Runner:
             for request in [chunk.request for chunk in chunks] + [r for group in groups for r in group.requests]:
                 drop_passed_windows(self._store, sequence_of(request))
         for request in prompts:  # what only a prompt needed goes, once all that goes is gone
+            self._store.mirror(sequence_of(request), in_use=True)
             self._store.shrink_staging(sequence_of(request), staged_slots(self._store, request, 1))
             sequence_of(request).encodes = request.plan.encodes(in_prompt=False)
 

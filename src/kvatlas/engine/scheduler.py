@@ -136,6 +136,7 @@ class Scheduler:
         """Return how many prompt tokens a request runs in this step, with room made for them; 0: it must wait."""
         assert request.seq is not None and request.prefill_end is not None
         request.seq.encodes = request.plan.encodes(in_prompt=True)
+        self._store.mirror(request.seq, in_use=False)  # a prompt reads everything
         close_holes(self._store, request.seq)  # before room is counted: a closed hole may free a block
         count = self._within_footprint(request, min(request.prefill_end - request.computed, limit))
         return count if self._make_room(request, count, protect) else 0

@@ -105,11 +105,10 @@ class DecodeGroup:
         return [sequence_of(request) for request in self.requests]
 
 
-def _visitors(store: KVStore, plan: Plan, seqs: Seq[Sequence], length: Tensor, *, steps: bool) -> Visitors | None:
-    if not plan.cache.host_layers:
-        return None
-    chooses, late = steps and plan.chooses, steps and plan.chooses_late
-    return Visitors(store, seqs, length, ahead=plan.fetches_ahead, chooses=chooses, late=late)
+def _visitors(
+    store: KVStore, plan: Plan, seqs: Seq[Sequence], length: Tensor, newest: Tensor | None = None
+) -> Visitors | None:
+    return Visitors(store, plan, seqs, length, newest) if plan.cache.host_layers else None
 
 
 def make_chunk(store: KVStore, request: Request, count: int, start: int) -> Chunk:
@@ -132,7 +131,7 @@ def make_chunk(store: KVStore, request: Request, count: int, start: int) -> Chun
         past_length=past_length,
         slots=slots,
         dense_starts=dense_starts,
-        visitors=_visitors(store, request.plan, [seq], past_length[None], steps=False),
+        visitors=_visitors(store, request.plan, [seq], past_length[None]),
         old=old,
     )
 
@@ -161,7 +160,7 @@ def make_group(store: KVStore, requests: list[Request], start: int) -> DecodeGro
         slots=slots,
         layers=[GroupLayer(*parts) for parts in zip(*map(store.lanes.split, cut), strict=True)],
         dense=all(seq.dense for seq in seqs) or (old is None and _alike(store, length)),
-        visitors=_visitors(store, plan, seqs, length, steps=True),
+        visitors=_visitors(store, plan, seqs, length, slots.index),
         old=old,
     )
 

@@ -20,8 +20,10 @@ from kvatlas.core.vocabulary import Per
 from kvatlas.engine.request import Request
 from kvatlas.storage.arena import BlockClass, copy_blocks
 from kvatlas.storage.link import AHEAD, URGENT, Link, Move, Traffic
+from kvatlas.storage.residents import bring
 from kvatlas.storage.sequence import Sequence
 from kvatlas.storage.store import KVStore
+from kvatlas.strategies.plan import Plan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,30 +44,31 @@ class Visitors:
 
     Args:
         store: where keys and values lie.
+        plan: of the sequences.
         seqs: the sequences.
         length: slots [R, lanes] int64 to fetch of each lane, on the CPU.
+        newest: slots [R, lanes] int64 of a step's new tokens, on the CPU; None: a prompt's, behind all.
+
+    Attributes:
         ahead: fetch a layer before it is needed.
         chooses: what is read is chosen, so no layer is fetched whole ahead.
         late: it is chosen when the layer runs, and fetched then.
     """
 
     def __init__(
-        self,
-        store: KVStore,
-        seqs: Seq[Sequence],
-        length: Tensor,
-        *,
-        ahead: bool,
-        chooses: bool = False,
-        late: bool = False,
+        self, store: KVStore, plan: Plan, seqs: Seq[Sequence], length: Tensor, newest: Tensor | None = None
     ) -> None:
         self.layout = seqs[0].layout
-        self.ahead = ahead
-        self.chooses = chooses
-        self.late = late
+        self.ahead = plan.fetches_ahead
+        self.chooses = newest is not None and plan.chooses
+        self.late = newest is not None and plan.chooses_late
         self._store = store
-        staging = torch.tensor([seq.staging.row for seq in seqs if seq.staging is not None])
-        self._stage = store.table[staging]
+        self._plan = plan
+        self._newest = newest
+        self._length = length
+        self._residents = [seq.residents for seq in seqs if seq.residents is not None and seq.residents.in_use]
+        self._places: dict[int, Tensor] = {}
+        self._stage = store.table[[seq.visited.row for seq in seqs if seq.visited is not None]]
         self._own = self._held(torch.tensor([seq.row for seq in seqs]), length)
         self._old = None
         if self.layout.encoded is not None:
@@ -96,16 +99,37 @@ class Visitors:
 
     def stage(self, layer: int) -> tuple[BlockClass, Tensor]:
         """Return the device blocks that a layer is read through, and the table [R, H, C] into them."""
+        if self._residents:
+            assert self.layout.residents is not None
+            return self.layout.residents.of_layer(layer), self._stage[:, self._store.lanes.slices[layer]]
         assert self.layout.staging is not None
         buffer = self.layout.buffers[layer]
         return self.layout.staging.of_layer(buffer), self._stage[:, self._store.lanes.slices[buffer]]
+
+    def stays(self, layer: int) -> bool:
+        """Whether what is chosen of a layer stays on the device, wherever there is a place for it."""
+        return bool(self._residents) and self.reads_host(layer)
+
+    def places(self, layer: int) -> Tensor:
+        """Return where what was brought of a layer is: slots, or columns of its table, [R, H, n] int64, on the CPU.
+
+        In the order of the selection; behind it comes the slot of the new token, where that was not to be chosen.
+        """
+        return self._places[layer]
+
+    def forget(self) -> None:
+        """Rely on nothing that was brought: a move may have broken off."""
+        for each in self._residents:
+            each.forget()
 
     def home(self, layer: int) -> tuple[BlockClass, Tensor]:
         """Return the blocks on the host that a layer reads, and the table [R, H, C] into them, on the CPU."""
         return self.layout.old_of_layer(layer) or self.layout.of_layer(layer), self._of(layer)[0]
 
     def whole(self, layer: int) -> Transfer:
-        """Return the transfer of all blocks that a layer reads."""
+        """Return the transfer of all that a layer reads."""
+        if self.stays(layer):
+            return self.chosen(layer, self.everything(layer))
         (source, home), (target, stage) = self.home(layer), self.stage(layer)
         columns = self._of(layer)[1]
         most = int(columns.max())
@@ -121,20 +145,36 @@ class Visitors:
         """Return the transfer of what was chosen; None: everything."""
         return self.whole(layer) if selection is None else self.chosen(layer, selection)
 
+    def everything(self, layer: int) -> Selection:
+        """Return a selection of all that a layer has on the host."""
+        attend = self._plan.layers[layer].attend
+        assert attend is not None
+        count = self._of(layer)[1]
+        if attend.per is Per.SLOT:  # the new token is read beside what is chosen ahead
+            count = self._length[:, self._store.lanes.slices[layer]] - int(attend.ahead)
+        index = torch.arange(int(count.max())).expand(*count.shape, -1)
+        return Selection(per=attend.per, index_RHn=index, count_RH=count)
+
     def chosen(self, layer: int, selection: Selection) -> Transfer:
-        """Return the transfer of chosen slots or blocks of each lane to the first ones of the lane's buffer."""
+        """Return the transfer of chosen slots or blocks of each lane: to its first ones, or to where there is room."""
         index = selection.index_RHn.cpu()
         meant = torch.arange(index.shape[-1]) < selection.count_RH.cpu()[..., None]
         (source, home), (target, stage) = self.home(layer), self.stage(layer)
-        if selection.per is Per.BLOCK:
+        per_block = selection.per is Per.BLOCK
+        if per_block:
             meant &= index < home.shape[-1]  # behind encoded blocks come those that live on the device
-            source_ids = home.gather(-1, index.clamp(max=home.shape[-1] - 1))[meant].long()
-            target_ids = stage[..., : index.shape[-1]][meant].long()
+            index = index.clamp(max=home.shape[-1] - 1)
+        if self.stays(layer):
+            index, place, meant = self._bring(layer, selection, index, meant)
+        else:
+            place = torch.arange(index.shape[-1]).expand_as(index)
+        if per_block:
+            source_ids, target_ids = home.gather(-1, index)[meant].long(), stage.gather(-1, place)[meant].long()
             return Transfer(
                 copy=partial(copy_blocks, source, source_ids, target, target_ids),
                 num_bytes=len(source_ids) * source.block_bytes,
             )
-        size, place = self._store.block_size, torch.arange(index.shape[-1]).expand_as(index)
+        size = self._store.block_size
         read = home.long().gather(-1, index // size)[meant], (index % size)[meant]
         written = stage.long().gather(-1, place // size)[meant], (place % size)[meant]
         written = written[0].to(target.device), written[1].to(target.device)
@@ -145,6 +185,26 @@ class Visitors:
 
         slot_bytes = source.layout.kv_bytes // source.layout.block_size
         return Transfer(copy=copy, num_bytes=int(meant.sum()) * slot_bytes)
+
+    def _bring(self, layer: int, selection: Selection, index: Tensor, meant: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return chosen slots or blocks [R, H, n], the new token's among them, their places, and which are missing."""
+        lanes, size = self._store.lanes.slices[layer], self._store.block_size
+        newest = None if self._newest is None or self.reads_old(layer) else self._newest[:, lanes]
+        units = size if selection.per is Per.SLOT else 1
+        if newest is not None and selection.per is Per.BLOCK:
+            newest = newest // size
+        elif newest is not None and not self.late:
+            count = selection.count_RH.cpu()[..., None]
+            index, meant = (torch.nn.functional.pad(each, (0, 1)) for each in (index, meant))
+            index = index.scatter(-1, count, newest[..., None])
+            meant = meant.scatter(-1, count, True)
+        sets = self._residents
+        places = [int(self._store.columns_held(each)[lanes].min()) * units for each in sets]
+        place, missing = bring(sets, lanes, places, index, meant, newest)
+        self._places[layer] = place
+        if newest is not None and selection.per is Per.SLOT:
+            missing &= index != newest[..., None]  # it comes with the step
+        return index, place, missing
 
 
 class Staging:
@@ -227,6 +287,8 @@ class Staging:
 
     def abandon(self) -> None:
         """Return when no move is left, after a forward that broke off; those not yet begun are dropped."""
+        for visitors in self._visitors:
+            visitors.forget()
         for mover, moves in ((self._link.stores, self._stores), (self._link.fetches, self._fetches.values())):
             for move in moves:
                 mover.drop(move)
@@ -272,5 +334,7 @@ def staged_slots(store: KVStore, request: Request, count: int) -> int:
         return 0
     own, old = store.longest_on_host(request.seq)
     if request.prefill_end is None:
-        own, old = request.plan.most_fetched(own), request.plan.most_fetched(old)
-    return max(own + count, old) if len(request.seq.layout.on_host[0]) else old
+        own, old = request.plan.visiting(own, count), request.plan.visiting(old, 0)
+    else:
+        own += count
+    return max(own, old) if len(request.seq.layout.on_host[0]) else old

@@ -17,7 +17,7 @@ class Holdings:
         device_kv: keys and values on the device.
         device_sidecars: positions and padding of those blocks, and what lies beside blocks of any tier.
         device_sketch: streams that are made once a prompt is over, such as partial keys.
-        device_staging: buffers that layers on the host are read through.
+        device_staging: blocks that layers on the host are read through, those that stay between steps among them.
         host_kv: keys and values on the host.
         host_sidecars: positions and padding of those blocks.
     """
@@ -55,7 +55,7 @@ def holdings(store: KVStore, seq: Sequence) -> Holdings:
         device_kv=kv["device"],
         device_sidecars=blocks["device"] - kv["device"],
         device_sketch=sketch,
-        device_staging=0 if seq.staging is None else store.row_bytes([seq.staging], store.arena)[0],
+        device_staging=sum(store.row_bytes(seq.passing, store.arena)),
         host_kv=kv["host"],
         host_sidecars=blocks["host"] - kv["host"],
     )

@@ -129,6 +129,8 @@ def cut(
         num_old: how many slots of `lane_slots` are encoded: those that go leave an empty slot.
         prefixes: the prefix cache, if there is one.
     """
+    for seq in seqs:
+        seq.changed()
     if num_old:
         for index, seq in enumerate(seqs):
             _cut_encoded(store, seq, group, kept[index], count[index], num_old)
@@ -151,6 +153,7 @@ def _cut_encoded(store: KVStore, seq: Sequence, group: KVGroup, kept: Tensor, co
 def _empty(store: KVStore, seq: Sequence, group: KVGroup, emptied: Tensor) -> None:
     """Forget tokens of encoded blocks; ``emptied`` [H, S] may name slots behind a lane's end."""
     assert group.old is not None and seq.encoded is not None
+    seq.changed()
     length = store.length[seq.encoded.row, group.lanes]
     own = emptied & (torch.arange(emptied.shape[1]) < length[:, None])
     empty_slots(store, seq, replace(group, blocks=group.old, old=None, home=group.blocks), own)
@@ -222,6 +225,7 @@ def close_holes(store: KVStore, seq: Sequence) -> None:
     row, size = seq.row, store.block_size
     if not (store.hole[row] >= 0).any():
         return
+    seq.changed()
     before = store.columns_held(seq)
     for group in seq.layout.groups:
         holed = group.only(group.lanes[store.hole[row, group.lanes] >= 0])
@@ -246,6 +250,7 @@ def drop_passed_windows(store: KVStore, seq: Sequence) -> None:
         columns[lanes] = passed
         store.cut_front(seq, columns)
         seq.starts[window] += passed * store.block_size
+        seq.changed()
 
 
 def compact_windows(store: KVStore, seq: Sequence, due: Tensor, prefixes: PrefixCache | None = None) -> None:

@@ -173,6 +173,7 @@ class SequenceLayout(KVClasses):
         encoded: blocks of old tokens in a packed format; None without any.
         residual: int64 [lanes], newest tokens of a lane that are not encoded, at least.
         staging: device blocks that layers on the host are read through, by buffer layer; None without such layers.
+        residents: device blocks that mirror what was chosen of layers on the host; None: nothing stays.
         records: device blocks of what lanes have one of; None without any.
         buffers: layer that reads host lanes -> layer whose lanes name its buffer in ``staging``.
         on_host: lanes [n] int64 whose own blocks, and lanes whose encoded ones, live on the host.
@@ -210,6 +211,12 @@ class SequenceLayout(KVClasses):
             if index in set(self.buffers.values())
         }
         self.staging = KVClasses(lanes, buffers) if buffers else None
+        mirrored = {
+            index: KVGroup(blocks=device.block_class(layer.lasting), lanes=none)
+            for index, layer in plan.layers
+            if layer.tier is Tier.HOST and layer.resident
+        }
+        self.residents = KVClasses(lanes, mirrored) if mirrored else None
         self._records = records
         self.records = LaneClasses(lanes, records) if records else None
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from kvatlas.storage.lanes import KVClasses, LaneClasses, SequenceLayout
+
+if TYPE_CHECKING:
+    from kvatlas.storage.residents import ResidentSet
 
 
 @dataclass(eq=False)
@@ -51,6 +55,7 @@ class Sequence(KVRow):
         digests: hashes of its full blocks, as far as the prefix cache has needed them.
         reserved: columns of each lane [lanes] that room has been made for, until tokens are appended; else None.
         staging: device blocks that its lanes on the host are read through.
+        residents: device blocks that mirror what steps have chosen of these lanes.
         encoded: blocks of its old tokens in a packed format; a lane is what is here, then what is in its own row.
         encodes: whether blocks are encoded once they are old enough; False: not for now.
         records: device blocks of what lanes have one of.
@@ -67,6 +72,7 @@ class Sequence(KVRow):
     digests: list[bytes] = field(default_factory=list)
     reserved: Tensor | None = None
     staging: LaneRow | None = None
+    residents: ResidentSet | None = None
     encoded: KVRow | None = None
     encodes: bool = False
     records: LaneRow | None = None
@@ -76,8 +82,23 @@ class Sequence(KVRow):
     @property
     def rows(self) -> list[LaneRow]:
         """All its rows: its own, those of its companions, and what lies beside them."""
-        companions = [row for row in (self.staging, self.encoded, self.records) if row is not None]
+        companions = [row for row in (self.staging, self.residents, self.encoded, self.records) if row is not None]
         return [row for each in (self, *companions) for row in each.with_side]
+
+    @property
+    def visited(self) -> LaneRow | None:
+        """Device blocks that lanes on the host are read through now; None: none live there."""
+        return self.residents if self.residents is not None and self.residents.in_use else self.staging
+
+    @property
+    def passing(self) -> list[LaneRow]:
+        """Rows whose blocks hold nothing that is not elsewhere."""
+        return [row for row in (self.staging, self.residents) if row is not None]
+
+    def changed(self) -> None:
+        """Let nobody rely on what was mirrored: slots hold other tokens than before."""
+        if self.residents is not None:
+            self.residents.forget()
 
     @property
     def parts(self) -> list[KVRow]:

@@ -8,6 +8,7 @@ Invariants:
 - a sequence whose strategy packs old tokens has a companion row of encoded blocks: each lane begins there, in whole
   blocks, and goes on in the sequence's own row; slots of encoded blocks whose position is -1 are empty;
 - a sequence with lanes on the host has a companion row of device blocks, *staging*, through which those lanes are read;
+  where what was chosen of them stays, steps read them through another, its *residents*, which the host can do without;
 - where streams are kept beside keys and values, each row of these has a *side* row: slot i of a lane has its entries in
   slot i there, whatever is appended, cut or moved, and a lane has at least as many blocks there.
 
@@ -34,6 +35,7 @@ from kvatlas.storage.compaction import empty_a_slab
 from kvatlas.storage.encoding import encode_front
 from kvatlas.storage.lanes import KVGroup, LaneClasses, LaneGroup, LaneMap, SequenceLayout
 from kvatlas.storage.link import Link
+from kvatlas.storage.residents import ResidentSet
 from kvatlas.storage.sequence import KVRow, LaneRow, Sequence, Slots
 from kvatlas.storage.tables import Tables
 
@@ -137,6 +139,8 @@ class KVStore:
         starts = dict.fromkeys(self.lanes.windows, 0)
         seq = Sequence(row=self._take(), layout=layout, side=self._open_row(layout.side), starts=starts)
         seq.staging = self._open_row(layout.staging)
+        if layout.residents is not None:
+            seq.residents = ResidentSet(row=self._take(), layout=layout.residents)
         seq.records = self._open_row(layout.records)
         if layout.encoded is not None:
             seq.encoded = KVRow(row=self._take(), layout=layout.encoded, side=self._open_row(layout.encoded.side))
@@ -219,7 +223,7 @@ class KVStore:
             arena: the tier; None for the device.
         """
         arena = arena or self.arena
-        parts = (layout, layout.side, layout.staging, layout.encoded, layout.records)
+        parts = (layout, layout.side, layout.staging, layout.residents, layout.encoded, layout.records)
         groups = (group for part in parts if part is not None for group in part.groups)
         classes = {group.blocks for group in groups if group.blocks.arena is arena}
         slabs = max(0, arena.num_slabs - len(classes) + 1)
@@ -356,9 +360,16 @@ class KVStore:
             self._shrink(seq.side, self.length[seq.row])
 
     def shrink_staging(self, seq: Sequence, slots: int) -> None:
-        """Give back what the staging buffers hold beyond ``slots`` of each lane."""
-        if seq.staging is not None:
-            self._shrink(seq.staging, torch.full((self.lanes.count,), slots))
+        """Give back what lanes on the host are not read through now, and of the rest what is beyond ``slots``."""
+        for row in seq.passing:
+            self._shrink(row, torch.full((self.lanes.count,), slots if row is seq.visited else 0))
+
+    def mirror(self, seq: Sequence, *, in_use: bool) -> None:
+        """Begin or cease to mirror what steps choose of lanes on the host, where that is asked for."""
+        if seq.residents is not None and seq.residents.in_use is not in_use:
+            seq.residents.in_use = in_use
+            seq.residents.forget()
+            self._shrink(seq.residents, self.no_columns())
 
     def _shrink(self, row: LaneRow, slots: Tensor) -> None:
         """Give back what a companion holds beyond ``slots`` [lanes] of each lane."""
@@ -369,8 +380,8 @@ class KVStore:
     def _companion_slots(self, seq: Sequence, count: int, staged: int) -> list[tuple[LaneRow, Tensor]]:
         """Return for each companion how many slots [lanes] int64 its lanes need when ``count`` tokens are added."""
         found = []
-        if seq.staging is not None:
-            found.append((seq.staging, torch.full((self.lanes.count,), staged)))
+        if seq.visited is not None:
+            found.append((seq.visited, torch.full((self.lanes.count,), staged)))
         if seq.side is not None:
             found.append((seq.side, self._tokens_held(seq) + count))
         if seq.records is not None:
@@ -429,6 +440,7 @@ class KVStore:
         """
         slot = self.tables.append(seq.row, count)
         seq.reserved = None
+        seq.changed()
         column = (slot // self.block_size).T
         block = self.table[seq.row].long().gather(1, column).T
         side = None if seq.side is None else self.table[seq.side.row].long().gather(1, column).T
@@ -475,8 +487,8 @@ class KVStore:
         return seq.encoded is not None and bool(self.blocks_due(seq).any())
 
     def _stages_less(self, seq: Sequence, slots: int) -> bool:
-        """Whether the staging buffers have fewer slots: they grow at their own pace, and begin anew after a swap."""
-        return seq.staging is not None and int(self.columns_held(seq.staging).max()) * self.block_size < slots
+        """Whether what it is read through has fewer slots: it grows at its own pace, and begins anew after a swap."""
+        return seq.visited is not None and int(self.columns_held(seq.visited).max()) * self.block_size < slots
 
     def _note(self, layout: SequenceLayout, slots: Slots, positions: Tensor) -> None:
         for group in layout.groups:

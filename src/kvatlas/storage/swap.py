@@ -2,7 +2,7 @@
 
 A preempted request whose cache a strategy has cut cannot be computed anew: another cache would come out. Its device
 blocks are copied to the host and, when there is room again, to other blocks of the device. What lives on the host
-anyway stays there; staging buffers hold nothing worth keeping.
+anyway stays there; what it is read through holds nothing worth keeping.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Swapper:
         parked: list[_ParkedRow] = []
         pairs: BlockPairs = []
         for row in seq.rows:
-            if row is seq.staging:
+            if row in seq.passing:
                 continue
             columns = store.columns_held(row)
             found = store.ids_between(row, torch.zeros_like(columns), columns)
@@ -97,8 +97,9 @@ class Swapper:
             raise
         for blocks, ids, _, _ in pairs:
             blocks.arena.release(blocks, ids)
-        if seq.staging is not None:
-            store.release_columns(seq.staging, store.no_columns(), store.columns_held(seq.staging))
+        for row in seq.passing:
+            store.release_columns(row, store.no_columns(), store.columns_held(row))
+        seq.changed()
         for each in seq.rows:
             store.free_row(each)
         return SwappedSequence(seq=seq, parked=parked)
@@ -137,8 +138,8 @@ class Swapper:
             row.row.row = store.tables.take_row()
             store.put(row.row, row.columns, found)
             store.tables.restore(row.row.row, row.state)
-        if seq.staging is not None:
-            seq.staging.row = store.tables.take_row()
+        for passing in seq.passing:
+            passing.row = store.tables.take_row()
         for blocks, ids, _, _ in pairs:
             host.release(blocks, ids)
         return seq

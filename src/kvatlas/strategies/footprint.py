@@ -90,9 +90,13 @@ def footprint(plan: Plan, prompt: int, output: int, chunk: int) -> Footprint:
             staged = _deeper(staged, _longest(layer, lasting, prompt, output), plan)
             sums.moved += _visits(plan, layer.index) * lanes * _fetched(layer, lasting, plan.block_size)
         sums.read += lanes * _read(layer, slots, plan.block_size)
+    passing = replace(staged, steady=0, final=0) if plan.resident_tokens else staged
     for index in set(plan.cache.buffers.values()):
         buffer = plan.layers[index]
-        tiers[Tier.DEVICE].add(buffer.store.lasting, buffer.shape.num_kv_heads, staged)
+        tiers[Tier.DEVICE].add(buffer.store.lasting, buffer.shape.num_kv_heads, passing)
+    for layer in plan.owned:
+        if layer.store.resident:
+            tiers[Tier.DEVICE].add(layer.store.lasting, layer.shape.num_kv_heads, replace(staged, peak=0))
     device, host = tiers[Tier.DEVICE], tiers[Tier.HOST]
     return Footprint(
         prefill_peak_bytes=device.peak,
@@ -173,8 +177,8 @@ def _deeper(staged: _Slots, slots: _Slots, plan: Plan) -> _Slots:
     """Return the slots of a staging lane: the past and the chunk in a prompt, later what one step reads and writes."""
     return _Slots(
         peak=max(staged.peak, slots.peak),
-        steady=max(staged.steady, plan.most_fetched(slots.steady) + 1),
-        final=max(staged.final, plan.most_fetched(slots.final) + 1),
+        steady=max(staged.steady, plan.visiting(slots.steady)),
+        final=max(staged.final, plan.visiting(slots.final)),
         read=0,
     )
 

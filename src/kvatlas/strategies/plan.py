@@ -130,14 +130,20 @@ class Plan:
             budget=budget,
             attend=attend,
             place=place,
-            store=self._stored(shape, own, encode, place, acting),
+            store=self._stored(shape, own, encode, attend, place, acting),
         )
 
     def _stage(self, axis: Axis, index: int) -> object | None:
         return next((stage for stage in self.strategy.on(axis) if stage.covers(index)), None)
 
     def _stored(
-        self, shape: LayerShape, own: Format, encode: Encode | None, place: Place | None, acting: list[Stage]
+        self,
+        shape: LayerShape,
+        own: Format,
+        encode: Encode | None,
+        attend: Attend | None,
+        place: Place | None,
+        acting: list[Stage],
     ) -> LayerCache:
         size = self.block_size
         packed = encode.format if encode is not None and encode.format.is_packed and shape.window is None else None
@@ -160,6 +166,7 @@ class Plan:
             tier=Tier.DEVICE if place is None else place.tier,
             old=old,
             residual=0 if old is None or encode is None else encode.residual,
+            resident=0 if place is None or attend is None else place.resident_tokens,
             side=side,
             derived=derived,
             later=later,
@@ -210,6 +217,19 @@ class Plan:
             (attend.most_read(cached_tokens, self.shape.largest_group, self.block_size) for attend in asked),
             default=cached_tokens,
         )
+
+    @cached_property
+    def resident_tokens(self) -> int:
+        """The most tokens of a lane on the host that the device mirrors between steps; 0: none."""
+        return max(layer.store.resident for layer in self.owned)
+
+    def visiting(self, cached_tokens: int, count: int = 1) -> int:
+        """Return the slots that a decode step has on the device for a lane on the host, ``count`` new ones among them.
+
+        What is mirrored is never less than a step reads, nor more than there is.
+        """
+        most = self.most_fetched(cached_tokens) + count
+        return max(most, min(self.resident_tokens, cached_tokens + count))
 
     @cached_property
     def _needs(self) -> tuple[Need, ...]:

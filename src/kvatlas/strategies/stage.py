@@ -351,6 +351,11 @@ class Place(Stage):
         """Whether a layer is fetched while the one before it computes."""
         return True
 
+    @property
+    def resident_tokens(self) -> int:
+        """Tokens of each lane that stay on the device between steps, where what is read is chosen; 0: none do."""
+        return 0
+
 
 @dataclass(frozen=True, kw_only=True)
 class Attend(Stage):
