@@ -16,7 +16,7 @@ from tests.families import tiny_model, token_ids
 from kvatlas.core.errors import ConfigError
 from kvatlas.core.needs import BELOW_MEAN, Logprobs, QueryMoments, Received, RecentQueries, Record
 from kvatlas.core.plan import Traits
-from kvatlas.core.views import LaneView, TokenView
+from kvatlas.core.views import LaneView, QueryView, Selection, TokenView
 from kvatlas.core.vocabulary import Format
 from kvatlas.engine.engine import Engine
 from kvatlas.engine.params import SamplingParams
@@ -27,7 +27,7 @@ from kvatlas.models.loading import LoadedModel
 from kvatlas.storage.eviction import lane_slots
 from kvatlas.strategies import registry
 from kvatlas.strategies.registry import register
-from kvatlas.strategies.stage import Keep, Limits
+from kvatlas.strategies.stage import Attend, Keep, Limits
 from kvatlas.strategies.strategy import Strategy
 
 PROMPT, STEPS = 41, 9
@@ -105,15 +105,31 @@ class Likely(Keep):
         return -view.logprobs
 
 
+@dataclass(frozen=True, kw_only=True)
+class Placed(Attend):
+    """Reads everything, and shows where the tokens it may choose of are."""
+
+    shown: ClassVar[dict[int, list[list[int]]]] = {}
+
+    def select(self, view: QueryView) -> Selection | None:
+        places = view.positions()
+        for row, seen in enumerate(view.seen_R.tolist()):
+            assert view.prompt_R[row] == PROMPT
+            assert places[row].gather(-1, view.newest_RH[row][:, None]).unique().tolist() == [seen - 1]
+            self.shown[seen] = [sorted(each for each in lane if each >= 0) for lane in places[row].tolist()]
+        return None
+
+
 @pytest.fixture(scope="module", autouse=True)
 def known() -> Iterator[None]:
     """Make the stages of this file known, to its tests alone."""
     register("votes", summary="a stage of these tests", traits=Traits(keeps_all=True))(Votes)
     register("watcher", summary="a stage of these tests")(Watcher)
     register("likely", summary="a stage of these tests")(Likely)
+    register("placed", summary="a stage of these tests", traits=Traits(keeps_all=True))(Placed)
     register("centred", summary="a stage of these tests")(Centred)
     yield
-    del registry._STAGES["votes"], registry._STAGES["watcher"], registry._STAGES["centred"], registry._STAGES["likely"]
+    del registry._STAGES["votes"], registry._STAGES["watcher"], registry._STAGES["centred"], registry._STAGES["likely"], registry._STAGES["placed"]
 
 
 @cache
@@ -189,6 +205,16 @@ def test_logprobs(beside: str) -> None:
         torch.testing.assert_close(got, likelihoods(tokens).expand_as(got), rtol=loose, atol=loose)
         found += 1
     assert found == 2
+
+
+@pytest.mark.parametrize("place", ["", " | offload(host)"])
+def test_who_chooses_knows_positions(place: str) -> None:
+    """Of the last layer, whose heads ask last; after a cut."""
+    for engine, request in run(f"snapkv(budget=20, window=4) | placed{place}"):
+        (group,) = request.seq.layout.groups
+        slots = lane_slots(engine.store, [request.seq], group)
+        kept = [sorted(where[live].tolist()) for where, live in zip(slots.positions[0], slots.live[0], strict=True)]
+        assert Placed.shown[request.seq.seen] == kept[-2:]
 
 
 def test_the_least_likely_tokens_stay() -> None:

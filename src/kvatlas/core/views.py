@@ -100,6 +100,9 @@ class QueryView(Given):
         newest_RH: int64, slot of the newest token; None: it has none yet, as when a stage is asked ahead.
         block_size: slots of a block.
         scale: factor of the products of queries and keys.
+        seen_R: int64, tokens that each sequence has processed; the newest has position ``seen - 1``.
+        prompt_R: int64, tokens up to the end of the prompt that fractions refer to.
+        located: returns the positions of all slots, as `positions` does.
         sides: returns the entries of a stream in order of slots [R, H, n, width].
         entries: returns where these lie, part by part, for kernels (`kvatlas.kernels.pool.Entries`).
     """
@@ -109,8 +112,15 @@ class QueryView(Given):
     newest_RH: Tensor | None
     block_size: int
     scale: float
+    seen_R: Tensor
+    prompt_R: Tensor
+    located: Callable[[], Tensor]
     sides: Callable[[str], Tensor]
     entries: Callable[[str], Sequence[Any]]
+
+    def positions(self) -> Tensor:
+        """Return the position of the token in each slot, int32 [R, H, S]; -1 where there is none."""
+        return self.located()
 
     def side(self, name: str) -> Tensor:
         """Return the entries of a stream in order of slots [R, H, n, width]: one per slot, block, or so many slots."""

@@ -184,7 +184,18 @@ class Beside:
                 found.append(gather_slots(view, part.table))
             return found[0] if len(found) == 1 else torch.cat(found, dim=2)
 
+        def located() -> Tensor:
+            found = []
+            for part in parts:
+                where = gather_slots(part.blocks.positions, part.table.to(part.blocks.device)).to(query.device)
+                used = torch.arange(where.shape[-1], device=query.device) < part.length[..., None]
+                found.append(where.masked_fill(~used, -1))
+            return torch.cat(found, dim=-1)
+
         return QueryView(
+            seen_R=group.positions + 1,
+            prompt_R=torch.tensor([request.prompt_tokens for request in group.requests], device=query.device),
+            located=located,
             query_RHGD=query.reshape(len(query), here.slot.shape[1], -1, query.shape[-1]),
             length_RH=own.length + before,
             newest_RH=None if ahead else (here.slot + before).to(query.device),

@@ -18,6 +18,7 @@ from kvatlas.core.needs import Derived
 from kvatlas.core.plan import Traits
 from kvatlas.core.views import Selection
 from kvatlas.core.vocabulary import Per, Saves
+from kvatlas.strategies.attend.choosing import best_pages
 from kvatlas.strategies.registry import register
 from kvatlas.strategies.stage import Attend, StageInfo
 
@@ -108,7 +109,6 @@ class Quest(Attend):
         assert view.newest_RH is not None
         newest = torch.arange(columns, device=scores.device) == (view.newest_RH // view.block_size)[..., None]
         held = scores > -torch.inf
-        # Equal scores go to the earlier page, whatever the padding: topk would let the batch decide.
-        best = scores.masked_fill_(newest, torch.inf).sort(dim=-1, descending=True, stable=True).indices[..., :most]
+        best = best_pages(scores.masked_fill_(newest, torch.inf), most)
         index = best.masked_fill(~held.gather(-1, best) & ~newest.gather(-1, best), columns).sort(dim=-1).values
         return Selection(per=Per.BLOCK, index_RHn=index.clamp(max=columns - 1), count_RH=(index < columns).sum(dim=-1))

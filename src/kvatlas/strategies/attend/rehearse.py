@@ -22,7 +22,8 @@ from kvatlas.core.errors import ConfigError
 from kvatlas.core.needs import Artifact, Derived, LayerInputs, Need, Record
 from kvatlas.core.plan import Traits
 from kvatlas.core.views import Selection
-from kvatlas.core.vocabulary import Per, Saves
+from kvatlas.core.vocabulary import Saves
+from kvatlas.strategies.attend.choosing import best_slots
 from kvatlas.strategies.registry import register
 from kvatlas.strategies.stage import Attend, Place, Stage, StageInfo
 
@@ -167,20 +168,3 @@ def choose(below_RHGS: Tensor, alpha: float, most_RH: Tensor) -> Selection:
     favourites = best.isposinf().sum(dim=-1).amax(dim=-1, keepdim=True)
     count = torch.maximum(torch.minimum(important, most_RH.to(best.device)), favourites)
     return best_slots(best, count)
-
-
-def best_slots(score_RHS: Tensor, count_RH: Tensor) -> Selection:
-    """Return the ``count_RH`` best slots of each lane, ascending; of equal ones the earlier.
-
-    ``topk`` alone would not do: which of equal scores it takes depends on the count and the padding, and so on others.
-    """
-    import torch
-
-    values = score_RHS.topk(int(count_RH.max()), dim=-1).values
-    last = values.gather(-1, (count_RH - 1).clamp(min=0)[..., None])
-    above, tied = score_RHS > last, score_RHS == last
-    room = count_RH[..., None] - above.sum(dim=-1, keepdim=True)
-    taken = above | (tied & (tied.cumsum(dim=-1) <= room))
-    slots = torch.arange(score_RHS.shape[-1], device=score_RHS.device)
-    index = slots.masked_fill(~taken, len(slots)).sort(dim=-1).values[..., : values.shape[-1]]
-    return Selection(per=Per.SLOT, index_RHn=index.clamp(max=len(slots) - 1), count_RH=count_RH)

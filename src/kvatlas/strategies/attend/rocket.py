@@ -21,6 +21,7 @@ from kvatlas.core.needs import Derived
 from kvatlas.core.plan import Traits
 from kvatlas.core.views import Selection
 from kvatlas.core.vocabulary import Per, Saves
+from kvatlas.strategies.attend.choosing import best_pages
 from kvatlas.strategies.registry import register
 from kvatlas.strategies.stage import Attend, StageInfo
 
@@ -108,8 +109,7 @@ class Rocket(Attend):
         assert view.newest_RH is not None
         pages = torch.arange(score.shape[-1], device=score.device)
         score = score.masked_fill(pages == (view.newest_RH // self.page)[..., None], torch.inf)
-        # Equal scores go to the earlier page, whatever the padding: topk would let the batch decide.
-        best = score.sort(dim=-1, descending=True, stable=True).indices[..., : self._pages]
+        best = best_pages(score, self._pages)
         slots = best[..., None] * self.page + torch.arange(self.page, device=score.device)
         index = slots.flatten(-2).sort(dim=-1).values
         count = (index < view.length_RH.to(index.device)[..., None]).sum(dim=-1)
