@@ -129,7 +129,13 @@ def known() -> Iterator[None]:
     register("placed", summary="a stage of these tests", traits=Traits(keeps_all=True))(Placed)
     register("centred", summary="a stage of these tests")(Centred)
     yield
-    del registry._STAGES["votes"], registry._STAGES["watcher"], registry._STAGES["centred"], registry._STAGES["likely"], registry._STAGES["placed"]
+    del (
+        registry._STAGES["votes"],
+        registry._STAGES["watcher"],
+        registry._STAGES["centred"],
+        registry._STAGES["likely"],
+        registry._STAGES["placed"],
+    )
 
 
 @cache

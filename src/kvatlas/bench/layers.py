@@ -15,7 +15,7 @@ from torch import Tensor
 from kvatlas.bench.timing import take_turns
 from kvatlas.models.adapter import Adapter
 from kvatlas.models.attention import AttentionCall
-from kvatlas.models.linear import LinearChoice
+from kvatlas.models.fast import LinearChoice
 from kvatlas.models.random import random_model
 
 TORCH = "transformers"
@@ -33,7 +33,7 @@ def measure_layers(model: str, rows: Sequence[int], threads: int, repeats: int) 
         repeats: rounds.
     """
     adapters = {TORCH: _adapter(model, "off"), _NATIVE_LINEARS: _adapter(model), _NATIVE_LAYERS: _adapter(model)}
-    adapters[_NATIVE_LINEARS].layers.restore()
+    adapters[_NATIVE_LINEARS].fast.layers.restore()
     told = []
     for count in rows:
         forms: dict[str, Callable[[], Tensor]] = {

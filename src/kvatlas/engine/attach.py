@@ -13,7 +13,7 @@ from kvatlas.engine.engine import Engine
 from kvatlas.engine.params import SamplingParams
 from kvatlas.engine.request import AskedOutput, Request
 from kvatlas.models.bridge import GenerateBridge
-from kvatlas.models.linear import LinearChoice
+from kvatlas.models.fast import LinearChoice
 from kvatlas.models.loading import LoadedModel, adapt
 from kvatlas.models.owner import adapter_of
 from kvatlas.models.wrappers import running_eagerly, unwrapped
@@ -40,7 +40,7 @@ def attach(
         strategy: what manages the cache.
         kv_memory: byte budget of the cache. Rows that it does not hold together take turns, slowly; a row that
             outgrows it alone ends the generation with a `kvatlas.core.errors.CapacityError`.
-        linear_weights: how linears keep weights for few rows, or ``"off"``; see `kvatlas.models.linear`.
+        linear_weights: how linears keep weights for few rows, or ``"off"``; see `kvatlas.models.fast`.
         engine_options: further options of `kvatlas.engine.engine.Engine`. Prefixes are not shared unless
             ``enable_prefix_caching=True`` says so: a cached one would outlive a change of the model's weights.
 

@@ -209,7 +209,7 @@ class Engine:
         plan = self.prepare(Strategy.parse(strategy))
         ids = self._checked_tokens(prompt_ids, params)
         if not self.has_work:
-            self.model.adapter.linears.refresh()
+            self.model.adapter.fast.refresh()
         request = Request(
             id=request_id or next(self._ids),
             tokens=ids,

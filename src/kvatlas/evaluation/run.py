@@ -19,7 +19,7 @@ from kvatlas.core.units import parse_bytes, parse_tier_bytes
 from kvatlas.engine.machine import accelerator_name, machine_params
 from kvatlas.engine.memory import check_host_memory, check_kv_memory
 from kvatlas.evaluation.tasks import lm_eval_version, load_tasks
-from kvatlas.models.linear import LinearChoice, check_choice
+from kvatlas.models.fast import LinearChoice, check_choice
 from kvatlas.models.loading import LoadedModel, load_model
 from kvatlas.models.precision import DType, resolve_dtype
 from kvatlas.records.contents import model_params
@@ -256,8 +256,7 @@ def _facts(model: LoadedModel) -> Facts:
         "parameters": shape.num_parameters,
         "layers": len(shape.layers),
         "dtype": str(model.adapter.dtype).removeprefix("torch."),
-        "linears": str(model.adapter.linears),
-        "forwards": str(model.adapter.layers),
+        **model.adapter.fast.describe(),
         "threads": torch.get_num_threads(),
     }
 

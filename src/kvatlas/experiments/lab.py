@@ -164,7 +164,6 @@ class Lab:
             "head_dim": layer.key_dim,
             "dtype": str(model.adapter.dtype).removeprefix("torch."),
             "dtype_auto": str(fastest_on_cpu()) if model.adapter.device.type == "cpu" else "the checkpoint's own",
-            "linears": str(model.adapter.linears),
-            "forwards": str(model.adapter.layers),
+            **model.adapter.fast.describe(),
             "threads": torch.get_num_threads(),
         }

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 
 from kvatlas.core.errors import ConfigError
 from kvatlas.core.units import parse_bytes, parse_tier_bytes
-from kvatlas.models.linear import LinearChoice, check_choice
+from kvatlas.models.fast import LinearChoice, check_choice
 from kvatlas.models.precision import DType
 from kvatlas.storage.link import LinkRate
 from kvatlas.strategies.strategy import Strategy

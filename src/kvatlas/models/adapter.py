@@ -29,9 +29,8 @@ from kvatlas.models.attention import (
     register,
     running,
 )
+from kvatlas.models.fast import FastParts, LinearChoice
 from kvatlas.models.foresight import Foresight
-from kvatlas.models.layers import FusedLayers
-from kvatlas.models.linear import LinearChoice, SmallLinears
 from kvatlas.models.rope import LengthRope
 
 __all__ = ["Adapter", "AttentionCall", "AttentionContext"]
@@ -50,7 +49,7 @@ class Adapter:
     Args:
         model: a loaded causal LM; it is used, not copied.
         name: what reports call it; the model's own name if None.
-        linear_weights: how linears keep weights for few rows; see `kvatlas.models.linear.SmallLinears`.
+        linear_weights: how linears keep weights for few rows; see `kvatlas.models.fast.linears.SmallLinears`.
 
     Attributes:
         linears: those that were replaced, with the bytes of their copies.
@@ -72,15 +71,13 @@ class Adapter:
         self._rope = LengthRope(model)
         self._order: dict[int, int] | None = None
         self._foresight: Foresight | None = None
-        self.linears = SmallLinears(model, "off")
-        self.layers = FusedLayers(model, self.linears)
+        self.fast = FastParts(model, "off")
         self._restored = False
         self._undo: list[Callable[[], None]] = []
         self._switch()
         try:
             self.shape, self.dtype = self._observe(name)
-            self.linears = SmallLinears(model, linear_weights)
-            self.layers = FusedLayers(model, self.linears)
+            self.fast = FastParts(model, linear_weights)
         except BaseException:
             self.restore()
             raise
@@ -174,8 +171,7 @@ class Adapter:
         if self._foresight is not None:
             self._foresight.remove()
         self._rope.remove()
-        self.layers.restore()
-        self.linears.restore()
+        self.fast.restore()
         self.model.set_attn_implementation(self._implementations)
         self.model.train(self._was_training)
 

@@ -16,10 +16,10 @@ from kvatlas.core.errors import CapacityError, CheckpointError, ConfigError, Uns
 from kvatlas.models.adapter import Adapter
 from kvatlas.models.checkpoint import check_finite, load_checkpoint
 from kvatlas.models.coverage import layer_kinds, module_kinds
+from kvatlas.models.fast import LinearChoice, check_choice
 from kvatlas.models.gguf import check_gguf, load_gguf, own_dtype
 from kvatlas.models.gguf_header import read_header
 from kvatlas.models.gguf_tokenizer import gguf_tokenizer
-from kvatlas.models.linear import LinearChoice, check_choice
 from kvatlas.models.precision import DType, resolve_device, resolve_dtype
 from kvatlas.models.probe import probe_model
 from kvatlas.models.quiet import quiet
@@ -69,7 +69,7 @@ def load_model(
         linear_weights: copies of weights from which linears compute steps of few tokens on the CPU in float32:
             ``"auto"`` makes 16-bit copies where these are exact; ``"fp16"``, ``"bf16"`` and ``"int8"`` round;
             ``"fp32"`` and ``"off"`` make none, and ``"off"`` leaves decoder layers to transformers, too. See
-            `kvatlas.models.linear.SmallLinears`.
+            `kvatlas.models.fast.linears.SmallLinears`.
 
     Raises:
         ConfigError: dtype, device or ``linear_weights`` is unknown.

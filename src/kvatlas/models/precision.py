@@ -1,7 +1,7 @@
 """In which numbers a model computes: what was asked for, and on the CPU what is fastest there.
 
 Nearly every checkpoint is bfloat16, and most processors have no products of bfloat16 numbers: there its own dtype is
-several times slower than float32, whose products read weights kept in 16 bits (`kvatlas.models.linear`). Where a
+several times slower than float32, whose products read weights kept in 16 bits (`kvatlas.models.fast`). Where a
 processor has such products, a trial on two small layers decides.
 """
 

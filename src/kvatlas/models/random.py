@@ -12,7 +12,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from kvatlas.core.errors import UnknownNameError
-from kvatlas.models.linear import LinearChoice
+from kvatlas.models.fast import LinearChoice
 from kvatlas.models.loading import RANDOM_PREFIX, LoadedModel, adapt
 from kvatlas.models.precision import DType, resolve_device, resolve_dtype
 from kvatlas.models.quiet import quiet

@@ -90,7 +90,7 @@ def test_foreseen_from_the_layer_before_is_a_guess_of_the_same_shape(family: str
 def test_native_layers_show_their_input_and_stay(family: str) -> None:
     """One request that looks ahead costs the others nothing but the look."""
     with Adapter(model(family)) as adapter:
-        layers = [layer.forward for layer in adapter.layers._replaced]
+        layers = [layer.forward for layer in adapter.fast.layers._replaced]
         if not layers:
             pytest.skip("no native kernels here")
         plain, wanted = run(adapter, DenseContext()), Watching(slice(2, 7), ahead=1)

@@ -17,12 +17,12 @@ from kvatlas.core.errors import UnsupportedError
 from kvatlas.core.vocabulary import Format
 from kvatlas.kernels import product
 from kvatlas.kernels.native import Library, library
-from kvatlas.models import layers as models_layers, linear as models_linear
 from kvatlas.models.adapter import Adapter
 from kvatlas.models.attention import IMPLEMENTATION, Forward, register, running
 from kvatlas.models.dense_context import DenseContext, Segment
-from kvatlas.models.layers import FusedLayers
-from kvatlas.models.linear import SmallLinears
+from kvatlas.models.fast import layers as models_layers, linears as models_linear
+from kvatlas.models.fast.layers import FusedLayers
+from kvatlas.models.fast.linears import SmallLinears
 
 pytestmark = pytest.mark.skipif(not isinstance(library(), Library), reason="no native kernels here")
 COVERED = ("llama", "mistral", "qwen2", "qwen3")
@@ -48,7 +48,7 @@ def plainly(model: nn.Module, tokens: int = 9) -> Tensor:
 def counted(adapter: Adapter) -> list[int]:
     """Count, from now on, the forwards that transformers' own layers run."""
     calls = [0]
-    for layer in adapter.layers._replaced:
+    for layer in adapter.fast.layers._replaced:
         fused = layer.forward
         original = fused._original
 
@@ -66,7 +66,7 @@ def test_logits_are_those_of_transformers_layers(family, tokens):
     model = tiny_model(family)
     expected = plainly(model, tokens)
     with Adapter(model) as adapter:
-        assert adapter.layers.num_layers == 3
+        assert adapter.fast.layers.num_layers == 3
         calls = counted(adapter)
         torch.testing.assert_close(run(adapter, tokens), expected, rtol=1e-3, atol=1e-4)
         assert calls == [0]
@@ -75,8 +75,8 @@ def test_logits_are_those_of_transformers_layers(family, tokens):
 @pytest.mark.parametrize("family", sorted(set(FAMILIES) - set(COVERED)))
 def test_other_families_keep_their_layers(family):
     with Adapter(tiny_model(family)) as adapter:
-        assert adapter.layers.num_layers == 0
-        assert str(adapter.layers) == "transformers' layers"
+        assert adapter.fast.layers.num_layers == 0
+        assert str(adapter.fast.layers) == "transformers' layers"
 
 
 def test_qwen2_has_biases_and_qwen3_norms_of_heads():
@@ -139,7 +139,7 @@ def test_a_model_in_training_is_refused_as_before():
     for layer in model.model.layers:
         layer.self_attn.attention_dropout = 0.5
     with Adapter(model) as adapter:
-        assert adapter.layers.num_layers == 3
+        assert adapter.fast.layers.num_layers == 3
         model.train()
         with pytest.raises(UnsupportedError, match="dropout"):
             run(adapter)
@@ -222,7 +222,7 @@ def test_a_model_that_is_not_what_its_class_promises_loads_and_keeps_its_layers(
     model = tiny_model("llama")
     odd(model, monkeypatch)
     with Adapter(model) as adapter:
-        assert adapter.layers.num_layers == 0
+        assert adapter.fast.layers.num_layers == 0
     assert not any("forward" in vars(layer) for layer in model.model.layers)
 
 
@@ -296,7 +296,7 @@ def test_a_subclass_keeps_its_layers():
     for layer in model.model.layers:
         layer.__class__ = type("Mine", (type(layer),), {})
     with Adapter(model) as adapter:
-        assert adapter.layers.num_layers == 0
+        assert adapter.fast.layers.num_layers == 0
 
 
 @pytest.mark.parametrize("choice", ["off", "auto"])
@@ -304,14 +304,14 @@ def test_no_layer_is_replaced_where_linears_are_not(choice, monkeypatch):
     if choice == "auto":
         monkeypatch.setenv("KVATLAS_KERNELS", "torch")
     with Adapter(tiny_model("llama"), linear_weights=choice) as adapter:
-        assert adapter.layers.num_layers == 0
+        assert adapter.fast.layers.num_layers == 0
 
 
 def test_prompts_run_as_transformers_wrote_them_where_products_are_missing(monkeypatch):
     monkeypatch.setattr(product, "available", lambda: False)
     model = tiny_model("llama")
     with Adapter(model) as adapter:
-        assert adapter.layers.num_layers == 3
+        assert adapter.fast.layers.num_layers == 3
         calls = counted(adapter)
         run(adapter, 32)
         assert calls == [0]
@@ -322,7 +322,7 @@ def test_prompts_run_as_transformers_wrote_them_where_products_are_missing(monke
 def test_restore_gives_the_layers_back_and_copies_run_their_own():
     model = tiny_model("llama")
     with Adapter(model) as adapter:
-        assert adapter.layers.num_layers == 3
+        assert adapter.fast.layers.num_layers == 3
         file = io.BytesIO()
         torch.save(model, file)
         file.seek(0)
@@ -337,10 +337,10 @@ def test_weights_changed_behind_torchs_back_are_noticed_at_the_next_generation(m
     monkeypatch.setattr(models_linear, "MIN_ELEMENTS", 1)
     model, other = (tiny_model("llama").bfloat16().float() for _ in range(2))
     with Adapter(model) as adapter:
-        assert adapter.linears.formats[Format.BF16]
+        assert adapter.fast.linears.formats[Format.BF16]
         calls = counted(adapter)
         for each in (model, other):
             each.model.layers[0].mlp.up_proj.weight.data.mul_(3)
-        adapter.linears.refresh()
+        adapter.fast.linears.refresh()
         torch.testing.assert_close(run(adapter), plainly(other), rtol=1e-3, atol=1e-4)
         assert calls == [1]

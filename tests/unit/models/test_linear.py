@@ -18,9 +18,9 @@ from kvatlas.engine.llm import LLM
 from kvatlas.engine.params import SamplingParams
 from kvatlas.kernels import product
 from kvatlas.kernels.native import Library, library
-from kvatlas.models import linear as models_linear
 from kvatlas.models.adapter import Adapter
-from kvatlas.models.linear import SmallLinears
+from kvatlas.models.fast import linears as models_linear
+from kvatlas.models.fast.linears import SmallLinears
 from kvatlas.models.loading import load_model
 from kvatlas.models.random import random_model
 
@@ -278,7 +278,7 @@ def test_an_adapter_replaces_and_restores(monkeypatch):
     model, ids = tiny_model("llama"), token_ids(9)[0][None]
     before = model(ids).logits
     with Adapter(model, linear_weights="bf16") as adapter:
-        assert sum(adapter.linears.formats.values()) == 3 * 7 + 1
+        assert sum(adapter.fast.linears.formats.values()) == 3 * 7 + 1
         assert "forward" in vars(model.lm_head)
     assert torch.equal(model(ids).logits, before)
 
@@ -287,7 +287,7 @@ def test_an_adapter_replaces_and_restores(monkeypatch):
 def test_greedy_tokens_are_those_of_torch(choice):
     def tokens(linear_weights: str) -> list[list[int]]:
         model = random_model("llama-mini", linear_weights=linear_weights)
-        assert bool(model.adapter.linears.formats) == (linear_weights != "off")
+        assert bool(model.adapter.fast.linears.formats) == (linear_weights != "off")
         llm = LLM(model, kv_memory="64MiB")
         prompts = [ids.tolist() for ids in token_ids(5, 40, 70)]
         outputs = llm.generate(prompts, SamplingParams(max_tokens=16, ignore_eos=True))
@@ -297,12 +297,12 @@ def test_greedy_tokens_are_those_of_torch(choice):
 
 
 def test_random_models_have_exact_copies():
-    linears = random_model("llama-mini").adapter.linears
+    linears = random_model("llama-mini").adapter.fast.linears
     assert set(linears.formats) == {Format.BF16}
 
 
 def test_the_bundled_model_and_its_option():
-    assert not load_model(None, linear_weights="off").adapter.linears.formats
+    assert not load_model(None, linear_weights="off").adapter.fast.linears.formats
     with pytest.raises(ConfigError, match="unknown linear_weights 'fp8'"):
         load_model(None, linear_weights="fp8")
 

@@ -2,7 +2,7 @@
 
 For few rows a step of a small model is dominated not by its weights but by the operations between them. ``queries``
 normalises, projects and rotates; ``output`` projects what the queries read, adds, normalises, and runs the gated MLP.
-Which layers of a model are of this kind is decided in `kvatlas.models.layers`; what is not stays transformers' own.
+Which layers of a model are of this kind is decided in `kvatlas.models.fast`; what is not stays transformers' own.
 Shapes: M rows, C hidden size, I inner size of the MLP, Hq query heads, H KV heads, D elements of a head.
 """
 

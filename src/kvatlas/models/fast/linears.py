@@ -24,7 +24,7 @@ from kvatlas.kernels import product
 from kvatlas.kernels.dispatch import choose
 from kvatlas.kernels.small_linear import MAX_ROWS, LinearWeights, encode, exact_format, small_linear
 from kvatlas.kernels.small_linear.native import bind
-from kvatlas.models.unchanged import Unchanged, has_hooks
+from kvatlas.models.fast.unchanged import Unchanged, has_hooks
 
 _SAMPLE = 64  # numbers of a weight that tell whether it has changed
 LinearChoice = Literal["auto", "off", "fp32", "fp16", "bf16", "int8"]

@@ -24,8 +24,8 @@ from kvatlas.kernels.layer import LayerWeights, Linear, Norm
 from kvatlas.kernels.layer.native import NativeLayer
 from kvatlas.kernels.small_linear import MAX_ROWS, encode
 from kvatlas.models.attention import HARMLESS, AttentionCall, Forward, current, running
-from kvatlas.models.linear import SmallLinears, give_back, is_ordinary, is_plain, is_suitable
-from kvatlas.models.unchanged import Unchanged, has_hooks
+from kvatlas.models.fast.linears import SmallLinears, give_back, is_ordinary, is_plain, is_suitable
+from kvatlas.models.fast.unchanged import Unchanged, has_hooks
 
 FAMILIES = {
     "transformers.models.llama.modeling_llama": "Llama",
