@@ -13,7 +13,7 @@ import torch
 from tests.driving import loaded
 from tests.families import tiny_model, token_ids
 
-from kvatlas.core.errors import ConfigError
+from kvatlas.core.errors import CapacityError, ConfigError
 from kvatlas.core.needs import BELOW_MEAN, Logprobs, QueryMoments, Received, RecentQueries, Record
 from kvatlas.core.plan import Traits
 from kvatlas.core.views import LaneView, QueryView, Selection, TokenView
@@ -297,3 +297,17 @@ def test_who_observes_a_whole_prompt_shares_none() -> None:
             Strategy.parse("sharing").plan(model().adapter.shape, Format.FP32)
     finally:
         del registry._STAGES["sharing"]
+
+
+def test_a_record_that_no_block_can_hold_is_refused() -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Hoarder(Keep):
+        needs = (Record("hoard", 10**6),)
+
+    register("hoarder", summary="a stage of these tests")(Hoarder)
+    try:
+        engine = Engine(model(), kv_memory="8MiB", block_size=4)
+        with pytest.raises(CapacityError, match=r"a block of 3\.81 MiB is larger than the"):
+            engine.add_request([1, 2, 3], SamplingParams(), "hoarder")
+    finally:
+        del registry._STAGES["hoarder"]

@@ -220,6 +220,11 @@ class SequenceLayout(KVClasses):
         self._records = records
         self.records = LaneClasses(lanes, records) if records else None
 
+    def all_groups(self) -> list[LaneGroup]:
+        """Return the groups of lanes of all rows that a sequence has, but for what lies beside encoded blocks."""
+        parts = (self, self.side, self.staging, self.residents, self.encoded, self.records)
+        return [group for part in parts if part is not None for group in part.groups]
+
     def records_of_layer(self, layer: int) -> SideClass | None:
         """Return the class of the blocks of what a layer's lanes have one of; None: there is nothing."""
         return self._records.get(self._lanes.owner(layer))

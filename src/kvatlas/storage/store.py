@@ -126,12 +126,20 @@ class KVStore:
         """Return the lane layout of sequences under a plan.
 
         Raises:
-            CapacityError: layers are to be placed on the host, and there is no host tier.
+            CapacityError: layers are to be placed on the host, and there is no host tier; or a block is too large.
         """
         if plan.host_layers and self.host is None:
             raise CapacityError("there is no host tier to place keys and values on; give it memory (--host-memory)")
         if plan not in self._layouts:
-            self._layouts[plan] = SequenceLayout(self.lanes, self.arena, self.host, plan)
+            layout = SequenceLayout(self.lanes, self.arena, self.host, plan)
+            for group in layout.all_groups():
+                if not group.blocks.per_slab:
+                    raise CapacityError(
+                        f"a block of {format_bytes(group.blocks.block_bytes)} is larger than the "
+                        f"{format_bytes(group.blocks.arena.slab_bytes)} that memory is divided into; keep less per "
+                        "token or KV head, or take a smaller block size (--block-size) or more memory (--kv-memory)"
+                    )
+            self._layouts[plan] = layout
         return self._layouts[plan]
 
     def open(self, layout: SequenceLayout) -> Sequence:
@@ -223,9 +231,7 @@ class KVStore:
             arena: the tier; None for the device.
         """
         arena = arena or self.arena
-        parts = (layout, layout.side, layout.staging, layout.residents, layout.encoded, layout.records)
-        groups = (group for part in parts if part is not None for group in part.groups)
-        classes = {group.blocks for group in groups if group.blocks.arena is arena}
+        classes = {group.blocks for group in layout.all_groups() if group.blocks.arena is arena}
         slabs = max(0, arena.num_slabs - len(classes) + 1)
         return slabs * min((blocks.per_slab * blocks.block_bytes for blocks in classes), default=0)
 
