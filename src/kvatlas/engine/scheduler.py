@@ -213,28 +213,35 @@ class Scheduler:
         host = self._store.host
         if host is None or not request.footprint.host_bytes:
             return True
-        promised = sum(max(0, other.footprint.host_bytes - self._held(other, host)) for other in self.running)
+        held = self._held_each([request, *self.running, *self.idle], host)
+        promised = sum(max(0, other.footprint.host_bytes - held[other]) for other in self.running)
         books = host.books()
-        reclaimable = sum(self._held(other, host) for other in self.idle if other is not request)
+        reclaimable = sum(held[other] for other in self.idle if other is not request)
         reclaimable += sum(other.swapped.host_bytes for other in self._all_swapped() if other.swapped is not None)
-        own = request.footprint.host_bytes - self._held(request, host)
+        own = request.footprint.host_bytes - held[request]
         return own + promised + books.used - reclaimable <= books.total
 
     def _fits_device(self, request: Request) -> bool:
-        books = self._store.books()
-        promised = sum(
-            max(0, other.footprint.prefill_peak_bytes - self._held(other))
-            for other in self.running
-            if other.prefill_end is not None
-        )
-        idle = sum(self._held(other) for other in self.idle if other is not request)
+        books, prompts = self._store.books(), [other for other in self.running if other.prefill_end is not None]
+        held = self._held_each([request, *prompts, *self.idle], self._store.arena)
+        promised = sum(max(0, other.footprint.prefill_peak_bytes - held[other]) for other in prompts)
+        idle = sum(held[other] for other in self.idle if other is not request)
         bound = request.footprint
         own = bound.peak_bytes if request.num_preemptions else max(bound.prefill_peak_bytes, bound.steady_bytes)
-        own -= self._held(request)
+        own -= held[request]
         return own + promised + books.used - idle <= books.total
 
     def _held(self, request: Request, tier: Arena | None = None) -> int:
         return 0 if request.seq is None else self._store.allocated_bytes(request.seq, tier)
+
+    def _held_each(self, requests: Seq[Request], tier: Arena) -> dict[Request, int]:
+        """Return what `_held` says of each request, asked for all at once."""
+        holders = [request for request in dict.fromkeys(requests) if request.seq is not None]
+        rows = [(request, row) for request in holders for row in (request.seq.rows if request.seq else ())]
+        held = dict.fromkeys(requests, 0)
+        for (request, _), num_bytes in zip(rows, self._store.row_bytes([row for _, row in rows], tier), strict=True):
+            held[request] += num_bytes
+        return held
 
     def _start(self, request: Request) -> bool:
         """Let a request run; False if it must wait for room to be swapped back in."""
@@ -315,6 +322,8 @@ class Scheduler:
         It is shorter only where a preempted request with sliding windows is computed anew: its prompt is then
         longer than the one that the footprint is of.
         """
+        if not request.num_preemptions or not self._store.lanes.windows:
+            return count
         bounds = [(self._store.arena, request.footprint.peak_bytes)]
         if self._store.host is not None:
             bounds.append((self._store.host, request.footprint.host_bytes))

@@ -223,7 +223,7 @@ def _new_table(store: KVStore, group: KVGroup, count: Tensor, prefixes: PrefixCa
 def close_holes(store: KVStore, seq: Sequence) -> None:
     """Move the last token of each lane with a hole into it, so that many tokens can be appended."""
     row, size = seq.row, store.block_size
-    if not (store.hole[row] >= 0).any():
+    if seq.dense or not (store.hole[row] >= 0).any():
         return
     seq.changed()
     before = store.columns_held(seq)

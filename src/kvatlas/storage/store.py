@@ -204,6 +204,8 @@ class KVStore:
 
     def row_bytes(self, rows: Seq[LaneRow], arena: Arena) -> list[int]:
         """Return the bytes of all blocks of a tier that each row holds."""
+        if not rows:
+            return []
         held = -(-self.length[[row.row for row in rows]] // self.block_size)
         total = torch.zeros(len(rows), dtype=torch.int64)
         for layout in {id(row.layout): row.layout for row in rows}.values():
@@ -402,7 +404,7 @@ class KVStore:
         return held
 
     def _more_columns(self, row: LaneRow, slots: Tensor) -> Tensor:
-        return (-(-slots // self.block_size) - self.columns_held(row)).clamp(min=0)
+        return ((slots + (self.block_size - 1)) // self.block_size - self.columns_held(row)).clamp(min=0)
 
     def put(self, row: LaneRow, new: Tensor, granted: Seq[tuple[LaneGroup, Tensor]]) -> None:
         """Enter ``new`` [lanes] block ids per lane behind those that a row has."""
@@ -510,8 +512,9 @@ class KVStore:
 
     def _try_encode(self, seq: Sequence) -> bool:
         """Encode all blocks that are old enough, block after block; False if there is no room for one of them."""
+        if seq.encoded is None:
+            return True
         while (due := self.blocks_due(seq).clamp(max=_BLOCKS_AT_ONCE)).any():
-            assert seq.encoded is not None
             granted = self.try_allocate([(group, int(due[group.lanes].sum())) for group in seq.encoded.layout.groups])
             if granted is None:
                 return False
@@ -543,11 +546,11 @@ class KVStore:
         return self.tables.columns_held(seq.row)
 
     def _new_columns(self, seq: Sequence, count: int) -> Tensor:
-        return (-(-(self._tokens_held(seq) + count) // self.block_size) - self.columns_held(seq)).clamp(min=0)
+        return self._more_columns(seq, self._tokens_held(seq) + count)
 
     def _tokens_held(self, seq: Sequence) -> Tensor:
         """Return the tokens of each lane [lanes] int64: a hole holds none."""
-        return self.length[seq.row] - (self.hole[seq.row] >= 0).long()
+        return self.length[seq.row] if seq.dense else self.length[seq.row] - (self.hole[seq.row] >= 0).long()
 
     def _shared_tails(self, seq: Sequence, row: LaneRow) -> Tensor:
         """Return 1 for each lane [lanes] int64 whose partly filled last block, or that beside it, has another owner."""

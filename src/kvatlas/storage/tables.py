@@ -85,7 +85,7 @@ class Tables:
 
     def columns_held(self, row: int) -> Tensor:
         """Return the number of blocks of each lane [lanes] int64."""
-        return -(-self.length[row] // self.block_size)
+        return (self.length[row] + (self.block_size - 1)) // self.block_size
 
     def ids_between(self, row: int, lanes: Tensor, low: Tensor, high: Tensor) -> Tensor:
         """Return the block ids [n] int32 in columns [low, high) [all lanes] of some lanes, lane after lane."""
