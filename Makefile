@@ -48,7 +48,7 @@ check: setup ## lint, check format, types, import layers and where strategies ar
 check-slow: setup ## run the slow tests
 	@$(BIN)/python -c 'import triton' 2>/dev/null || test "$$(uname)" != Linux || \
 		$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TRITON)
-	$(BIN)/python -m pytest -m slow --hypothesis-profile=search
+	$(BIN)/python -m pytest -m slow --hypothesis-profile=search -n 2 --dist loadfile
 
 bench: setup ## run the benchmarks: kernels and engine in short, then benchmarks/*.py
 	$(BIN)/kvatlas bench kernels --quick
