@@ -15,6 +15,7 @@ from tests.parity.test_engine import wide_model
 from transformers import CONFIG_MAPPING
 
 import kvatlas
+from kvatlas.core.errors import CompositionError
 from kvatlas.core.timeline import Timeline
 from kvatlas.engine.engine import Engine
 from kvatlas.engine.llm import LLM
@@ -157,6 +158,64 @@ def test_what_stays_on_the_device_is_not_fetched_again(choosing: str, resident: 
     for alike, other in zip(*done, strict=True):
         assert relative_error(logits_of(other), logits_of(alike)) < 1e-6 and other.kept == alike.kept
     assert moved[1] <= moved[0] and (resident == 1 or moved[1] < 0.9 * moved[0])
+
+
+@pytest.mark.parametrize("family", [slow("gemma2"), "gemma4_text", "mistral"])
+def test_windows_see_what_stays(family: str) -> None:
+    """A block that stays is not fetched again with the positions of its newer tokens."""
+    done = []
+    for resident in (0, 40):
+        jobs = [job(f"quest(budget=24, dense=0) | offload(host, resident={resident})", n, 24, family) for n in (70, 9)]
+        drive(engine_of(family, max_batched_tokens=100, block_size=8), jobs, interrupt_every=9)
+        done.append(jobs)
+    for alike, other in zip(*done, strict=True):
+        assert relative_error(logits_of(other), logits_of(alike)) < 1e-6
+
+
+@pytest.mark.parametrize("place", ["", " | offload(host)"])
+def test_layers_that_pack_beside_others_in_torch_form(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What layers with equal lanes compute once must not be used by those that have packed some of theirs."""
+    done = []
+    for form in ("auto", "torch"):
+        monkeypatch.setenv("KVATLAS_KERNELS", form)
+        engine = Engine(wide_model(), kv_memory="8MiB", host_memory="8MiB", max_batched_tokens=100)
+        sentence = f"int8(layers=0-1) | kivi(bits=4, residual=8, layers=2-){place}"
+        done.append(drive(engine, [job(sentence, length, 40) for length in (75, 9, 60)]))
+    for fast, plain in zip(*done, strict=True):
+        assert relative_error(logits_of(plain), logits_of(fast)) < 3e-2
+
+
+@cache
+def long_model() -> LoadedModel:
+    return loaded(tiny_model("llama", max_position_embeddings=1024, num_hidden_layers=3))
+
+
+@pytest.mark.parametrize(
+    ("packing", "prompt_tokens"),
+    [
+        ("snapkv(budget=160, window=8) | pyramid | kivi(bits=4, residual=64) | quest(budget=96, dense=0)", 330),
+        ("snapkv(budget=150, window=8, layers=0) | kivi(bits=4, residual=128) | quest(budget=96, dense=0)", 330),
+        ("kivi(bits=4, residual=128) | quest(budget=96, dense=0)", 125),  # chooses before a block is packed
+    ],
+)
+def test_packed_blocks_that_stay(packing: str, prompt_tokens: int) -> None:
+    """Also where layers have packed different numbers of blocks, or none so far."""
+    done, moved = [], []
+    for resident in (0, 1, 1000):
+        engine = Engine(long_model(), kv_memory="16MiB", host_memory="16MiB", enable_prefix_caching=False)
+        sentence = f"{packing} | offload(host, resident={resident})"
+        done.append(drive(engine, [job(sentence, prompt_tokens, 45)])[0])
+        moved.append(engine.link.to_device.num_bytes)
+        assert_empty(engine)
+    for other in done[1:]:
+        assert relative_error(logits_of(other), logits_of(done[0])) < 1e-6
+    assert moved[2] < moved[0] and moved[1] <= moved[0]
+
+
+def test_something_stays_in_all_layers_or_in_none() -> None:
+    sentence = "quest(budget=24, dense=0) | offload(host, resident=13, layers=0-1) | offload(host, layers=2-)"
+    with pytest.raises(CompositionError, match="some stays in all layers or in none"):
+        engine_of().add_request([1, 2, 3], SamplingParams(), sentence)
 
 
 @pytest.mark.parametrize("family", ALL)

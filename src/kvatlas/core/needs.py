@@ -163,7 +163,8 @@ class QueryMoments:
 class Logprobs:
     """How likely each token was after those before it, its natural log-probability: `LaneView.logprobs`.
 
-    Costs the logits of all tokens of a prompt, chunk by chunk.
+    Costs the logits of all tokens of a prompt, chunk by chunk, and of each sequence the log-probabilities of what comes
+    next; both lie outside of the memory for keys and values.
     """
 
     about: str = "log-probabilities of tokens"

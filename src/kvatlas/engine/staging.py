@@ -162,8 +162,11 @@ class Visitors:
         (source, home), (target, stage) = self.home(layer), self.stage(layer)
         per_block = selection.per is Per.BLOCK
         if per_block:
-            meant &= index < home.shape[-1]  # behind encoded blocks come those that live on the device
-            index = index.clamp(max=home.shape[-1] - 1)
+            columns = int(self._of(layer)[1].max())
+            if not columns:  # nothing is encoded yet
+                return Transfer(copy=lambda: None, num_bytes=0)
+            meant &= index < columns  # behind encoded blocks come those that live on the device
+            index = index.clamp(max=columns - 1)
         if self.stays(layer):
             index, place, meant = self._bring(layer, selection, index, meant)
         else:

@@ -52,8 +52,7 @@ class Adapter:
         linear_weights: how linears keep weights for few rows; see `kvatlas.models.fast.linears.SmallLinears`.
 
     Attributes:
-        linears: those that were replaced, with the bytes of their copies.
-        layers: the decoder layers that run natively around their attention.
+        fast: linears and decoder layers that run natively.
 
     Raises:
         UnsupportedError: the family cannot be run this way, or its linears not with these weights; the text names the

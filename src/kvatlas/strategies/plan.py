@@ -361,3 +361,5 @@ def _check_places(owned: dict[int, LayerPlan]) -> None:
         raise CompositionError(
             "what is offloaded is chosen in all its layers or in none; give both stages one 'layers'"
         )
+    if len({bool(layer.store.resident) for layer in hosted}) > 1:
+        raise CompositionError("of what is offloaded, some stays in all layers or in none; give one 'resident' to all")
