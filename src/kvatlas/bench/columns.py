@@ -17,7 +17,7 @@ from torch import Tensor
 from kvatlas.bench.paged import Content, Lanes
 from kvatlas.bench.timing import take_turns
 from kvatlas.core.vocabulary import Format
-from kvatlas.kernels.chunk_attention import chunk_attention
+from kvatlas.kernels.chunk_attention import ChunkRows, chunk_attention
 from kvatlas.kernels.column_sums import column_sums, torch_path
 from kvatlas.kernels.pool import Part
 
@@ -118,7 +118,8 @@ def _forms(chunk: Chunk) -> dict[str, Callable[[], _Sums]]:
     k, v = torch.randn(2, *shape, generator=generator).unbind()
     positions, parts = torch.arange(chunk.past, chunk.past + chunk.tokens), chunk.parts()
     scale = chunk.head_dim**-0.5
-    _, lse = chunk_attention(q, k, v, positions, parts, scale=scale)
+    rows = ChunkRows(start=0, count=chunk.tokens, positions=positions, past=parts)
+    _, (lse,) = chunk_attention(q, k, v, [rows], scale=scale)
     ours = partial(column_sums, q, k, positions, lse, parts, scale=scale)
     plain = partial(
         torch_path.column_sums, q, k, positions, lse, parts,

@@ -1,7 +1,7 @@
 """One forward over a packed batch: where each token's keys and values go, and what each query reads.
 
 A step's batch is a row of *segments*: chunks of prompts first, then groups of decode steps of one kind of strategy.
-Attention of a chunk runs per sequence; a decode group is one call over all its sequences and heads.
+Attention of all chunks is one call, and so is that of a decode group, over all sequences and heads.
 
 Shapes: T packed tokens, n tokens of a chunk, R sequences of a group, H KV heads, C table columns.
 """
@@ -20,12 +20,12 @@ from kvatlas.core.observer import NULL, Observer, SpanKind
 from kvatlas.core.views import Selection
 from kvatlas.core.vocabulary import Per
 from kvatlas.engine.beside import Beside
-from kvatlas.engine.segments import Chunk, DecodeGroup, sequence_of
+from kvatlas.engine.segments import Chunk, ChunkBatch, DecodeGroup, batch_chunks, sequence_of
 from kvatlas.engine.selection import Probe, chosen_blocks, chosen_slots, place_of, slots_of
 from kvatlas.engine.sources import Blocks, old_blocks
 from kvatlas.engine.staging import Staging, Transfer, Visitors
 from kvatlas.kernels.blocks import read_keys, rounded, write_slots
-from kvatlas.kernels.chunk_attention import chunk_attention
+from kvatlas.kernels.chunk_attention import ChunkRows, chunk_attention
 from kvatlas.kernels.column_sums import column_sums
 from kvatlas.kernels.decode_attention import NewTokens, decode_attention
 from kvatlas.kernels.gather import gather_slots
@@ -78,7 +78,7 @@ class ForwardPass:
 
     Args:
         store: where keys and values lie.
-        chunks: prompt chunks, in order of their rows.
+        chunks: prompt chunks, in order of their rows; those of one layout follow each other.
         groups: decode groups, in order of their rows.
         transport: how to read what lies on the host.
     """
@@ -86,6 +86,7 @@ class ForwardPass:
     def __init__(self, store: KVStore, chunks: Seq[Chunk], groups: Seq[DecodeGroup], transport: Transport) -> None:
         self._store = store
         self._chunks = chunks
+        self._batches = batch_chunks(store, chunks)
         self._groups = groups
         self._transport = transport
         self._beside = Beside(store, transport.artifacts)
@@ -132,39 +133,60 @@ class ForwardPass:
         q_THD, k_THD, v_THD = query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1)
         if not self._chunks and len(self._groups) == 1:  # most steps
             return self._attend_group(call, self._groups[0], q_THD, k_THD, v_THD)[None]
+        rows = sum(batch.count for batch in self._batches)
+        chunks = self._attend_chunks(call, q_THD[:rows], k_THD[:rows], v_THD[:rows]) if rows else None
+        if chunks is not None and not self._groups:
+            return chunks[None]
         out = q_THD.new_empty((q_THD.shape[0], q_THD.shape[1], v_THD.shape[2]))
-        for chunk in self._chunks:
-            rows = slice(chunk.start, chunk.start + chunk.count)
-            out[rows] = self._attend_chunk(call, chunk, q_THD[rows], k_THD[rows], v_THD[rows])
+        if chunks is not None:
+            out[:rows] = chunks
         for group in self._groups:
-            rows = slice(group.start, group.start + len(group.requests))
-            out[rows] = self._attend_group(call, group, q_THD[rows], k_THD[rows], v_THD[rows])
+            rows_of = slice(group.start, group.start + len(group.requests))
+            out[rows_of] = self._attend_group(call, group, q_THD[rows_of], k_THD[rows_of], v_THD[rows_of])
         return out[None]
 
-    def _attend_chunk(self, call: AttentionCall, chunk: Chunk, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        seq, keep = sequence_of(chunk.request), chunk.request.plan.layers[call.layer].keep
-        lanes = self._store.lanes.slices[call.layer]
-        past = chunk.past_length[lanes]
-        source = self._source(call, seq, chunk.visitors, chunk.table[lanes][None])
-        home = seq.layout.of_layer(call.layer)
-        block, offset = chunk.slots.block[:, lanes], chunk.slots.offset[:, lanes]
-        k, v = self._write(call, home, block, offset, k, v, source.visiting)
-        cached = Blocks.of(source.blocks, source.table[0], past.to(q.device), past)
-        if self._stores(call.layer):
-            self._beside.add_chunk(call.layer, chunk, cached, q, k, v)
-        reach = keep.reach(chunk.request.prompt_tokens)
-        limits = _Limits(
-            scale=call.scale,
-            softcap=call.softcap,
-            window=call.window,
-            reach=None if reach is None else (reach.sinks, reach.recent),
-        )
-        parts = self._past_parts(call, chunk, cached)
-        out, lse = chunk_attention(q, k, v, chunk.positions, parts, sinks=call.sinks, **limits)
-        received = chunk.request.plan.layers[call.layer].received
-        if received is not None:
-            self._add_column_sums(call, chunk, source, q, k, lse, limits, received)
+    def _attend_chunks(self, call: AttentionCall, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attend all chunks of the step in one call; their rows are the first of the batch."""
+        stored = [self._write_chunks(call, batch, k, v) for batch in self._batches]
+        k, v = stored[0] if len(stored) == 1 else map(torch.cat, zip(*stored, strict=True))
+        rows = []
+        for chunk in self._chunks:
+            here, plan = chunk.layers[call.layer], chunk.request.plan.layers[call.layer]
+            source = self._source_of(call, chunk)
+            cached = Blocks(blocks=source.blocks, table=source.table, length=here.length, host_length=here.host_length)
+            if plan.store.makers and self._stores(call.layer):
+                mine = slice(chunk.start, chunk.start + chunk.count)
+                self._beside.add_chunk(call.layer, chunk, cached.trimmed(), q[mine], k[mine], v[mine])
+            reach = plan.keep.reach(chunk.request.prompt_tokens)
+            rows.append(
+                ChunkRows(
+                    start=chunk.start,
+                    count=chunk.count,
+                    positions=chunk.places,
+                    past=self._past_parts(call, chunk, cached),
+                    reach=None if reach is None else (reach.sinks, reach.recent),
+                )
+            )
+        out, lses = chunk_attention(
+            q, k, v, rows, scale=call.scale, softcap=call.softcap, sinks=call.sinks, window=call.window,
+            need_lse=any(chunk.request.plan.layers[call.layer].received is not None for chunk in self._chunks),
+        )  # fmt: skip
+        for chunk, its, lse in zip(self._chunks, rows, lses, strict=True) if lses else ():
+            received = chunk.request.plan.layers[call.layer].received
+            if received is not None:
+                source = self._source_of(call, chunk)
+                limits = _Limits(scale=call.scale, softcap=call.softcap, window=call.window, reach=its.reach)
+                mine = slice(chunk.start, chunk.start + chunk.count)
+                self._add_column_sums(call, chunk, source, q[mine], k[mine], lse, limits, received)
         return out
+
+    def _write_chunks(self, call: AttentionCall, batch: ChunkBatch, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store the new tokens of chunks of one layout, and return them as a later read will see them."""
+        first, rows = batch.chunks[0], slice(batch.start, batch.start + batch.count)
+        visiting = first.visitors is not None and first.visitors.reads_own(call.layer)
+        home = sequence_of(first.request).layout.of_layer(call.layer)
+        block, offset = batch.block[call.layer], batch.offset[call.layer]
+        return self._write(call, home, block, offset, k[rows], v[rows], visiting)
 
     def _side(self, seq: Sequence, layer: int) -> SideClass | None:
         return seq.layout.side_of_layer(layer)
@@ -209,6 +231,14 @@ class ForwardPass:
         blocks, stage = visitors.stage(call.layer)
         return _Source(blocks=blocks, table=stage.to(blocks.device), visiting=True)
 
+    def _source_of(self, call: AttentionCall, chunk: Chunk) -> _Source:
+        """Return where a chunk reads a layer; its table is [H, C]."""
+        layout, visitors = sequence_of(chunk.request).layout, chunk.visitors
+        if visitors is None or not visitors.reads_own(call.layer):
+            return _Source(blocks=layout.of_layer(call.layer), table=chunk.layers[call.layer].table, visiting=False)
+        blocks, stage = visitors.stage(call.layer)
+        return _Source(blocks=blocks, table=stage[0].to(blocks.device), visiting=True)
+
     def _add_column_sums(
         self,
         call: AttentionCall,
@@ -231,7 +261,7 @@ class ForwardPass:
         before = chunk.past_length[lanes]
         past = before + first  # tokens of the chunk before the first observed one count as past
         at_home = Blocks.of(home, chunk.table[lanes], past.to(q.device), past, (side, chunk.side[lanes]))
-        own = replace(at_home, blocks=source.blocks, table=source.table[0, :, : at_home.table.shape[-1]])
+        own = replace(at_home, blocks=source.blocks, table=source.table[:, : at_home.table.shape[-1]])
         owner = self._stores(call.layer)  # the others only add to its votes
         fresh = owner and observed is not None and prompt_tokens - observed >= int(chunk.positions[0])
         if source.visiting and first:  # the buffer has the past, but not yet the chunk's own unobserved tokens
@@ -273,7 +303,8 @@ class ForwardPass:
         parts, slots = self._parts(call, group, source, own, old, selection, k, v)
         received = plan.received
         need_mass = received is not None and received.in_decode
-        alike: object = call.window if group.dense else call.layer
+        # Layers whose lanes hold as many tokens in the same parts.
+        alike: object = (call.window, plan.store.old, plan.store.residual) if group.dense else call.layer
         # Single slots that visit have no positions.
         slots_moved = source.visiting and selection is not None and selection.per is Per.SLOT
         out, masses = decode_attention(
@@ -406,7 +437,9 @@ class ForwardPass:
         assert group.visitors is not None
         if group.visitors.stays(call.layer):
             chosen = group.visitors.everything(call.layer) if selection is None else selection
-            return self._resident(group.visitors.places(call.layer), here.slot, source, own, chosen, ahead, k, v)
+            positions = None if call.window is None else group.positions
+            places = group.visitors.places(call.layer)
+            return self._resident(places, here.slot, source, own, chosen, ahead, k, v, positions)
         table, length, slot = source.table[..., : own.table.shape[-1]], own.length, here.slot
         if selection is not None and selection.per is Per.SLOT:
             slot = selection.count_RH.cpu() if ahead else place_of(slot, selection)
@@ -429,8 +462,12 @@ class ForwardPass:
         ahead: bool,
         k: Tensor,
         v: Tensor,
+        positions: Tensor | None,
     ) -> tuple[Part, Tensor | None]:
-        """Return what `_visiting` does where what was chosen is at some places of a lane; put the new tokens there."""
+        """Return what `_visiting` does where what was chosen is at some places of a lane; put the new tokens there.
+
+        Where a window compares ``positions``, these too: a block that stays is not fetched again with them.
+        """
         size, device = self._store.block_size, k.device
         part = Part(pool=source.blocks.pool, table=source.table, length=own.length)
         if selection.per is Per.SLOT:
@@ -440,6 +477,8 @@ class ForwardPass:
         newest = place_of(slot // size, selection)
         column = places.gather(-1, newest[..., None])[..., 0]
         self._write_visiting(source, column * size + slot % size, k, v)
+        if positions is not None:
+            self._write_positions(source, column * size + slot % size, positions)
         length = chosen_blocks(own, own.part(), selection, 0).length
         return replace(part, table=source.table.gather(-1, places.to(source.table.device)), length=length), None
 

@@ -137,7 +137,7 @@ class Runner:
         chunks: list[Chunk] = []
         groups: list[DecodeGroup] = []
         row = 0
-        for request, count in pack.chunks:
+        for request, count in _by_layout(pack.chunks):
             chunks.append(make_chunk(self._store, request, count, row))
             row += count
         for requests in _grouped(self._store, pack.decodes):
@@ -160,6 +160,14 @@ class Runner:
             self._store.mirror(sequence_of(request), in_use=True)
             self._store.shrink_staging(sequence_of(request), staged_slots(self._store, request, 1))
             sequence_of(request).encodes = request.plan.encodes(in_prompt=False)
+
+
+def _by_layout(chunks: Seq[tuple[Request, int]]) -> list[tuple[Request, int]]:
+    """Return chunks with those of one layout behind each other, else in order."""
+    order: dict[int, int] = {}
+    for request, _ in chunks:
+        order.setdefault(id(sequence_of(request).layout), len(order))
+    return sorted(chunks, key=lambda chunk: order[id(sequence_of(chunk[0]).layout)])
 
 
 def _grouped(store: KVStore, requests: Seq[Request]) -> list[list[Request]]:

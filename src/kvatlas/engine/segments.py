@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import NamedTuple
 
 import torch
@@ -33,6 +34,14 @@ class OldBlocks:
     host_length: Tensor
 
 
+class ChunkLayer(NamedTuple):
+    """What one layer reads of a chunk's past: the table [H, C], lengths [H], these also on the CPU."""
+
+    table: Tensor
+    length: Tensor
+    host_length: Tensor
+
+
 @dataclass(frozen=True, kw_only=True)
 class Chunk:
     """The next ``count`` prompt tokens of one request, at row ``start`` of the batch.
@@ -40,7 +49,8 @@ class Chunk:
     ``table`` [lanes, C] covers the chunk too, and so does ``side``, the table of what lies beside; ``past_length``
     [lanes], on the CPU, is what was cached before it; ``dense_starts`` gives the position of
     slot 0, encoded ones counted, per window (0: no window) while slots are in position order, else None; ``visitors``
-    are the past's blocks on the host, or None; ``old`` those of the past that are encoded.
+    are the past's blocks on the host, or None; ``old`` those of the past that are encoded. ``layers`` are tables and
+    lengths of the past, cut by layers once for a step; ``places`` the positions in int32, as kernels compare them.
     """
 
     request: Request
@@ -54,6 +64,22 @@ class Chunk:
     dense_starts: dict[int, int] | None
     visitors: Visitors | None
     old: OldBlocks | None
+    layers: list[ChunkLayer]
+    places: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChunkBatch:
+    """Chunks of one layout that follow each other, n rows from ``start`` on; their new tokens are written together.
+
+    ``block`` and ``offset`` are where these go, layer by layer, [n, H].
+    """
+
+    chunks: list[Chunk]
+    start: int
+    count: int
+    block: list[Tensor]
+    offset: list[Tensor]
 
 
 class GroupLayer(NamedTuple):
@@ -121,12 +147,17 @@ def make_chunk(store: KVStore, request: Request, count: int, start: int) -> Chun
     dense_starts = {0: 0, **seq.starts} if seq.dense else None
     slots = _on_device(store.append(seq, count), device)
     columns = int(store.columns_held(seq).max())
+    table = store.table[seq.row, :, :columns].to(device)
+    cut = (table, past_length.to(device), past_length)
+    positions = torch.arange(seq.seen - count, seq.seen, device=device)
     return Chunk(
         request=request,
         start=start,
         count=count,
-        positions=torch.arange(seq.seen - count, seq.seen, device=device),
-        table=store.table[seq.row, :, :columns].to(device),
+        positions=positions,
+        places=positions.int(),
+        layers=[ChunkLayer(*parts) for parts in zip(*(store.lanes.split(each, 0) for each in cut), strict=True)],
+        table=table,
         side=None if seq.side is None else store.table[seq.side.row, :, :columns].to(device),
         past_length=past_length,
         slots=slots,
@@ -134,6 +165,24 @@ def make_chunk(store: KVStore, request: Request, count: int, start: int) -> Chun
         visitors=_visitors(store, request.plan, [seq], past_length[None]),
         old=old,
     )
+
+
+def batch_chunks(store: KVStore, chunks: Seq[Chunk]) -> list[ChunkBatch]:
+    """Return chunks in runs of one layout; those of one should follow each other."""
+    found = []
+    for _, members in groupby(chunks, key=lambda chunk: id(sequence_of(chunk.request).layout)):
+        run = list(members)
+        block, offset = (
+            torch.cat([getattr(chunk.slots, name) for chunk in run]) if len(run) > 1 else getattr(run[0].slots, name)
+            for name in ("block", "offset")
+        )
+        found.append(
+            ChunkBatch(
+                chunks=run, start=run[0].start, count=sum(chunk.count for chunk in run),
+                block=store.lanes.split(block), offset=store.lanes.split(offset.to(block.device)),
+            )
+        )  # fmt: skip
+    return found
 
 
 def make_group(store: KVStore, requests: list[Request], start: int) -> DecodeGroup:

@@ -46,6 +46,10 @@ class Blocks:
         trimmed = None if side is None else (side[0], side[1][..., :columns])
         return cls(blocks=blocks, table=table[..., :columns], length=length, host_length=host_length, side=trimmed)
 
+    def trimmed(self) -> Blocks:
+        """Return them without the columns behind the longest lane."""
+        return Blocks.of(self.blocks, self.table, self.length, self.host_length, self.side)
+
     def part(self, *, hide_empty: bool = False, dense_start: int | None = None) -> Part:
         """Return them as kernels take them."""
         return Part(

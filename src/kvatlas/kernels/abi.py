@@ -59,7 +59,7 @@ def pack_parts(
     """Return an array of ``kva_part``, and what must be kept alive until C has read it.
 
     Args:
-        parts: tables [R, H, C], lengths [R, H].
+        parts: tables [R, H, C], lengths [R, H]; or [H, C] and [H], of one sequence.
         slots: [R, H, S'] int32 slots of the only part, or None.
         mass: [R, H, S] float32, contiguous, per part; or None.
     """
@@ -91,8 +91,8 @@ def pack_entries(entries: Entries) -> tuple[bytes, object]:
 
 def _pack(part: Part, slots: Tensor | None, mass: Tensor | None) -> bytes:
     table, length = part.table, part.length
-    table_row, table_lane, _ = table.stride()
-    length_row, length_lane = length.stride()
+    table_row, table_lane, _ = table.stride() if table.dim() == 3 else (0, *table.stride())
+    length_row, length_lane = length.stride() if length.dim() == 2 else (0, *length.stride())
     slots_row, slots_lane = (0, 0) if slots is None else slots.stride()[:2]
     return _PART.pack(
         ctypes.addressof(pool_struct(part.pool)),
@@ -102,7 +102,7 @@ def _pack(part: Part, slots: Tensor | None, mass: Tensor | None) -> bytes:
         length.data_ptr(),
         length_row,
         length_lane,
-        table.shape[2],
+        table.shape[-1],
         part.hide_empty,
         0 if slots is None else slots.data_ptr(),
         slots_row,

@@ -53,9 +53,9 @@ class LaneMap:
         spans = [torch.arange(self.slices[index].start, self.slices[index].stop) for index in sorted(layers)]
         return torch.cat([torch.zeros(0, dtype=torch.int64), *spans])
 
-    def split(self, tensor: Tensor) -> list[Tensor]:
+    def split(self, tensor: Tensor, dim: int = 1) -> list[Tensor]:
         """Return for each layer its lanes of a tensor [rows, lanes, ...]: cheaper than slicing layer by layer."""
-        parts = torch.split(tensor, self._sizes, dim=1)
+        parts = torch.split(tensor, self._sizes, dim=dim)
         return [parts[index] for index in self._places]
 
     def _slice(self, layer: int, starts: dict[int, int]) -> slice:

@@ -9,7 +9,8 @@
 #endif
 #include <cstdlib>
 
-#include "column_sums_keys.h"
+#include "read_rows.h"
+#include "sight.h"
 
 // Mirrored in kernels/column_sums/native.py.
 struct kva_columns {
@@ -42,32 +43,14 @@ constexpr int ROWS = 4;   // products want a register too
 #endif
 constexpr int PANEL_VF = WIDTH / VF;
 constexpr int BLOCK_ROWS = 96;                // rows of queries that stay in the L2 cache for all panels
-constexpr int64_t ROW_FLOATS = MAX_KEY_DIM + 16;  // fixed, for offsets in instructions; no power of two, for the caches
+constexpr int64_t ROW_FLOATS = MAX_DIM + 16;  // fixed, for offsets in instructions; no power of two, for the caches
 constexpr int64_t KEY_FLOATS = 1 << 15;       // of an item's panels: they stay in the L2 cache for all queries
 constexpr int64_t MAX_RUN = 1024;             // keys of an item
 constexpr int64_t LEAST_RUN = 64;             // below that, converting queries for each item would show
 constexpr int ITEMS_PER_THREAD = 4;           // that items may be unequal, and threads interrupted
 constexpr int64_t PRODUCTS_PER_THREAD = 1 << 20;  // waking a thread takes a good part of the time that these do
 constexpr float LOG2_E = 1.44269504f;
-constexpr int32_t NO_TOKEN = INT32_MAX;       // later than any query
 static_assert(BLOCK_ROWS % ROWS == 0);
-
-// Positions [low, high] of queries or keys; nothing if low > high.
-struct Range {
-    int64_t low = INT64_MAX, high = INT64_MIN;
-    bool holes = false;  // slots without a token are among them
-    void add(int64_t position) {
-        low = position < low ? position : low;
-        high = position > high ? position : high;
-    }
-    void add(const Range& other) {
-        low = other.low < low ? other.low : low;
-        high = other.high > high ? other.high : high;
-        holes |= other.holes;
-    }
-};
-
-enum Seen { NONE, SOME, ALL };
 
 // Memory of one thread.
 struct Scratch {
@@ -78,10 +61,9 @@ struct Scratch {
     Range panels[MAX_RUN / WIDTH];
     Range rows[BLOCK_ROWS / ROWS];
     float norm[BLOCK_ROWS];     // log-sum-exp; infinity where a row gives nothing
-    int32_t now[BLOCK_ROWS];    // a row sees positions up to this one,
-    int32_t after[BLOCK_ROWS];  // later than this one,
-    int32_t near[BLOCK_ROWS];   // and later than this one or among the sinks
-    KeyRoom room;
+    int32_t now[BLOCK_ROWS], after[BLOCK_ROWS], near[BLOCK_ROWS];
+    Eyes eyes() { return {now, after, near}; }
+    RowRoom room;
 };
 
 // A run of keys.
@@ -100,13 +82,14 @@ struct Call {
     int group;
     int64_t run;  // keys of an item
     int32_t sinks;
+    Sight sight;
     float factor, cap;  // of the queries; of the softcap's tanh
 
     Call(const kva_columns& args, const kva_part* parts) : args(args), parts(parts) {}
 
     int check() {
         if (args.tokens < 0 || args.kv_heads < 1 || args.query_heads % args.kv_heads) return KVA_ESHAPE;
-        if (args.dim < 1 || args.dim > MAX_KEY_DIM) return KVA_ESHAPE;
+        if (args.dim < 1 || args.dim > MAX_DIM) return KVA_ESHAPE;
         if (args.format < KVA_FP32 || args.format > KVA_FP16) return KVA_EFORMAT;
         for (int p = 0; p < args.num_parts; ++p) {
             const kva_pool& pool = *parts[p].pool;
@@ -115,30 +98,18 @@ struct Call {
             if (pool.format >= KVA_INT4 && pool.block_size != QUADS) return KVA_ESHAPE;
         }
         group = args.query_heads / args.kv_heads;
+        sight = {args.window, args.sinks, args.recent};
         sinks = args.sinks < INT32_MAX ? (int32_t)args.sinks : INT32_MAX;
         cap = args.softcap * LOG2_E;
         factor = args.softcap > 0 ? args.scale / args.softcap : args.scale * LOG2_E;
         return KVA_OK;
     }
 
-    // How much the queries see of the keys: NONE and ALL are certain.
-    Seen seen(const Range& query, const Range& key) const {
-        if (key.low > query.high) return NONE;
-        bool all = !key.holes && key.high <= query.low;
-        if (args.window >= 0) {
-            if (key.high <= query.low - args.window) return NONE;
-            all &= key.low > query.high - args.window;
-        }
-        if (args.recent >= 0) {
-            if (key.low >= args.sinks && key.high <= query.low - args.recent) return NONE;
-            all &= key.high < args.sinks || key.low > query.high - args.recent || args.sinks > query.high - args.recent;
-        }
-        return all ? ALL : SOME;
-    }
+    Seen seen(const Range& query, const Range& key) const { return sight.seen(query, key); }
 
     // What a panel of keys receives from ROWS rows of queries, from `row` on.
     template <bool HIDES, bool CAPPED>
-    __attribute__((noinline)) void add_rows(const Scratch& s, int row, int panel, vf (&sums)[PANEL_VF]) const {
+    __attribute__((noinline)) void add_rows(Scratch& s, int row, int panel, vf (&sums)[PANEL_VF]) const {
         const float* q = s.q + row * ROW_FLOATS;
         const float* keys = s.keys + (int64_t)panel * WIDTH * args.dim;
         vf score[ROWS][PANEL_VF] = {};
@@ -160,8 +131,7 @@ struct Call {
                 const vf weight = exp2(x - s.norm[row + m]);
                 if constexpr (HIDES) {
                     const vi position = load_as<vi>(s.position + panel * WIDTH + n * VF);
-                    const vi far = (position >= sinks) & (position <= s.near[row + m]);
-                    const vi hidden = far | (position > s.now[row + m]) | (position <= s.after[row + m]);
+                    const vi hidden = s.eyes().hidden(row + m, position, sinks);
                     total[n] += hidden ? vf{} : weight;
                 } else {
                     total[n] += weight;
@@ -193,13 +163,9 @@ struct Call {
         return range;
     }
 
-    static int32_t before(int64_t position, int64_t distance) {
-        return position - distance > INT32_MIN ? (int32_t)(position - distance) : INT32_MIN;
-    }
-
     // Reads rows [first, first + count) of a lane's queries, token by token, each with all heads; fills the last ROWS.
     template <class Element>
-    void load_rows(Scratch& s, int head, int64_t first, int count) const {
+    void load_queries(Scratch& s, int head, int64_t first, int count) const {
         for (int i = 0; i < BLOCK_ROWS / ROWS; ++i) s.rows[i] = Range();
         for (int i = 0; i < count; ++i) {
             const int64_t t = (first + i) / group, h = (int64_t)head * group + (first + i) % group;
@@ -212,15 +178,13 @@ struct Call {
             const float lse = args.lse[h * args.tokens + t];
             const int64_t now = args.positions[t];
             s.norm[i] = lse == -INF ? INF : lse * LOG2_E;
-            s.now[i] = (int32_t)now;
-            s.after[i] = args.window < 0 ? -1 : before(now, args.window);
-            s.near[i] = args.recent < 0 ? -1 : before(now, args.recent);
+            s.eyes().set(sight, i, now);
             s.rows[i / ROWS].add(now);
         }
         for (int i = count; i < rounded(count, ROWS); ++i) {
             std::memset(s.q + i * ROW_FLOATS, 0, ROW_FLOATS * sizeof(float));
             s.norm[i] = INF;
-            s.now[i] = s.after[i] = s.near[i] = -1;
+            s.eyes().close(i);
         }
     }
 
@@ -229,18 +193,12 @@ struct Call {
         Range all;
         const int64_t padded = rounded(item.count, KEYS_AT_ONCE);
         for (int64_t i = 0; i < padded; ++i) {
-            int32_t position = NO_TOKEN;
-            if (i < item.count) position = position_of(item, item.first + i);
-            s.position[i] = position < 0 ? NO_TOKEN : position;
+            s.position[i] = i < item.count ? position_of(item, item.first + i) : NO_TOKEN;
         }
         for (int64_t p = 0; p < padded / WIDTH; ++p) {
             Range& range = s.panels[p] = Range();
             for (int64_t i = p * WIDTH; i < (p + 1) * WIDTH; ++i) {
-                if (s.position[i] == NO_TOKEN) {
-                    range.holes = true;
-                } else {
-                    range.add(s.position[i]);
-                }
+                range.add_key(s.position[i]);
             }
             all.add(range);
         }
@@ -248,10 +206,7 @@ struct Call {
     }
 
     int32_t position_of(const Item& item, int64_t at) const {
-        if (!item.part) return args.positions[at];
-        if (item.part->dense_start >= 0) return (int32_t)(item.part->dense_start + at);
-        const kva_pool& pool = *item.part->pool;
-        return load_as<int32_t>(block_of(*item.part, item.table, at) + pool.positions_at + 4 * (at % pool.block_size));
+        return item.part ? position_in(*item.part, item.table, at, NO_TOKEN) : args.positions[at];
     }
 
     // Decodes those keys of an item that some query sees.
@@ -262,18 +217,8 @@ struct Call {
             for (int64_t p = i / WIDTH; p < (i + KEYS_AT_ONCE) / WIDTH; ++p) range.add(s.panels[p]);
             if (seen(queries, range) == NONE) continue;
             const int count = (int)(item.count - i < KEYS_AT_ONCE ? item.count - i : KEYS_AT_ONCE);
-            constexpr bool WIDE = std::is_same_v<Element, Fp32>;
-            uint8_t* to = WIDE ? (uint8_t*)s.room.rows : s.room.narrow;
-            if (item.part) {
-                read_keys<Element>(*item.part, item.table, item.first + i, count, to, s.room.codes);
-            } else {
-                const uint8_t* from = args.k + (item.first + i) * args.k_token * Element::BYTES;
-                for (int t = 0; t < count; ++t) {
-                    const uint8_t* key = from + (t * args.k_token + item.head * args.k_head) * Element::BYTES;
-                    std::memcpy(to + t * args.dim * Element::BYTES, key, args.dim * Element::BYTES);
-                }
-            }
-            if (!WIDE) convert_row<Element, Fp32>(to, (uint8_t*)s.room.rows, count * args.dim);
+            const OwnRows own{args.k, args.k_token, args.k_head};
+            load_rows<Element>(item.part, item.table, false, own, item.head, item.first + i, count, args.dim, s.room);
             to_panels(s.room.rows, count, args.dim, s.keys + i * args.dim);
         }
     }
@@ -288,7 +233,7 @@ struct Call {
             const int count = (int)(rows - first < BLOCK_ROWS ? rows - first : BLOCK_ROWS);
             const Range block = positions_of(first / group, (first + count - 1) / group + 1);
             if (seen(block, keys) == NONE) continue;
-            load_rows<Element>(s, item.head, first, count);
+            load_queries<Element>(s, item.head, first, count);
             for (int panel = 0; panel < padded / WIDTH; ++panel) {
                 if (args.softcap > 0) {
                     add_block<true>(s, count, block, panel);

@@ -1,17 +1,19 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
+from tests.unit.kernels.fast_forms import Form, running_forms
 from tests.unit.kernels.lanes import Lanes, close, dense, make_lanes, peak_bytes, read
 
 from kvatlas.core.vocabulary import Format
 from kvatlas.kernels import tiles
-from kvatlas.kernels.chunk_attention import chunk_attention, reference, torch_path
-from kvatlas.kernels.pool import BlockPool
+from kvatlas.kernels.chunk_attention import ChunkRows, chunk_attention, native, reference, torch_path
+from kvatlas.kernels.pool import BlockPool, Part
 
 LIMITS: list[dict[str, Any]] = [
     {},
@@ -28,21 +30,41 @@ def chunk(T: int, H: int, G: int, D: int, E: int | None = None, first: int = 0) 
     return q, k, v, torch.arange(first, first + T)
 
 
-def attend(own: tuple[torch.Tensor, ...], lanes: Lanes, form: Any = chunk_attention, **options: Any) -> Any:
+def alone(form: Form) -> Form:
+    """Return a form that takes the chunk of one sequence, as the reference does."""
+
+    def of_one(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor, past: list[Part], **options: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        rows = ChunkRows(start=0, count=len(q), positions=positions, past=past, reach=options.pop("reach", None))
+        out, (lse,) = form(q, k, v, [rows], **options)
+        return out, lse
+
+    return of_one
+
+
+one_chunk = alone(chunk_attention)
+NATIVE = [alone(form) for form in running_forms(torch_path, native, "chunk_attention")[1:]]
+NO_LIMITS: dict[str, Any] = {"softcap": None, "sinks": None, "window": None, "reach": None}
+
+
+def attend(own: tuple[torch.Tensor, ...], lanes: Lanes, form: Any = one_chunk, **options: Any) -> Any:
     lanes = dense(lanes, options.pop("dense_start", None))
     options = {"scale": own[0].shape[-1] ** -0.5, "tile_slots": 16} | options
-    if form is reference.chunk_attention:
-        options = {"softcap": None, "sinks": None, "window": None, "reach": None} | options
+    if form is not one_chunk:
+        options = NO_LIMITS | options
     return form(*own, [lanes.part], **options)
 
 
-def check(own: tuple[torch.Tensor, ...], lanes: Lanes, **options: Any) -> None:
-    out, lse = attend(own, lanes, **options)
+def check(own: tuple[torch.Tensor, ...], lanes: Lanes, forms: Sequence[Form] | None = None, **options: Any) -> None:
     want_out, want_lse = attend(own, lanes, reference.chunk_attention, **options)
-    assert out.dtype == own[0].dtype and lse.dtype == torch.float32
-    close(lse, want_lse)
-    loose = 1.5e-2 if out.dtype in (torch.bfloat16, torch.float16) else 2e-5
-    close(out, want_out, atol=loose, rtol=max(loose, 2e-4))
+    covered = NATIVE if native.covers(own[0], own[2]) else []
+    for form in (torch_path.chunk_attention, *covered) if forms is None else forms:
+        out, lse = attend(own, lanes, form, **options)
+        assert out.dtype == own[0].dtype and lse.dtype == torch.float32
+        close(lse, want_lse)
+        loose = 1.5e-2 if out.dtype in (torch.bfloat16, torch.float16) else 2e-5
+        close(out, want_out, atol=loose, rtol=max(loose, 2e-4))
 
 
 @pytest.mark.parametrize("tokens", [1, 7, 63])
@@ -189,7 +211,7 @@ def test_dense_tiles_out_of_sight_are_not_read(
     monkeypatch.setattr(tiles, "read_entries", counting)
     monkeypatch.setattr(tiles, "gather_slots", lambda *_: pytest.fail("positions were read"))
     lanes = make_lanes((128, 128), dense_start=0)
-    attend(chunk(4, 2, 2, 32, first=128), lanes, dense_start=0, **limits)
+    attend(chunk(4, 2, 2, 32, first=128), lanes, torch_path.chunk_attention, dense_start=0, **limits)
     assert sorted(seen) == ["keys"] * reads + ["values"] * reads
 
 
@@ -241,17 +263,86 @@ def test_rows_may_lie_in_any_order_in_memory() -> None:
         expected = reference.chunk_attention(
             *own, positions, [], scale=0.2, softcap=None, sinks=None, window=None, reach=None, tile_slots=16
         )
-        for got, wanted in zip(chunk_attention(*own, positions, [], scale=0.2), expected, strict=True):
-            close(got, wanted, atol=2e-5)
+        for form in (one_chunk, *NATIVE):
+            for got, wanted in zip(form(*own, positions, [], scale=0.2), expected, strict=True):
+                close(got, wanted, atol=2e-5)
 
 
 @pytest.mark.parametrize("options", [{}, {"softcap": 3.0}, {"window": 700}])
 def test_memory_does_not_grow_with_the_past(options: dict[str, Any]) -> None:
     own = chunk(64, 2, 2, 32, first=4096)
-    peaks = [peak_bytes(lambda n=n: attend(own, make_lanes_of(n), tile_slots=256, **options)) for n in (1024, 4096)]
-    assert peaks[0] == peaks[1]
+    for form in (torch_path.chunk_attention, one_chunk):
+        peaks = [
+            peak_bytes(lambda n=n, form=form: attend(own, make_lanes_of(n), form, tile_slots=256, **options))
+            for n in (1024, 4096)
+        ]
+        assert peaks[0] == peaks[1]
 
 
 @cache
 def make_lanes_of(length: int) -> Lanes:
     return make_lanes((length, length), block_size=32, dense_start=4096 - length)
+
+
+PACKED = [Format.INT8, Format.INT4, Format.INT2]
+
+
+@pytest.mark.parametrize("format", PACKED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("limits", LIMITS[::2])
+def test_packed_formats_agree_with_the_reference(format: Format, dtype: torch.dtype, limits: dict[str, Any]) -> None:
+    torch.manual_seed(11)
+    q, k, v, positions = chunk(23, 2, 3, 64, 40, first=70)
+    lanes = make_lanes((70, 37), key_dim=64, value_dim=40, format=format, block_size=32, end=70)
+    check((q.to(dtype), k.to(dtype), v.to(dtype), positions), lanes, **limits)
+
+
+@pytest.mark.parametrize("window", [None, 9])
+def test_several_sequences_are_each_as_alone(window: int | None) -> None:
+    """Of any lengths and formats, with any reach; what is computed is the same to the bit."""
+    torch.manual_seed(12)
+    counts, pasts, reaches = (5, 1, 130, 33), (45, 0, 70, 200), (None, (3, 7), None, (0, 40))
+    q, k, v, _ = chunk(sum(counts) + 2, 2, 3, 32)
+    chunks, start = [], 1
+    for number, (count, past, reach) in enumerate(zip(counts, pasts, reaches, strict=True)):
+        format = [Format.FP32, Format.FP32, Format.INT4, Format.BF16][number]
+        lanes = make_lanes((past, past // 2), format=format, block_size=32, end=past)
+        parts = [lanes.part] if past else []
+        chunks.append(
+            ChunkRows(start=start, count=count, positions=torch.arange(past, past + count), past=parts, reach=reach)
+        )
+        start += count
+    out, lses = chunk_attention(q, k, v, chunks, scale=0.2, window=window)
+    for each, lse in zip(chunks, lses, strict=True):
+        rows = slice(each.start, each.start + each.count)
+        alone_out, alone_lse = one_chunk(
+            q[rows], k[rows], v[rows], each.positions, each.past, reach=each.reach, scale=0.2, window=window
+        )
+        torch.testing.assert_close(out[rows], alone_out, rtol=0, atol=0)
+        torch.testing.assert_close(lse, alone_lse, rtol=0, atol=0)
+
+
+def test_long_chunks_are_cut_into_items_without_a_trace() -> None:
+    torch.manual_seed(13)
+    check(chunk(700, 1, 2, 32, first=90), make_lanes((90,), block_size=32, end=90))
+    check(chunk(300, 2, 4, 128, first=90), make_lanes((90, 40), key_dim=128, block_size=32, end=90), window=100)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    tokens=st.integers(1, 90),
+    lengths=st.tuples(st.integers(0, 90), st.integers(0, 90)),
+    group=st.sampled_from([1, 2, 5, 8]),
+    dims=st.tuples(st.sampled_from([1, 7, 16, 33, 64, 256]), st.sampled_from([1, 7, 16, 33, 64, 256])),
+    limits=st.sampled_from(LIMITS),
+)
+def test_odd_sizes(
+    tokens: int, lengths: tuple[int, int], group: int, dims: tuple[int, int], limits: dict[str, Any]
+) -> None:
+    torch.manual_seed(tokens)
+    lanes = make_lanes(lengths, key_dim=dims[0], value_dim=dims[1], end=90)
+    q, k, v, positions = chunk(tokens, 2, group, dims[0], dims[1], first=90)
+    want = attend((q, k, v, positions), lanes, torch_path.chunk_attention, **limits)
+    for form in NATIVE:
+        for got, right in zip(attend((q, k, v, positions), lanes, form, **limits), want, strict=True):
+            close(got, right, atol=3e-5)

@@ -9,11 +9,10 @@ import torch
 from hypothesis import given, settings, strategies as st
 from tests.unit.kernels.fast_forms import FAST_FORMS, Form, NativeForm, fast_form, running_forms
 from tests.unit.kernels.lanes import Lanes, close, dense, make_lanes, peak_bytes
-from tests.unit.kernels.test_chunk_attention import LIMITS, chunk, make_lanes_of, split, stored
+from tests.unit.kernels.test_chunk_attention import LIMITS, chunk, make_lanes_of, one_chunk, split, stored
 
 from kvatlas.core.vocabulary import Format
 from kvatlas.kernels import tiles
-from kvatlas.kernels.chunk_attention import chunk_attention
 from kvatlas.kernels.column_sums import column_sums, native, reference, torch_path
 from kvatlas.kernels.native import Missing, library
 
@@ -35,7 +34,7 @@ def sums(form: Form, own: tuple[torch.Tensor, ...], *lanes: Lanes, sinks: Any = 
     past = [dense(each, start).part for each in lanes]
     options = {"scale": q.shape[-1] ** -0.5, "tile_slots": 16} | NO_LIMITS | options
     together = {name: options.pop(name) for name in ("over", "heads") if name in options}
-    _, lse = chunk_attention(*own, past, sinks=sinks, **options)
+    _, lse = one_chunk(*own, past, sinks=sinks, **options)
     past_sums, own_sums = form(q, k, positions, lse, past, **options, **together)
     return [*past_sums, own_sums]
 
