@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kvatlas.engine.request import ForcedOutput, Request
+from kvatlas.kernels.sampling import draw
 
 Sampler = Callable[[Tensor, Seq[Request], frozenset[int]], Seq[int | Exception]]
 """What chooses tokens for an engine, called as `sample` is and answering as it does."""
@@ -26,22 +27,34 @@ def sample(logits_BV: Tensor, requests: Seq[Request], end_ids: frozenset[int]) -
         params = request.params
         if len(request.output_ids) < params.min_tokens:
             logits_BV[row, sorted(end_ids | set(params.stop_token_ids))] = -torch.inf
+    greedy, drawn = _most_likely(logits_BV), _draw(logits_BV, requests)
     tokens: list[int | Exception] = []
-    for row, (request, greedy) in enumerate(zip(requests, _most_likely(logits_BV), strict=True)):
+    for row, request in enumerate(requests):
         try:
-            tokens.append(_choose(logits_BV[row], request, greedy))
+            forced = request.forced
+            scored = None if forced is None else _score(logits_BV[row], forced, greedy=greedy[row])
+            tokens.append(drawn.get(row, greedy[row]) if scored is None else scored)
         except Exception as error:
             tokens.append(error)
     return tokens
 
 
-def _choose(logits_V: Tensor, request: Request, greedy: int) -> int:
-    """Return the next token of one request, whose most likely one is ``greedy``."""
-    if request.forced is not None:
-        return _score(logits_V, request.forced, greedy=greedy)
-    if request.params.temperature > 0:
-        return _draw(logits_V, request)
-    return greedy
+def _draw(logits_BV: Tensor, requests: Seq[Request]) -> dict[int, int | Exception]:
+    """Return a token, by rows, for those that draw one at their temperature among their top-k and top-p tokens."""
+    rows = [row for row, each in enumerate(requests) if each.forced is None and each.params.temperature > 0]
+    if not rows:
+        return {}
+    params = [requests[row].params for row in rows]
+    uniform = [torch.rand((), dtype=torch.float64, generator=requests[row].generator) for row in rows]
+    tokens = draw(
+        logits_BV if len(rows) == len(requests) else logits_BV[rows],
+        torch.tensor([each.temperature for each in params], dtype=torch.float32),
+        torch.tensor([each.top_k for each in params], dtype=torch.int64),
+        torch.tensor([each.top_p for each in params], dtype=torch.float64),
+        torch.stack(uniform),
+    ).tolist()
+    nothing = ValueError("no token can be drawn: the model's logits are not numbers, or all of them are minus infinity")
+    return {row: nothing if token < 0 else token for row, token in zip(rows, tokens, strict=True)}
 
 
 def _most_likely(logits_BV: Tensor) -> list[int]:
@@ -58,18 +71,3 @@ def _score(logits_V: Tensor, forced: ForcedOutput, *, greedy: int) -> int:
     forced.logprobs.append(float(logits_V.log_softmax(dim=-1)[token]))
     forced.greedy.append(token == greedy)
     return token
-
-
-def _draw(logits_V: Tensor, request: Request) -> int:
-    """Return a token drawn at the request's temperature among its top-k and top-p tokens."""
-    params = request.params
-    values, order = logits_V.sort(descending=True)
-    values = (values - values[0]) / params.temperature  # a tiny temperature must not overflow
-    if params.top_k:
-        values[params.top_k :] = -torch.inf
-    probabilities = values.softmax(dim=-1)
-    if params.top_p < 1:
-        before = probabilities.cumsum(dim=-1) - probabilities
-        probabilities = probabilities.masked_fill(before >= params.top_p, 0.0)
-    choice = torch.multinomial(probabilities.cpu(), 1, generator=request.generator)
-    return int(order[int(choice)])

@@ -322,7 +322,7 @@ class Scheduler:
         It is shorter only where a preempted request with sliding windows is computed anew: its prompt is then
         longer than the one that the footprint is of.
         """
-        if not request.num_preemptions or not self._store.lanes.windows:
+        if not self._store.lanes.windows:
             return count
         bounds = [(self._store.arena, request.footprint.peak_bytes)]
         if self._store.host is not None:

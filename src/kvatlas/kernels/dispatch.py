@@ -49,7 +49,8 @@ OPERATIONS = (
     Operation("small-batch linear", native=True, triton=False, why_torch="for the CPU only"),
     Operation("decoder layer", native=True, triton=False, why_torch="for the CPU only"),
     Operation("column sums", native=True, triton=True),
-    Operation("prefill attention", native=False, triton=False, why_torch="its flash attention is the best there is"),
+    Operation("draw tokens", native=True, triton=False, why_torch="one sort of all rows"),
+    Operation("chunk attention", native=True, triton=False, why_torch="no form of its own for GPUs yet"),
 )
 
 

@@ -155,7 +155,11 @@ def test_choosing_and_writing_fail_alone(where: str, monkeypatch: pytest.MonkeyP
     original = getattr(target, where)
 
     def breaking(*given, **named):
-        if bad in given and len(bad.output_ids) >= 3:
+        breaks = len(bad.output_ids) >= 3
+        if where == "_draw":  # of all rows at once
+            rows = [row for row, request in enumerate(given[1]) if breaks and request is bad]
+            return original(*given) | dict.fromkeys(rows, BrokenError())
+        if bad in given and breaks:
             raise BrokenError
         return original(*given, **named)
 
@@ -371,12 +375,9 @@ def test_a_measurement_is_told_at_once(where: str, monkeypatch: pytest.MonkeyPat
         break_runs(engine, lambda request: next(broken, False), after=True)
     else:
         draw = sampler._draw
-        failing = {id(requests[1])}
 
-        def breaking(logits, request):
-            if id(request) in failing:
-                raise BrokenError
-            return draw(logits, request)
+        def breaking(logits, due):
+            return draw(logits, due) | {row: BrokenError() for row, each in enumerate(due) if each is requests[1]}
 
         monkeypatch.setattr(sampler, "_draw", breaking)
     with pytest.raises(BrokenError):

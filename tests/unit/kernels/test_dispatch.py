@@ -33,7 +33,7 @@ def test_the_cpu_takes_the_native_form_of_operations_that_have_one(monkeypatch: 
     paths = {each.operation: each for each in active_paths(CPU)}
     assert len(paths) == len(OPERATIONS)
     assert paths["decode attention"].path == "native" and paths["decode attention"].why == "avx2, somewhere.so"
-    assert paths["prefill attention"].path == "torch"
+    assert paths["chunk attention"].path == "native"
 
 
 def test_without_the_library_torch_runs_and_one_warning_says_so(
