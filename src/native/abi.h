@@ -6,7 +6,7 @@
 #pragma once
 #include <cstdint>
 
-#define KVA_ABI_VERSION 5
+#define KVA_ABI_VERSION 7
 
 #define KVA_JOIN_(a, b) a##_##b
 #define KVA_JOIN(a, b) KVA_JOIN_(a, b)
@@ -42,6 +42,10 @@ struct kva_part {
     int64_t dense_start;         // slot i holds position dense_start + i (and none is empty); -1: see the blocks
     float* mass;                 // [R, H, C * block_size] (with slots: [R, H, S']), contiguous zeros, or null
     int64_t mass_lane;           // its last dimension
+    uint8_t* credit;             // memory of what lies beside, where mass is added to what each slot has; or null
+    const int32_t* credit_table;  // [R, H, C] its blocks
+    int64_t credit_row, credit_lane;
+    int64_t credit_at;           // a float per slot from here on, bytes from the start of a block
 };
 
 // One call of decode attention.
@@ -58,4 +62,5 @@ struct kva_decode {
     int32_t threads;
     float scale;
     float softcap;               // 0: none
+    float credit_factor;         // of the mass that is added
 };

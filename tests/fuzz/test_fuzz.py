@@ -45,7 +45,12 @@ def judge_all(name: str, cases: int, place: Workplace) -> Tally:
     return tally
 
 
-@pytest.mark.parametrize("name", TARGETS)
+_SLOW = {"processes"}  # each case is a process of its own
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in _SLOW else []) for name in TARGETS]
+)
 def test_half_a_minute_of_odd_inputs(name: str, place: Workplace) -> None:
     judge_all(name, CASES or _QUICK[name], place)
 

@@ -239,7 +239,10 @@ def test_layers_that_differ_answer_the_same_from_the_host(strategy: str) -> None
         assert torch.equal(stage_alone(f"{strategy} | {place}", LENGTHS[0]), wanted), place
 
 
-@pytest.mark.parametrize("host_memory", ["32MiB", 400_000], ids=["swapped", "made anew"])
+@pytest.mark.parametrize(
+    "host_memory",
+    [pytest.param("32MiB", id="swapped"), pytest.param(400_000, id="made anew", marks=pytest.mark.slow)],
+)
 def test_every_stage_interrupted(host_memory: str | int) -> None:
     engine = stage_engine(host_memory=host_memory, max_batched_tokens=4096)
     jobs = stage_jobs()

@@ -49,6 +49,11 @@ class Received:
         """What it is, for people."""
         return "attention received"
 
+    @property
+    def is_sum(self) -> bool:
+        """Whether all that is paid is added up, or a mean of it, as it is read."""
+        return self.over == "sum" and self.heads != "max"
+
     def stream(self, layer: LayerShape, dtype: str) -> Stream:
         """Return where it lies: one float32 number per slot, which begins at 0."""
         return Stream(name="received", fill=0.0)

@@ -29,7 +29,7 @@ from kvatlas.kernels.chunk_attention import ChunkRows, chunk_attention
 from kvatlas.kernels.column_sums import column_sums
 from kvatlas.kernels.decode_attention import NewTokens, decode_attention
 from kvatlas.kernels.gather import gather_slots
-from kvatlas.kernels.pool import Part
+from kvatlas.kernels.pool import Credit, Part
 from kvatlas.kernels.visibility import slot_mask
 from kvatlas.models.attention import AttentionCall, Foresee
 from kvatlas.storage.arena import BlockClass, SideClass
@@ -302,16 +302,24 @@ class ForwardPass:
         selection = self._selection(call, group, q, own, old)
         parts, slots = self._parts(call, group, source, own, old, selection, k, v)
         received = plan.received
-        need_mass = received is not None and received.in_decode
+        counts = received is not None and received.in_decode
         # Layers whose lanes hold as many tokens in the same parts.
         alike: object = (call.window, plan.store.old, plan.store.residual) if group.dense else call.layer
         # Single slots that visit have no positions.
         slots_moved = source.visiting and selection is not None and selection.per is Per.SLOT
+        credit = None
+        if counts and received is not None and received.is_sum:
+            everywhere = [own] if old is None else [old, own]
+            if received.queries is not None and stores:  # what a prompt's queries paid no longer counts
+                for each in everywhere:
+                    each.clear_received(self._held_blocks(alike, group, own) if each is own else each.held())
+            size = q.shape[1] // own.table.shape[1] if received.heads == "mean" else 1
+            credit = Credit(entries=[each.entries("received") for each in everywhere], factor=1 / size)
         out, masses = decode_attention(
             q, parts, scale=call.scale, softcap=call.softcap, sinks=call.sinks,
             window=None if slots_moved else call.window, query_position=group.positions, slots=slots,
-            need_mass=need_mass, shared=None if selection is not None else group.shared.setdefault(alike, {}),
-            new=new,
+            need_mass=counts and credit is None, credit=credit,
+            shared=None if selection is not None else group.shared.setdefault(alike, {}), new=new,
         )  # fmt: skip
         if masses is not None and received is not None:
             masses = self._of_heads(call, group, received, q, parts, masses)

@@ -14,6 +14,7 @@ from torch import Tensor
 from kvatlas.core.views import Selection
 from kvatlas.core.vocabulary import Per
 from kvatlas.engine.sources import Blocks
+from kvatlas.kernels.choosing import cut_blocks
 from kvatlas.kernels.pool import Part
 
 
@@ -32,14 +33,9 @@ def chosen_blocks(cached: Blocks, part: Part, selection: Selection, first: int) 
         selection: of blocks, in order, of which the part's are numbered from ``first`` on.
         first: as above.
     """
-    size, length, columns = cached.blocks.layout.block_size, cached.length, cached.table.shape[-1]
-    local = selection.index_RHn - first
-    mine = wanted(selection) & (local >= 0) & (local < columns)
-    order = local.masked_fill(~mine, columns).sort(dim=-1).values.clamp(max=columns - 1)
-    held = -(-length // size)
-    ends = (mine & (local == held[..., None] - 1)).any(dim=-1)  # only the last block may be partly filled
-    read = mine.sum(dim=-1) * size - torch.where(ends, held * size - length, 0)
-    return replace(part, table=cached.table.gather(-1, order), length=read, dense_start=None)
+    size = cached.blocks.layout.block_size
+    table, read = cut_blocks(cached.table, cached.length, selection.index_RHn, selection.count_RH, first, size)
+    return replace(part, table=table, length=read, dense_start=None)
 
 
 def chosen_slots(cached: Blocks, selection: Selection, newest: Tensor | None) -> tuple[Tensor, Tensor]:

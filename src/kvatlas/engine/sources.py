@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kvatlas.engine.segments import OldBlocks
-from kvatlas.kernels.pool import Part
+from kvatlas.kernels.pool import Entries, Part
 from kvatlas.storage.arena import BlockClass, SideClass
 from kvatlas.storage.lanes import SequenceLayout
 
@@ -76,6 +76,17 @@ class Blocks:
             blocks=self.blocks, table=self.table[0], length=self.length[0], host_length=self.host_length[0], side=side
         )
 
+    def entries(self, name: str) -> Entries:
+        """Return where the entries of a stream lie."""
+        assert self.side is not None
+        return Entries(pool=self.side[0].pool, name=name, table=self.side[1], length=self.length)
+
+    def clear_received(self, held: Tensor) -> None:
+        """Forget the attention that the slots have received; ``held`` is what `held` returned."""
+        assert self.side is not None
+        blocks, table = self.side
+        blocks.pool.view("received").squeeze(-1).index_fill_(0, table.flatten()[held].long(), 0.0)
+
     def add_received(self, amounts: Tensor, held: Tensor, over: str, *, fresh: bool = False) -> None:
         """Put ``amounts`` [.., H, C * s] to the attention that the slots have received.
 
@@ -90,7 +101,7 @@ class Blocks:
         sums = blocks.pool.view("received").squeeze(-1)
         ids = table.flatten()[held].long()
         if fresh:
-            sums.index_fill_(0, ids, 0.0)
+            self.clear_received(held)
         amounts = amounts.reshape(-1, sums.shape[1])[held]
         if over == "max":
             sums.index_copy_(0, ids, torch.maximum(sums.index_select(0, ids), amounts))

@@ -22,7 +22,7 @@ FORMATS = {Format.FP32: 0, Format.BF16: 1, Format.FP16: 2, Format.INT8: 3, Forma
 FLOAT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 NONE = -1
 """An offset, a window or a first position that is not there."""
-_PART = struct.Struct("@PPqqPqqiiPqqqPq")
+_PART = struct.Struct("@PPqqPqqiiPqqqPqPPqqq")
 
 
 class KvaPool(ctypes.Structure):
@@ -54,7 +54,10 @@ def pool_struct(pool: BlockPool) -> KvaPool:
 
 
 def pack_parts(
-    parts: Sequence[Part], slots: Tensor | None = None, mass: Sequence[Tensor] | None = None
+    parts: Sequence[Part],
+    slots: Tensor | None = None,
+    mass: Sequence[Tensor] | None = None,
+    credit: Sequence[Entries] | None = None,
 ) -> tuple[bytes, object]:
     """Return an array of ``kva_part``, and what must be kept alive until C has read it.
 
@@ -62,11 +65,24 @@ def pack_parts(
         parts: tables [R, H, C], lengths [R, H]; or [H, C] and [H], of one sequence.
         slots: [R, H, S'] int32 slots of the only part, or None.
         mass: [R, H, S] float32, contiguous, per part; or None.
+        credit: where mass is added, per part: a float32 per slot; or None.
     """
     kept = [_plain(part) for part in parts]
     chosen = None if slots is None else _rows(slots, torch.int32)
-    packed = b"".join(_pack(part, chosen, None if mass is None else mass[i]) for i, part in enumerate(kept))
-    return packed, (kept, chosen)
+    beside = None if credit is None else [(each, _rows(each.table, torch.int32)) for each in credit]
+    packed = b"".join(
+        _pack(part, chosen, None if mass is None else mass[i], _NO_CREDIT if beside is None else _credit(*beside[i]))
+        for i, part in enumerate(kept)
+    )
+    return packed, (kept, chosen, beside)
+
+
+_NO_CREDIT = (0, 0, 0, 0, 0)
+
+
+def _credit(entries: Entries, table: Tensor) -> tuple[int, int, int, int, int]:
+    layout, (row, lane, _) = entries.pool.layout, table.stride()
+    return entries.pool.memory.data_ptr(), table.data_ptr(), row, lane, layout.offset(entries.name)
 
 
 def pack_entries(entries: Entries) -> tuple[bytes, object]:
@@ -84,12 +100,12 @@ def pack_entries(entries: Entries) -> tuple[bytes, object]:
     table, length = _rows(entries.table, torch.int32), entries.length.long()
     packed = _PART.pack(
         ctypes.addressof(described), table.data_ptr(), *table.stride()[:2], length.data_ptr(), *length.stride(),
-        table.shape[2], 0, 0, 0, 0, NONE, 0, 0,
+        table.shape[2], 0, 0, 0, 0, NONE, 0, 0, *_NO_CREDIT,
     )  # fmt: skip
     return packed, (described, table, length)
 
 
-def _pack(part: Part, slots: Tensor | None, mass: Tensor | None) -> bytes:
+def _pack(part: Part, slots: Tensor | None, mass: Tensor | None, credit: tuple[int, int, int, int, int]) -> bytes:
     table, length = part.table, part.length
     table_row, table_lane, _ = table.stride() if table.dim() == 3 else (0, *table.stride())
     length_row, length_lane = length.stride() if length.dim() == 2 else (0, *length.stride())
@@ -110,6 +126,7 @@ def _pack(part: Part, slots: Tensor | None, mass: Tensor | None) -> bytes:
         NONE if part.dense_start is None else part.dense_start,
         0 if mass is None else mass.data_ptr(),
         0 if mass is None else mass.shape[2],
+        *credit,
     )
 
 

@@ -153,6 +153,28 @@ class Entries:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Credit:
+    """Where the attention that slots receive is added to what they have.
+
+    Args:
+        entries: of each part, a float32 per slot, in blocks that nobody else has.
+        factor: of what is added.
+    """
+
+    entries: list[Entries]
+    factor: float = 1.0
+
+    def add(self, masses: list[Tensor]) -> None:
+        """Add what the slots of each part received, [R, H, C * s]."""
+        for each, mass in zip(self.entries, masses, strict=True):
+            kept = each.pool.view(each.name).squeeze(-1)
+            columns = -(-each.length // kept.shape[1])
+            held = torch.arange(each.table.shape[-1], device=each.table.device) < columns[..., None]
+            ids = each.table[held].long()  # what stands behind a lane's last block is left over from other times
+            kept.index_add_(0, ids, mass.view(*each.table.shape, -1)[held] * self.factor)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Part:
     """Some blocks of some lanes: a lane may have a part in one format and a part in another.
 

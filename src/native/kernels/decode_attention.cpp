@@ -9,6 +9,7 @@
 #endif
 #include <cstdlib>
 
+#include "convert.h"
 #include "read_float.h"
 #include "read_quant.h"
 
@@ -164,7 +165,7 @@ struct Call {
         const kva_pool& first = *parts[0].pool;
         key_dim = first.key_dim, value_dim = first.value_dim;
         tile = columns = reader_bytes = 0;
-        keeps = parts[0].mass;
+        keeps = parts[0].mass || parts[0].credit;
         if (args.kv_heads < 1 || args.query_heads % args.kv_heads || value_dim < 1 || key_dim < 1) return KVA_ESHAPE;
         if (args.q_format > KVA_FP16) return KVA_EFORMAT;
         for (int p = 0; p < args.num_parts; ++p) {
@@ -520,6 +521,10 @@ struct Call {
         if (!kept) return;
         for (int p = 0; p < args.num_parts; ++p) {
             const Span& span = spans_of(lane)[p];
+            if (parts[p].credit) {
+                add_credit(parts[p], lane, span, state, kept + span.at);
+                continue;
+            }
             float* mass = parts[p].mass + lane * parts[p].mass_lane;
             if (in_columns(parts[p])) {
                 const kva_part& part = parts[p];
@@ -533,6 +538,21 @@ struct Call {
                 const vf last = probability(state, kept + span.at + i, span.length - i);
                 std::memcpy(mass + i, &last, (span.length - i) * sizeof(float));
             }
+        }
+    }
+
+    // Adds the mass of a part's slots, none of which was chosen singly, to what these have beside them.
+    void add_credit(const kva_part& part, int lane, const Span& span, const State& state, const float* kept) const {
+        const int64_t size = part.pool->block_size;
+        const int32_t* table = part.credit_table + row(lane) * part.credit_row + head(lane) * part.credit_lane;
+        for (int64_t i = span.first * span.tile; i < span.length; i += size) {
+            const int64_t count = span.length - i < size ? span.length - i : size;
+            uint8_t* const to = part.credit + (int64_t)table[i / size] * 64 + part.credit_at;
+            by_vectors((int)count, [&](int at, int n) {
+                const vf had = n == VF ? load((const float*)to + at) : load_part((const float*)to + at, n);
+                const vf sum = fma(probability(state, kept + i + at, n), set1(args.credit_factor), had);
+                std::memcpy(to + 4 * at, &sum, 4 * n);
+            });
         }
     }
 

@@ -7,7 +7,8 @@ from hypothesis import given, strategies as st
 from torch import Tensor
 
 from kvatlas.engine.eviction import _best, _lowest
-from kvatlas.strategies.attend.rehearse import best_slots, choose
+from kvatlas.kernels.choosing import choose_best
+from kvatlas.strategies.attend.rehearse import choose
 
 levels = st.sampled_from([2, 5, 1000])
 """Numbers that scores may take: few make ties, as heads do that prefer different tokens."""
@@ -55,8 +56,8 @@ def test_every_query_head_reads_its_best(seed: int, group: int, slots: int, leve
 def test_the_best_and_among_equals_the_earlier(seed: int, levels: int, counts: list[int]) -> None:
     generator = torch.Generator().manual_seed(seed)
     values = torch.randint(levels, (len(counts), 2, 17), generator=generator).float()
-    got = best_slots(values, torch.tensor(counts)[:, None].expand(-1, 2))
-    for lanes, chosen_lanes, count in zip(values.tolist(), got.index_RHn.tolist(), counts, strict=True):
+    index, _ = choose_best(values, torch.tensor(counts)[:, None].expand(-1, 2), most=max(counts))
+    for lanes, chosen_lanes, count in zip(values.tolist(), index.tolist(), counts, strict=True):
         for lane, slots in zip(lanes, chosen_lanes, strict=True):
             ranked = sorted(range(17), key=lambda slot: (-lane[slot], slot))
             assert slots[:count] == sorted(ranked[:count])

@@ -28,7 +28,7 @@ def run(llm: LLM) -> None:
     llm.generate([list(range(5, 85))] * 8, LONG, strategy=STRATEGY)
 
 
-@pytest.mark.parametrize("place", ["try_swap_out", "try_swap_in"])
+@pytest.mark.parametrize("place", ["try_swap_out", pytest.param("try_swap_in", marks=pytest.mark.slow)])
 def test_an_interrupted_swap_loses_nothing(model, monkeypatch, place) -> None:
     llm, wait, struck = crowded(model), Move.wait, []
 
@@ -63,7 +63,7 @@ def test_a_step_that_breaks_off_after_room_was_made_gives_the_room_back(model, m
     llm.engine.store.arena.check()
 
 
-@pytest.mark.parametrize("host_memory", [17 * 1024, 40 * 1024])
+@pytest.mark.parametrize("host_memory", [17 * 1024, pytest.param(40 * 1024, marks=pytest.mark.slow)])
 def test_a_host_of_few_blocks_serves_what_fits(model, host_memory) -> None:
     llm = crowded(model, host_memory=host_memory)
     run(llm)

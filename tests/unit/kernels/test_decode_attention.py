@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import pytest
@@ -11,9 +12,10 @@ from tests.unit.kernels.fast_forms import FAST_FORMS, Form, NativeForm, fast_for
 from tests.unit.kernels.lanes import Lanes, close, make_lanes, read
 
 from kvatlas.core.errors import ConfigError
+from kvatlas.core.streams import SideLayout, Stream
 from kvatlas.core.vocabulary import Format
 from kvatlas.kernels.decode_attention import decode_attention, native, reference, torch_path
-from kvatlas.kernels.pool import Part
+from kvatlas.kernels.pool import Credit, Entries, Part, SidePool
 from kvatlas.kernels.visibility import slot_mask
 
 FLOATS = [Format.FP32, Format.BF16, Format.FP16]
@@ -341,3 +343,48 @@ def attend(q: torch.Tensor, lanes: Lanes) -> tuple[torch.Tensor, torch.Tensor]:
     out, mass = decode_attention(q, [batched(lanes, 1)], scale=0.2, need_mass=True)
     assert mass is not None
     return out, mass[0]
+
+
+def credit_of(parts: list[Part], factor: float = 1.0) -> Credit:
+    """Return streams beside the slots of some parts, which have received something before."""
+    entries = []
+    for part in parts:
+        size, (R, H, C) = part.pool.layout.block_size, part.table.shape
+        layout = SideLayout((Stream(name="other", width=3), Stream(name="received", fill=0.0)), size)
+        step = layout.block_bytes // 64
+        memory = torch.zeros((R * H * C + 1) * layout.block_bytes, dtype=torch.uint8)
+        table = (torch.randperm(R * H * C) * step).view(R, H, C).int()
+        table[part.table == part.table[0, 0, -1]] = table.max()  # ids left over from other times
+        pool = SidePool(memory=memory, layout=layout)
+        pool.view("received")[::step] = torch.rand(len(pool.view("received")[::step]), size, 1)
+        entries.append(Entries(pool=pool, name="received", table=table, length=part.length))
+    return Credit(entries=entries, factor=factor)
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 9}, {"sinks": True, "softcap": 3.0}])
+@pytest.mark.parametrize("format", [Format.FP32, Format.FP16, Format.INT8, Format.INT4])
+def test_mass_may_be_added_where_it_belongs(format: Format, options: dict[str, Any]) -> None:
+    """To what slots have received; that of other slots, and other streams, stays as it is."""
+    q, parts, _ = case(3, 2, 4, [33, 0, 1, 96, 64, 70], format=format, block_size=32, end=120, hide_empty=True)
+    if options.get("window"):
+        options = options | {"query_position": torch.tensor([60, 100, 119])}
+    if options.get("sinks"):
+        options = options | {"sinks": torch.randn(8)}
+    for form in FORMS:
+        credit = credit_of(parts, factor=0.5)
+        step = credit.entries[0].pool.layout.block_bytes // 64  # rows between overlap
+        before = credit.entries[0].pool.view("received")[::step].clone()
+        out, masses = answer(form, q, parts, **options)
+        for each, mass in zip(credit.entries, masses, strict=True):
+            wanted = each.pool.view("received").clone()  # row by row
+            for r, h in product(range(3), range(2)):
+                for column in range(-(-int(each.length[r, h]) // 32)):
+                    wanted[each.table[r, h, column], :, 0] += 0.5 * mass[r, h, column * 32 : column * 32 + 32]
+            if form is torch_path.decode_attention:
+                credit.add(masses)
+            else:
+                again, none = answer(form, q, parts, **options, credit=credit, need_mass=False)
+                assert none is None
+                torch.testing.assert_close(again, out, rtol=0, atol=0)
+            torch.testing.assert_close(each.pool.view("received")[::step], wanted[::step], rtol=1e-5, atol=1e-6)
+        assert not torch.equal(before, credit.entries[0].pool.view("received")[::step])

@@ -148,6 +148,7 @@ def test_killed_in_the_middle(cache, file, expected, moment):
     assert copy_in(cache).is_dir(), "and the partial one is gone"
 
 
+@pytest.mark.slow
 def test_processes_that_start_at_once(cache, file, expected):
     running = [subprocess.Popen([sys.executable, "-c", LOAD, str(file)], stderr=subprocess.PIPE) for _ in range(2)]
     assert [process.communicate(timeout=120)[1] for process in running] == [b""] * 2

@@ -18,7 +18,7 @@ from kvatlas.kernels.blocks import native as native_blocks, write_slots
 from kvatlas.kernels.decode_attention import flashinfer_path, native, reference, torch_path
 from kvatlas.kernels.dispatch import choose
 from kvatlas.kernels.observed import num_blocks
-from kvatlas.kernels.pool import Part
+from kvatlas.kernels.pool import Credit, Part
 from kvatlas.kernels.visibility import check_window
 
 __all__ = ["NewTokens", "decode_attention"]
@@ -53,6 +53,7 @@ def decode_attention(
     need_mass: bool = False,
     shared: dict[Any, Any] | None = None,
     new: NewTokens | None = None,
+    credit: Credit | None = None,
 ) -> tuple[Tensor, list[Tensor] | None]:
     """Return the attention output [R, Hq, Dv] in the type of ``q``, and the probability mass of each slot.
 
@@ -75,6 +76,7 @@ def decode_attention(
             positions are equal, in one step; other forms ignore it.
         new: tokens to write to the last part's blocks first, as `kvatlas.kernels.blocks.write_slots` does: a step
             chooses its form once for both.
+        credit: where the mass is added instead of being returned; not with ``slots``.
 
     Returns:
         The output, and for each part the mass [R, H, C * block_size] float32 (with ``slots``: [R, H, S']): the
@@ -84,7 +86,7 @@ def decode_attention(
     Raises:
         ConfigError: a window without positions, no part, or slots of several parts.
     """
-    arguments = q, parts, scale, softcap, sinks, window, query_position, slots, need_mass, shared, new
+    arguments = q, parts, scale, softcap, sinks, window, query_position, slots, need_mass, shared, new, credit
     observer = current_observer()
     if observer is NULL:
         return _decode_attention(*arguments)
@@ -105,6 +107,7 @@ def _decode_attention(
     need_mass: bool,
     shared: dict[Any, Any] | None,
     new: NewTokens | None,
+    credit: Credit | None,
 ) -> tuple[Tensor, list[Tensor] | None]:
     if not parts or (slots is not None and len(parts) > 1):
         raise ConfigError(
@@ -112,11 +115,12 @@ def _decode_attention(
         )
     for part in parts:
         check_window(part, window, query_position)
-    form = _form(q, parts, slots, window=window, sinks=sinks, need_mass=need_mass)
+    form = _form(q, parts, slots, window=window, sinks=sinks, need_mass=need_mass or credit is not None)
     if new is not None:
         write = native_blocks.write_slots if form is native.decode_attention else write_slots
         write(parts[-1].pool, new.block, new.offset, new.k, new.v)
-    return form(
+    at_once = credit is not None and form is native.decode_attention
+    out, masses = form(
         q,
         parts,
         scale=scale,
@@ -125,9 +129,14 @@ def _decode_attention(
         window=window,
         query_position=query_position,
         slots=slots,
-        need_mass=need_mass,
+        need_mass=need_mass or (credit is not None and not at_once),
         shared=shared,
+        **({"credit": credit} if at_once else {}),
     )
+    if credit is not None and masses is not None:
+        credit.add(masses)
+        masses = None
+    return out, masses
 
 
 def _read_bytes(parts: Sequence[Part], slots: Tensor | None) -> int:

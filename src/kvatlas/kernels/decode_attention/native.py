@@ -18,10 +18,10 @@ from torch import Tensor
 from kvatlas.core.observer import NULL, SpanKind, current_observer
 from kvatlas.kernels.abi import FLOAT_TYPES, NONE, pack_parts
 from kvatlas.kernels.native import Library, check, library, num_threads
-from kvatlas.kernels.pool import Part
+from kvatlas.kernels.pool import Credit, Part
 
 _NAME = "kva_decode_attention"
-_CALL = struct.Struct("@PqqPPPqiiiiiiff")
+_CALL = struct.Struct("@PqqPPPqiiiiiifff")
 
 
 def covers(q: Tensor) -> bool:
@@ -41,6 +41,7 @@ def decode_attention(
     slots: Tensor | None,
     need_mass: bool,
     shared: dict[Any, Any] | None,
+    credit: Credit | None = None,
 ) -> tuple[Tensor, list[Tensor] | None]:
     """As :func:`kvatlas.kernels.decode_attention.decode_attention`."""
     (R, Hq, _), H = q.shape, parts[0].table.shape[1]
@@ -53,7 +54,7 @@ def decode_attention(
     mass = [torch.zeros(R, H, _slots(part, slots)) for part in parts] if need_mass else None
     out = torch.empty(R, Hq, parts[0].pool.layout.value_dim, dtype=q.dtype)
     q_row, q_head, _ = q.stride()
-    packed, _kept = pack_parts(parts, slots, mass)
+    packed, _kept = pack_parts(parts, slots, mass, None if credit is None else credit.entries)
     call = _CALL.pack(
         q.data_ptr(),
         q_row,
@@ -70,6 +71,7 @@ def decode_attention(
         num_threads(),
         scale,
         softcap or 0.0,
+        1.0 if credit is None else credit.factor,
     )
     kernel, observer = _kernel(), current_observer()
     if observer is NULL:

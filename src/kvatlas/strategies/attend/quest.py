@@ -18,7 +18,6 @@ from kvatlas.core.needs import Derived
 from kvatlas.core.plan import Traits
 from kvatlas.core.views import Selection
 from kvatlas.core.vocabulary import Per, Saves
-from kvatlas.strategies.attend.choosing import best_pages
 from kvatlas.strategies.registry import register
 from kvatlas.strategies.stage import Attend, StageInfo
 
@@ -99,16 +98,16 @@ class Quest(Attend):
         import torch
 
         from kvatlas.kernels.blocks import score_bounds
+        from kvatlas.kernels.choosing import choose_best
 
         parts, most = view.entries("bounds"), self._pages(view.block_size)
         columns = sum(part.table.shape[-1] for part in parts)
         if columns <= most:
             return None
         query = view.query_RHGD.flatten(1, 2)
-        scores = torch.cat([score_bounds(query, part) for part in parts], dim=-1)
+        scores = [score_bounds(query, part) for part in parts]
         assert view.newest_RH is not None
-        newest = torch.arange(columns, device=scores.device) == (view.newest_RH // view.block_size)[..., None]
-        held = scores > -torch.inf
-        best = best_pages(scores.masked_fill_(newest, torch.inf), most)
-        index = best.masked_fill(~held.gather(-1, best) & ~newest.gather(-1, best), columns).sort(dim=-1).values
-        return Selection(per=Per.BLOCK, index_RHn=index.clamp(max=columns - 1), count_RH=(index < columns).sum(dim=-1))
+        index, count = choose_best(
+            scores[0] if len(scores) == 1 else torch.cat(scores, dim=-1), most, view.newest_RH // view.block_size
+        )
+        return Selection(per=Per.BLOCK, index_RHn=index, count_RH=count)

@@ -22,8 +22,7 @@ from kvatlas.core.errors import ConfigError
 from kvatlas.core.needs import Artifact, Derived, LayerInputs, Need, Record
 from kvatlas.core.plan import Traits
 from kvatlas.core.views import Selection
-from kvatlas.core.vocabulary import Saves
-from kvatlas.strategies.attend.choosing import best_slots
+from kvatlas.core.vocabulary import Per, Saves
 from kvatlas.strategies.registry import register
 from kvatlas.strategies.stage import Attend, Place, Stage, StageInfo
 
@@ -161,10 +160,14 @@ def choose(below_RHGS: Tensor, alpha: float, most_RH: Tensor) -> Selection:
     """
     import torch
 
+    from kvatlas.kernels.choosing import choose_best
+
     below_RHGS = below_RHGS.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
     important = (below_RHGS > -alpha).sum(dim=-1).float().mean(dim=(1, 2)).ceil().long()[:, None]
     # A head's favourite has infinity, and every slot else what the head says that likes it best.
     best = below_RHGS.amax(dim=2).scatter_(-1, below_RHGS.argmax(dim=-1), torch.inf)
     favourites = best.isposinf().sum(dim=-1).amax(dim=-1, keepdim=True)
     count = torch.maximum(torch.minimum(important, most_RH.to(best.device)), favourites)
-    return best_slots(best, count)
+    best = best.clamp(min=torch.finfo(best.dtype).min)  # who has no better ones chooses its first
+    index, count = choose_best(best, count, most=int(count.max()))
+    return Selection(per=Per.SLOT, index_RHn=index, count_RH=count)

@@ -21,7 +21,6 @@ from kvatlas.core.needs import Derived
 from kvatlas.core.plan import Traits
 from kvatlas.core.views import Selection
 from kvatlas.core.vocabulary import Per, Saves
-from kvatlas.strategies.attend.choosing import best_pages
 from kvatlas.strategies.registry import register
 from kvatlas.strategies.stage import Attend, StageInfo
 
@@ -105,18 +104,18 @@ class Rocket(Attend):
 
         if int(view.length_RH.max()) <= self._pages * self.page:
             return None
-        score = self._scores(view)
+        from kvatlas.kernels.choosing import choose_best
+
         assert view.newest_RH is not None
-        pages = torch.arange(score.shape[-1], device=score.device)
-        score = score.masked_fill(pages == (view.newest_RH // self.page)[..., None], torch.inf)
-        best = best_pages(score, self._pages)
-        slots = best[..., None] * self.page + torch.arange(self.page, device=score.device)
-        index = slots.flatten(-2).sort(dim=-1).values
-        count = (index < view.length_RH.to(index.device)[..., None]).sum(dim=-1)
-        return Selection(per=Per.SLOT, index_RHn=index, count_RH=count)
+        pages, count = choose_best(self._scores(view), self._pages, view.newest_RH // self.page)
+        slots = pages[..., None] * self.page + torch.arange(self.page, device=pages.device)
+        index, length = slots.flatten(-2), view.length_RH.to(pages.device)[..., None]
+        meant = torch.arange(index.shape[-1], device=pages.device) < count[..., None] * self.page
+        # The last page may not be full: what is behind it is behind all others, too.
+        return Selection(per=Per.SLOT, index_RHn=index, count_RH=(meant & (index < length)).sum(dim=-1))
 
     def _scores(self, view: QueryView) -> Tensor:
-        """Return how much attention each page of a lane may get [R, H, P]; below 0 where there is no page."""
+        """Return how much attention each page of a lane may get [R, H, P]; -inf where there is no page."""
         import torch
 
         query, bounds = view.query_RHGD.float(), view.side("pages")
@@ -133,4 +132,4 @@ class Rocket(Attend):
         logits = logits * (view.scale * seen.clamp(min=torch.finfo(torch.float32).tiny).rsqrt())[..., None]
         held = torch.arange(key.shape[2], device=key.device) * self.page < length[..., None]
         weights = logits.masked_fill(~held[:, :, None], -torch.inf).softmax(dim=-1)
-        return weights.mean(dim=2).nan_to_num(nan=0.0).masked_fill(~held, -1.0)
+        return weights.mean(dim=2).nan_to_num(nan=0.0).masked_fill(~held, -torch.inf)
