@@ -49,6 +49,7 @@ OPERATIONS = (
     Operation("small-batch linear", native=True, triton=False, why_torch="for the CPU only"),
     Operation("decoder layer", native=True, triton=False, why_torch="for the CPU only"),
     Operation("column sums", native=True, triton=True),
+    Operation("products with entries", native=True, triton=False, why_torch="one gather and a product"),
     Operation("choose what is read", native=True, triton=False, why_torch="two sorts"),
     Operation("draw tokens", native=True, triton=False, why_torch="one sort of all rows"),
     Operation("chunk attention", native=True, triton=False, why_torch="no form of its own for GPUs yet"),

@@ -118,18 +118,20 @@ class Rocket(Attend):
         """Return how much attention each page of a lane may get [R, H, P]; -inf where there is no page."""
         import torch
 
-        query, bounds = view.query_RHGD.float(), view.side("pages")
+        from kvatlas.kernels.entries import dot_entries
+
+        query, tiny = view.query_RHGD.float(), torch.finfo(torch.float32).tiny
         width, length = query.shape[-1], view.length_RH.to(query.device)
         positive = query.sum(dim=2) >= 0  # of the group, for every head of it
         order = query.abs().mean(dim=2).sort(dim=-1, descending=True, stable=True).indices
         count = (width * self.page * self.budget // length.clamp(min=1)).clamp(min=1, max=width)
         chosen = order.argsort(dim=-1) < count[..., None]
-        key = torch.where(positive[:, :, None], bounds[..., :width], bounds[..., width:]).float()
-        signed = query * torch.where(positive, 1.0, -1.0)[:, :, None] * chosen[:, :, None]
-        # Head by head and over the last dimension alone, so that no number depends on who else is in the batch.
-        logits = torch.stack([(key * signed[:, :, g, None]).sum(dim=-1) for g in range(query.shape[2])], dim=2)
-        seen = signed.abs().sum(dim=-1) / query.abs().sum(dim=-1).clamp(min=torch.finfo(torch.float32).tiny)
-        logits = logits * (view.scale * seen.clamp(min=torch.finfo(torch.float32).tiny).rsqrt())[..., None]
-        held = torch.arange(key.shape[2], device=key.device) * self.page < length[..., None]
-        weights = logits.masked_fill(~held[:, :, None], -torch.inf).softmax(dim=-1)
-        return weights.mean(dim=2).nan_to_num(nan=0.0).masked_fill(~held, -torch.inf)
+        # Of each channel the bound that its sign asks for: the maxima, or those of the channel negated.
+        maxima, negated = (query * (chosen & positive)[:, :, None], -query * (chosen & ~positive)[:, :, None])
+        signed = torch.cat([maxima, negated], dim=-1)
+        seen = signed.abs().sum(dim=-1) / query.abs().sum(dim=-1).clamp(min=tiny)
+        signed = signed * (view.scale * seen.clamp(min=tiny).rsqrt())[..., None]
+        parts = [dot_entries(signed, part) for part in view.entries("pages")]
+        logits = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+        weights = logits.softmax(dim=-1).mean(dim=2)
+        return weights.nan_to_num(nan=0.0).masked_fill(logits[:, :, 0] == -torch.inf, -torch.inf)
