@@ -107,13 +107,13 @@ class Checkout:
     path: Path
     native: str
 
-    def start(self, model: str, strategy: str, threads: int, log: Path) -> Worker:
+    def start(self, model: str, strategy: str, threads: int, link: str | None, log: Path) -> Worker:
         """Return a process that has loaded a model.
 
         Raises:
             WorkerError: it did not start.
         """
-        options = {"strategy": strategy, "linear_weights": "auto"}
+        options = {"strategy": strategy, "linear_weights": "auto"} | ({} if link is None else {"link": link})
         settings = {"model": MODELS[model], "threads": threads, "kv_gib": 1, "options": options}
         command = [sys.executable, "-c", START, json.dumps(settings), str(WORKERS), str(self.path / "src")]
         environment = {**os.environ, "KVATLAS_NATIVE": self.native, "OMP_NUM_THREADS": str(threads)}
@@ -214,7 +214,7 @@ def measure(
         workers = {}
         for side in SIDES:
             log = OUT / f"{side}.log"
-            started = checkouts[side].start(measured.model, measured.strategy, options.threads, log)
+            started = checkouts[side].start(measured.model, measured.strategy, options.threads, options.link, log)
             workers[side] = running.enter_context(started)
         cases = cases_of(cells)
         for case in cases:  # the first is slower: memory is new, and what depends on sizes is prepared
@@ -292,6 +292,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--pairs", type=int, default=15, help="of every cell; fewer than 6 give no interval of 95 %%")
     made.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
     made.add_argument("--strategy", action="append", help="may be given more than once (default: full)")
+    made.add_argument("--link", help="emulated way to the host of both, such as 2GB/s,10us")
     made.add_argument("--cells", action="append", default=[], help=f"parts of names of {_listed(CELLS)}")
     made.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     made.add_argument(
