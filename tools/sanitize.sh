@@ -24,8 +24,9 @@ run() {
 }
 # These choose each instruction set by themselves.
 run tests/unit/kernels/test_decode_attention.py tests/unit/kernels/test_quantized_attention.py \
-    tests/unit/kernels/test_column_sums.py tests/unit/kernels/test_small_linear.py tests/unit/kernels/test_layer.py
+    tests/unit/kernels/test_column_sums.py tests/unit/kernels/test_small_linear.py tests/unit/kernels/test_layer.py \
+    tests/unit/kernels/test_chunk_attention.py tests/unit/kernels/test_sampling.py tests/unit/kernels/test_entries.py
 for isa in $sets; do
     echo "sanitizers, $isa"
-    KVATLAS_ISA=$isa run tests/unit/kernels/test_blocks.py
+    KVATLAS_ISA=$isa run tests/unit/kernels/test_blocks.py tests/unit/kernels/test_choosing.py
 done
