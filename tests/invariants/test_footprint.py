@@ -67,15 +67,16 @@ speculations = st.builds(
     st.sampled_from(["full", "full", "snapkv(budget=20, window=4)", "knorm(budget=25) | ada(floor=0.1)"]),
     st.sampled_from([0.0, 1.0, 4.0, float("inf")]), st.floats(0.01, 1.0), st.floats(0.01, 1.0),
 )  # fmt: skip
+chosen_from = st.sampled_from(["", " | offload(host)", " | offload(host, resident=20)"])
 pages = st.builds(
     lambda keep, encode, budget, dense, place: f"{keep}{encode} | quest(budget={budget}, dense={dense}){place}",
     st.sampled_from(["full", "snapkv(budget=20, window=4)", "knorm(budget=25) | ada(floor=0.1)"]), encodes, small,
-    st.integers(0, 2), st.sampled_from(["", " | offload(host)"]),
+    st.integers(0, 2), chosen_from,
 )  # fmt: skip
 rockets = st.builds(
     "{}{} | rocket(budget={}, page=PAGE){}".format,
     st.sampled_from(["full", "snapkv(budget=20, window=4)", "knorm(budget=25) | ada(floor=0.1)"]), encodes,
-    st.integers(16, 60), st.sampled_from(["", " | offload(host)"]),
+    st.integers(16, 60), chosen_from,
 )  # fmt: skip
 strategies = st.one_of(
     *[st.builds("{}{}{}".format, keeps, encodes, places)] * 3,
@@ -90,7 +91,7 @@ packed = st.one_of(
     st.builds(
         "{} | kivi(bits={}, residual={}) | quest(budget=32, dense=0){}".format,
         st.sampled_from(["full", "snapkv(budget=20, window=4)", "streaming_llm(sinks=2, recent=60)"]), bits, residuals,
-        st.sampled_from(["", " | offload(host)"]),
+        chosen_from,
     ),
 )  # fmt: skip
 

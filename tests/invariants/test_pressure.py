@@ -30,11 +30,13 @@ STRATEGIES = {
         "rehearse(alpha=inf, cap=0.5) | offload(host)", "tova(budget=9)", "snapkv(budget=9, window=4) | ada",
         "h2o(heavy=5, recent=4) | ada | offload(host)", "knorm(budget=9, sinks=1, recent=2) | pyramid(beta=3)",
         "h2o(heavy=5, recent=4, layers=1-)", "quest(budget=12, dense=1)", "h2o(heavy=5, recent=4) | ada(floor=0.0)",
+        "quest(budget=12, dense=1) | offload(host, resident=14)",
         "snapkv(budget=9, window=4) | pyramid(beta=3)", "h2o(heavy=5, recent=4, layers=0) | offload(host, layers=1-)",
     ),
     "gemma4_text": (
         "full", "snapkv(budget=9, window=4) | ada", "tova(budget=9, layers=1-)", "h2o(heavy=5, recent=4)",
         "offload(host)", "h2o(heavy=5, recent=4) | offload(host)",
+        "quest(budget=12, dense=1) | offload(host, resident=14)",
     ),
 }  # fmt: skip
 SETTINGS = settings(deadline=None, suppress_health_check=list(HealthCheck))

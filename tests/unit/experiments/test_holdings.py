@@ -54,7 +54,16 @@ def slow_if_long(sentence):
     return pytest.param(sentence, marks=pytest.mark.slow if sentence.count("|") > 1 else [])
 
 
-@pytest.mark.parametrize("sentence", map(slow_if_long, compositions()))
+STAYING = [
+    f"{choosing} | offload(host, resident={resident})"
+    for choosing, resident in (
+        ("quest(budget=32, dense=1)", 50), ("rocket(budget=32, page=4)", 20), ("rehearse(alpha=inf, cap=0.3)", 200),
+        ("kivi(bits=2, residual=0) | quest(budget=32, dense=0)", 64),
+    )
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("sentence", [*map(slow_if_long, compositions()), *STAYING])
 def test_they_add_up_to_the_books_after_every_step(model, sentence):
     memory = {"kv_memory": "8MiB", "host_memory": "8MiB", "enable_prefix_caching": False}
     engine = Engine(model, max_batched_tokens=CHUNK, **memory)
