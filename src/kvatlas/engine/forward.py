@@ -15,22 +15,21 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor
 
-from kvatlas.core.needs import BELOW_MEAN, Received
+from kvatlas.core.needs import Received
 from kvatlas.core.observer import NULL, Observer, SpanKind
 from kvatlas.core.views import Selection
 from kvatlas.core.vocabulary import Per
 from kvatlas.engine.beside import Beside
 from kvatlas.engine.segments import Chunk, ChunkBatch, DecodeGroup, batch_chunks, sequence_of
-from kvatlas.engine.selection import Probe, chosen_blocks, chosen_slots, place_of, slots_of
+from kvatlas.engine.selection import Probe, chosen_blocks, chosen_slots, note_choice, place_of
 from kvatlas.engine.sources import Blocks, old_blocks
 from kvatlas.engine.staging import Staging, Transfer, Visitors
-from kvatlas.kernels.blocks import read_keys, rounded, write_slots
+from kvatlas.engine.votes import votes_of
+from kvatlas.kernels.blocks import rounded, write_slots
 from kvatlas.kernels.chunk_attention import ChunkRows, chunk_attention
 from kvatlas.kernels.column_sums import column_sums
 from kvatlas.kernels.decode_attention import NewTokens, decode_attention
-from kvatlas.kernels.gather import gather_slots
 from kvatlas.kernels.pool import Credit, Part
-from kvatlas.kernels.visibility import slot_mask
 from kvatlas.models.attention import AttentionCall, Foresee
 from kvatlas.storage.arena import BlockClass, SideClass
 from kvatlas.storage.link import Link
@@ -322,44 +321,14 @@ class ForwardPass:
             shared=None if selection is not None else group.shared.setdefault(alike, {}), new=new,
         )  # fmt: skip
         if masses is not None and received is not None:
-            masses = self._of_heads(call, group, received, q, parts, masses)
-            if received.over == "below_mean":
-                masses = _below_mean(masses, parts, group.positions, call.window)
+            masses = votes_of(received, call, group.positions, q, parts, masses)
             fresh = received.queries is not None and stores
             own.add_received(masses[-1], self._held_blocks(alike, group, own), received.over, fresh=fresh)
             if old is not None:
                 old.add_received(masses[0], old.held(), received.over, fresh=fresh)
         if selection is not None and self._transport.probe is not None:
-            self._note_choice(self._transport.probe, call, selection, q, k, own, old, here.slot)
+            note_choice(self._transport.probe, call, selection, q, k, own, old, here.slot)
         return out
-
-    def _of_heads(
-        self,
-        call: AttentionCall,
-        group: DecodeGroup,
-        received: Received,
-        q: Tensor,
-        parts: Seq[Part],
-        masses: list[Tensor],
-    ) -> list[Tensor]:
-        """Return what a step pays to the slots of each part, heads put together as asked for; ``masses`` are sums."""
-        heads = parts[0].table.shape[1]
-        size = q.shape[1] // heads
-        if received.heads == "sum" or size == 1:
-            return masses
-        if received.heads == "mean":
-            return [mass / size for mass in masses]
-        # Each query head has lanes of its own then; reading them once more is the price.
-        apart = [
-            replace(part, table=part.table.repeat_interleave(size, 1), length=part.length.repeat_interleave(size, 1))
-            for part in parts
-        ]
-        _, found = decode_attention(
-            q, apart, scale=call.scale, softcap=call.softcap, sinks=call.sinks, window=call.window,
-            query_position=group.positions, need_mass=True,
-        )  # fmt: skip
-        assert found is not None
-        return [mass.view(len(q), heads, size, -1).amax(dim=2) for mass in found]
 
     def _own(self, group: DecodeGroup, layer: int, length: Tensor, host_length: Tensor) -> Blocks:
         """Return where a layer's own blocks of a group live, and what lies beside them."""
@@ -490,37 +459,6 @@ class ForwardPass:
         length = chosen_blocks(own, own.part(), selection, 0).length
         return replace(part, table=source.table.gather(-1, places.to(source.table.device)), length=length), None
 
-    def _note_choice(
-        self,
-        probe: Probe,
-        call: AttentionCall,
-        selection: Selection,
-        q: Tensor,
-        k: Tensor,
-        own: Blocks,
-        old: Blocks | None,
-        slot: Tensor,
-    ) -> None:
-        """Compare a choice with the exact scores over all that is cached."""
-        parts, device = [own] if old is None else [old, own], q.device
-        keys, live = [], []
-        for part in parts:
-            keys.append(read_keys(part.blocks.pool, part.table.to(part.blocks.device), torch.float32).to(device))
-            used = torch.arange(keys[-1].shape[2], device=device) < part.length[..., None]
-            if part is old:
-                used &= gather_slots(part.blocks.positions, part.table) >= 0
-            live.append(used)
-        newest = (slot + sum(each.shape[2] for each in keys[:-1])).to(device)
-        every, held = torch.cat(keys, dim=2), torch.cat(live, dim=2)
-        every.scatter_(2, newest[..., None, None].expand(*newest.shape, 1, k.shape[-1]), k.float()[:, :, None])
-        queries = q.float().reshape(len(q), k.shape[1], -1, q.shape[-1])
-        scores = torch.einsum("rhgd,rhsd->rhgs", queries, every) * call.scale
-        if call.softcap is not None:
-            scores = call.softcap * torch.tanh(scores / call.softcap)
-        scores = scores.masked_fill(~held[:, :, None], -torch.inf)
-        read = slots_of(selection, scores.shape[-1], self._store.block_size).to(device) & held
-        probe.note(scores, read, held.sum(dim=-1), newest)
-
     def _write(
         self,
         call: AttentionCall,
@@ -582,14 +520,3 @@ class ForwardPass:
         if alike not in group.held:
             group.held[alike] = own.held()
         return group.held[alike]
-
-
-def _below_mean(masses: list[Tensor], parts: Seq[Part], positions: Tensor, window: int | None) -> list[Tensor]:
-    """Return 1 for each slot [R, H, S] of each part that gets less than if all that is seen got as much; else 0."""
-    hidden = [slot_mask(part, window=window, query_position=positions) for part in parts]
-    seen = [
-        torch.ones_like(mass, dtype=torch.bool) if mask is None else (mask == 0).expand_as(mass)
-        for mass, mask in zip(masses, hidden, strict=True)
-    ]
-    number = torch.stack([each.sum(dim=-1) for each in seen]).sum(dim=0)[..., None]
-    return [((mass * number < BELOW_MEAN) & each).float() for mass, each in zip(masses, seen, strict=True)]

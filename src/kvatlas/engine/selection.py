@@ -14,8 +14,11 @@ from torch import Tensor
 from kvatlas.core.views import Selection
 from kvatlas.core.vocabulary import Per
 from kvatlas.engine.sources import Blocks
+from kvatlas.kernels.blocks import read_keys
 from kvatlas.kernels.choosing import cut_blocks
+from kvatlas.kernels.gather import gather_slots
 from kvatlas.kernels.pool import Part
+from kvatlas.models.attention import AttentionCall
 
 
 def wanted(selection: Selection) -> Tensor:
@@ -122,3 +125,34 @@ def slots_of(selection: Selection, slots: int, block_size: int) -> Tensor:
     named.scatter_(-1, index.masked_fill(~wanted(selection), number), True)
     named = named[..., :number]
     return named if selection.per is Per.SLOT else named.repeat_interleave(block_size, dim=-1)[..., :slots]
+
+
+def note_choice(
+    probe: Probe,
+    call: AttentionCall,
+    selection: Selection,
+    q: Tensor,
+    k: Tensor,
+    own: Blocks,
+    old: Blocks | None,
+    slot: Tensor,
+) -> None:
+    """Compare a choice with the exact scores over all that is cached."""
+    parts, device = [own] if old is None else [old, own], q.device
+    keys, live = [], []
+    for part in parts:
+        keys.append(read_keys(part.blocks.pool, part.table.to(part.blocks.device), torch.float32).to(device))
+        used = torch.arange(keys[-1].shape[2], device=device) < part.length[..., None]
+        if part is old:
+            used &= gather_slots(part.blocks.positions, part.table) >= 0
+        live.append(used)
+    newest = (slot + sum(each.shape[2] for each in keys[:-1])).to(device)
+    every, held = torch.cat(keys, dim=2), torch.cat(live, dim=2)
+    every.scatter_(2, newest[..., None, None].expand(*newest.shape, 1, k.shape[-1]), k.float()[:, :, None])
+    queries = q.float().reshape(len(q), k.shape[1], -1, q.shape[-1])
+    scores = torch.einsum("rhgd,rhsd->rhgs", queries, every) * call.scale
+    if call.softcap is not None:
+        scores = call.softcap * torch.tanh(scores / call.softcap)
+    scores = scores.masked_fill(~held[:, :, None], -torch.inf)
+    read = slots_of(selection, scores.shape[-1], own.blocks.layout.block_size).to(device) & held
+    probe.note(scores, read, held.sum(dim=-1), newest)
