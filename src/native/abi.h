@@ -6,7 +6,7 @@
 #pragma once
 #include <cstdint>
 
-#define KVA_ABI_VERSION 8
+#define KVA_ABI_VERSION 9
 
 #define KVA_JOIN_(a, b) a##_##b
 #define KVA_JOIN(a, b) KVA_JOIN_(a, b)

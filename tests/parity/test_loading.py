@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from tests.families import tiny_model
 
 from kvatlas.core.errors import CheckpointError, ConfigError, KvatlasError, UnknownNameError, UnsupportedError
-from kvatlas.models import loading
+from kvatlas.models import loading, precision
 from kvatlas.models.loading import BUNDLED_DIR, load_model
 from kvatlas.models.precision import resolve_device, resolve_dtype
 from kvatlas.models.random import SIZES, random_model
@@ -71,7 +71,13 @@ def test_broken_checkpoints(checkpoint, case):
     assert "\n" not in str(error.value) and str(checkpoint) in str(error.value)
 
 
-def test_a_folder_loads(checkpoint, capfd):
+@pytest.fixture
+def float32_is_fastest(monkeypatch):
+    """Say what the trial would: it is close where a processor has products of bfloat16."""
+    monkeypatch.setattr(precision, "fastest_on_cpu", lambda: precision.CpuChoice(dtype=torch.float32, why="a test"))
+
+
+def test_a_folder_loads(checkpoint, capfd, float32_is_fastest):
     loaded = load_model(str(checkpoint))
     assert (loaded.name, loaded.tokenizer) == ("tiny-llama", None)
     assert loaded.adapter.dtype == torch.float32, "auto is float32 on the CPU, whatever the checkpoint holds"
@@ -98,7 +104,7 @@ def test_places_that_are_no_model(tmp_path):
         load_model(tmp_path / "file")
 
 
-def test_devices_and_dtypes(monkeypatch):
+def test_devices_and_dtypes(monkeypatch, float32_is_fastest):
     assert resolve_dtype("auto", "cpu") == torch.float32
     assert resolve_dtype("bfloat16", "cpu") == torch.bfloat16
     for dtype, device, error, message in (

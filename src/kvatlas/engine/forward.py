@@ -287,8 +287,6 @@ class ForwardPass:
         new = None
         if source.visiting:
             k, v = self._write(call, home, here.block, here.offset, k, v, source.visiting)
-        elif kept:  # by which tokens may be chosen, the new ones too
-            self._put(call, home, here.block, here.offset, k, v, on_host=False)
         elif stores:
             new = NewTokens(here.block, here.offset, k, v)
         if kept and stores:

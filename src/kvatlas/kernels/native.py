@@ -19,7 +19,7 @@ import torch
 
 from kvatlas.core.errors import ConfigError
 
-ABI_VERSION = 8
+ABI_VERSION = 9
 _FILE = "kvatlas/kernels/libkvatlas_native.so"
 _ERRORS = {-1: "a format that it does not know", -2: "shapes that it does not cover", -3: "too little memory"}
 

@@ -304,8 +304,8 @@ def test_slots_are_those_of_one_part() -> None:
 def test_the_environment_chooses_the_form(monkeypatch: pytest.MonkeyPatch) -> None:
     q, parts, _ = case(1, 2, 2, [16, 3])
     monkeypatch.setenv("KVATLAS_KERNELS", "reference")
-    monkeypatch.setattr(reference, "decode_attention", lambda *_, **__: "the reference")
-    assert decode_attention(q, parts, scale=1.0) == "the reference"
+    monkeypatch.setattr(reference, "decode_attention", lambda *_, **__: ("the reference", None))
+    assert decode_attention(q, parts, scale=1.0) == ("the reference", None)
     monkeypatch.setenv("KVATLAS_KERNELS", "fastest")
     with pytest.raises(ConfigError, match=r"fastest.*auto, reference"):
         decode_attention(q, parts, scale=1.0)
