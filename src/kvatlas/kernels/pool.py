@@ -169,9 +169,10 @@ class Credit:
         for each, mass in zip(self.entries, masses, strict=True):
             kept = each.pool.view(each.name).squeeze(-1)
             columns = -(-each.length // kept.shape[1])
+            # What stands behind a lane's last block is left over from other times, and gets nothing.
             held = torch.arange(each.table.shape[-1], device=each.table.device) < columns[..., None]
-            ids = each.table[held].long()  # what stands behind a lane's last block is left over from other times
-            kept.index_add_(0, ids, mass.view(*each.table.shape, -1)[held] * self.factor)
+            amounts = (mass.view(*each.table.shape, -1) * self.factor).masked_fill(~held[..., None], 0.0)
+            kept.index_add_(0, each.table.flatten().long(), amounts.flatten(0, 2))
 
 
 @dataclass(frozen=True, kw_only=True)
