@@ -19,7 +19,6 @@ from kvatlas.engine.segments import Chunk, DecodeGroup, sequence_of
 from kvatlas.engine.sources import Blocks
 from kvatlas.kernels.blocks import read_keys, read_values
 from kvatlas.kernels.gather import gather_slots
-from kvatlas.kernels.pool import Entries
 from kvatlas.models.attention import AttentionCall
 from kvatlas.storage.sequence import Sequence
 from kvatlas.storage.store import KVStore
@@ -171,17 +170,13 @@ class Beside:
         here, given, size = group.layers[call.layer], self.of_group(group.seqs, call.layer), self._store.block_size
         before = sum(part.table.shape[-1] for part in parts[:-1]) * size
         own = parts[-1]
-        entries = [
-            Entries(pool=part.side[0].pool, name="", table=part.side[1], length=part.length)
-            for part in parts
-            if part.side is not None
-        ]
+        beside = [part for part in parts if part.side is not None]
 
         def sides(name: str) -> Tensor:
             found = []
-            for part in entries:
-                view = part.pool.view(name)
-                found.append(gather_slots(view, part.table))
+            for part in beside:
+                entries = part.entries(name)
+                found.append(gather_slots(entries.pool.view(name), entries.table))
             return found[0] if len(found) == 1 else torch.cat(found, dim=2)
 
         def located() -> Tensor:
@@ -202,7 +197,7 @@ class Beside:
             block_size=size,
             scale=call.scale,
             sides=sides,
-            entries=lambda name: [replace(part, name=name) for part in entries],
+            entries=lambda name: [part.entries(name) for part in beside],
             records=given.records,
             artifacts=given.artifacts,
         )

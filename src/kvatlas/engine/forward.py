@@ -232,11 +232,8 @@ class ForwardPass:
 
     def _source_of(self, call: AttentionCall, chunk: Chunk) -> _Source:
         """Return where a chunk reads a layer; its table is [H, C]."""
-        layout, visitors = sequence_of(chunk.request).layout, chunk.visitors
-        if visitors is None or not visitors.reads_own(call.layer):
-            return _Source(blocks=layout.of_layer(call.layer), table=chunk.layers[call.layer].table, visiting=False)
-        blocks, stage = visitors.stage(call.layer)
-        return _Source(blocks=blocks, table=stage[0].to(blocks.device), visiting=True)
+        found = self._source(call, sequence_of(chunk.request), chunk.visitors, chunk.layers[call.layer].table)
+        return replace(found, table=found.table[0]) if found.visiting else found
 
     def _add_column_sums(
         self,

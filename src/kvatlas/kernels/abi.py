@@ -64,7 +64,7 @@ def pack_parts(
     Args:
         parts: tables [R, H, C], lengths [R, H]; or [H, C] and [H], of one sequence.
         slots: [R, H, S'] int32 slots of the only part, or None.
-        mass: [R, H, S] float32, contiguous, per part; or None.
+        mass: [R, H, S], or [H, S], float32, contiguous, per part; or None.
         credit: where mass is added, per part: a float32 per slot; or None.
     """
     kept = [_plain(part) for part in parts]
@@ -125,7 +125,7 @@ def _pack(part: Part, slots: Tensor | None, mass: Tensor | None, credit: tuple[i
         slots_lane,
         NONE if part.dense_start is None else part.dense_start,
         0 if mass is None else mass.data_ptr(),
-        0 if mass is None else mass.shape[2],
+        0 if mass is None else mass.shape[-1],
         *credit,
     )
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import cache
 
 import torch
@@ -47,10 +46,9 @@ def column_sums(
     (T, Hq, D), H = q.shape, k.shape[1]
     q, k = _rows(q), _rows(k.to(q.dtype))
     lse, positions = lse.float().contiguous(), positions.int().contiguous()
-    sums = [torch.empty(1, H, part.table.shape[-1] * part.pool.layout.block_size) for part in past]
+    sums = [torch.empty(H, part.table.shape[-1] * part.pool.layout.block_size) for part in past]
     own = torch.empty(H, T)
-    lanes = [replace(part, table=part.table.unsqueeze(0), length=part.length.unsqueeze(0)) for part in past]
-    packed, _kept = pack_parts(lanes, mass=sums)
+    packed, _kept = pack_parts(past, mass=sums)
     call = _CALL.pack(
         q.data_ptr(),
         *q.stride()[:2],
@@ -76,7 +74,7 @@ def column_sums(
         code = kernel(call, packed)
     if code:
         check(code, _NAME)
-    return [each[0] for each in sums], own
+    return sums, own
 
 
 @cache
