@@ -10,6 +10,7 @@
 #include <cmath>
 #include <cstdlib>
 
+#include "pieces.h"
 #include "read_rows.h"
 #include "sight.h"
 
@@ -76,17 +77,6 @@ struct Scratch {
     Range *rows, *panels;        // of ROWS rows, of WIDTH keys
     RowRoom* room;
     Eyes eyes() const { return {now, after, near}; }
-};
-
-struct Pieces {
-    uint8_t* base;
-    int64_t at = 0;
-    template <class T>
-    T* take(int64_t count) {
-        uint8_t* piece = base + at;
-        at += rounded(count * (int64_t)sizeof(T), 64);
-        return (T*)piece;
-    }
 };
 
 // Where the keys of a tile are: of a part, or the chunk's own.

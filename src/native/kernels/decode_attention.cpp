@@ -10,6 +10,7 @@
 #include <cstdlib>
 
 #include "convert.h"
+#include "pieces.h"
 #include "read_float.h"
 #include "read_quant.h"
 
@@ -52,18 +53,6 @@ struct Memory {
     }
 };
 thread_local Memory plan_memory, memory;
-
-// Hands out pieces of a buffer; without a buffer, only measures.
-struct Pieces {
-    uint8_t* base;
-    int64_t at = 0;
-    template <class T>
-    T* take(int64_t count) {
-        uint8_t* piece = base + at;
-        at += rounded(count * (int64_t)sizeof(T), 64);
-        return (T*)piece;
-    }
-};
 
 float load_float(const uint8_t* p, int64_t index, int format) {
     if (format == KVA_FP32) return ((const float*)p)[index];
